@@ -1,0 +1,40 @@
+"""Flows as neural ODEs: velocity fields, probability paths, solvers, likelihoods and regularizers.
+
+Needs torch only and knows nothing of agents or environments. Shapes: ``x [B, D]``, ``t`` a float or ``[B]``, ``cond
+[B, C]`` or None.
+"""
+
+from .fields import LinearField, MLPField, PotentialField, ResidualField, VelocityField
+from .likelihood import flow_log_prob, flow_push, standard_normal_log_prob
+from .ode import EULER, HEUN, MIDPOINT, RK4, SOLVERS, Tableau, odeint, odeint_path, rk_step, time_grid
+from .paths import BROWNIAN_BRIDGE, LINEAR, TRIG, Path, brownian_bridge, flow_matching_loss, score_from_velocity
+from .regularize import jacobian_penalty
+
+__all__ = [
+    "BROWNIAN_BRIDGE",
+    "EULER",
+    "HEUN",
+    "LINEAR",
+    "MIDPOINT",
+    "RK4",
+    "SOLVERS",
+    "TRIG",
+    "LinearField",
+    "MLPField",
+    "Path",
+    "PotentialField",
+    "ResidualField",
+    "Tableau",
+    "VelocityField",
+    "brownian_bridge",
+    "flow_log_prob",
+    "flow_matching_loss",
+    "flow_push",
+    "jacobian_penalty",
+    "odeint",
+    "odeint_path",
+    "rk_step",
+    "score_from_velocity",
+    "standard_normal_log_prob",
+    "time_grid",
+]

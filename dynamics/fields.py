@@ -1,0 +1,424 @@
+"""Velocity fields ``v(t, x, cond)``: the right-hand side of every flow in DriftRL.
+
+Symbols used throughout ``dynamics``:
+
+    ======== ============== ==========================================================
+    symbol   shape          meaning
+    ======== ============== ==========================================================
+    t        float or [B]   flow time, no unit; flows run from t=0 (base) to t=1 (data)
+    x        [B, D]         state, rows independent of each other
+    cond     [B, C] or None conditioning, constant along the flow; [1, C] broadcasts
+    v        [B, D]         dx/dt, in units of x
+    ======== ============== ==========================================================
+
+A new field needs ``forward`` only. Overriding ``embed`` and the ``*_embedded`` methods makes it faster: a solver calls
+``embed(cond)`` once and one of the others at each stage.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Time: TypeAlias = float | Tensor
+"""Flow time: a number for the whole batch, or a tensor [B] (a 0-d tensor counts as a number)."""
+
+
+class VelocityField(nn.Module, abc.ABC):
+    """Right-hand side of ``dx/dt = v(t, x, cond)``.
+
+    Attributes:
+        dim: D, the size of the state.
+        cond_dim: C, the size of the conditioning; 0 for none.
+    """
+
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, dim: int, cond_dim: int = 0) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
+        if cond_dim < 0:
+            raise ValueError(f"cond_dim must be at least 0 (0: no conditioning), got {cond_dim}")
+        self.dim = dim
+        self.cond_dim = cond_dim
+
+    @abc.abstractmethod
+    def forward(self, t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Velocity [B, D] at time t and state x [B, D]."""
+
+    def embed(self, cond: Tensor | None) -> Any:
+        """All that depends on ``cond`` alone, computed once per integration.
+
+        Callers hand the result to the ``*_embedded`` methods and do not look into it. The default is ``cond`` itself.
+
+        Raises:
+            ValueError: if ``cond`` does not fit ``cond_dim``.
+        """
+        self.check_cond(cond)
+        return cond
+
+    def forward_embedded(self, t: Time, x: Tensor, embedded: Any) -> Tensor:
+        """``forward`` with ``embedded = embed(cond)`` in place of cond."""
+        return self.forward(t, x, embedded)
+
+    def jacobian_embedded(self, t: Time, x: Tensor, embedded: Any) -> tuple[Tensor, Tensor]:
+        """``jacobian`` with ``embedded = embed(cond)`` in place of cond."""
+        v, pull_back = linear_pullback(self, t, x, embedded)
+        basis = torch.eye(self.dim, dtype=x.dtype, device=x.device).unsqueeze(1).expand(-1, x.shape[0], -1)
+        rows: Tensor = torch.func.vmap(pull_back)(basis)
+        return v, rows.transpose(0, 1)
+
+    def divergence_embedded(self, t: Time, x: Tensor, embedded: Any) -> tuple[Tensor, Tensor]:
+        """``divergence`` with ``embedded = embed(cond)`` in place of cond."""
+        v, jacobian = self.jacobian_embedded(t, x, embedded)
+        return v, jacobian.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    def jacobian(self, t: Time, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Velocity and its exact Jacobian, differentiable.
+
+        Returns:
+            v [B, D] and J [B, D, D] with ``J[b, i, j] = dv_i / dx_j`` at row b. By default D backward passes in one
+            batched call.
+        """
+        return self.jacobian_embedded(t, x, self.embed(cond))
+
+    def divergence(self, t: Time, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Velocity and its exact divergence, differentiable.
+
+        Returns:
+            v [B, D] and ``tr dv/dx`` [B]. By default the trace of the Jacobian.
+        """
+        return self.divergence_embedded(t, x, self.embed(cond))
+
+    def check_state(self, t: Time, x: Tensor) -> None:
+        """Raise ValueError unless x is [B, dim] and t a number or [B]. Looks at shapes only, so it costs no sync."""
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise ValueError(
+                f"x must have shape [B, {self.dim}], got {list(x.shape)}; flatten or add the batch dimension"
+            )
+        if isinstance(t, Tensor) and t.ndim > 0 and t.shape != x.shape[:1]:
+            raise ValueError(
+                f"t must be a float or have shape [{x.shape[0]}], got {list(t.shape)}; one time per row of x"
+            )
+
+    def check_cond(self, cond: Tensor | None) -> None:
+        """Raise ValueError unless cond is [B, cond_dim], or None where cond_dim is 0."""
+        if cond is None:
+            if self.cond_dim > 0:
+                raise ValueError(f"cond must have shape [B, {self.cond_dim}], got None; pass the conditioning")
+        elif self.cond_dim == 0:
+            raise ValueError(
+                f"cond must be None, got shape {list(cond.shape)}; build the field with cond_dim to use it"
+            )
+        elif cond.ndim != 2 or cond.shape[1] != self.cond_dim:
+            raise ValueError(f"cond must have shape [B, {self.cond_dim}], got {list(cond.shape)}; one row per row of x")
+
+
+def linear_pullback(
+    field: VelocityField, t: Time, x: Tensor, embedded: Any
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Velocity [B, D] and the map ``u -> u^T dv/dx`` on [B, D], differentiable."""
+    # torch.func rather than torch.autograd: it also works under no_grad, nests (PotentialField), and compiles.
+    v, pull_back, *_ = torch.func.vjp(lambda y: field.forward_embedded(t, y, embedded), x)
+
+    def first(u: Tensor) -> Tensor:
+        gradient: Tensor = pull_back(u)[0]
+        return gradient
+
+    return v, first
+
+
+def _silu(a: Tensor) -> tuple[Tensor, Tensor]:
+    gate = torch.sigmoid(a)
+    value = a * gate
+    return value, torch.addcmul(gate, value, 1 - gate)
+
+
+def _mish(a: Tensor) -> tuple[Tensor, Tensor]:
+    gate = torch.tanh(F.softplus(a))
+    return a * gate, gate + a * torch.sigmoid(a) * (1 - gate * gate)
+
+
+def _tanh(a: Tensor) -> tuple[Tensor, Tensor]:
+    value = torch.tanh(a)
+    return value, 1 - value * value
+
+
+def _elu(a: Tensor) -> tuple[Tensor, Tensor]:
+    # The clamp keeps exp finite where its result is not wanted: inf * 0 in the backward pass would be nan.
+    return F.elu(a), torch.exp(a.clamp(max=0.0))
+
+
+_Activation: TypeAlias = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], tuple[Tensor, Tensor]]]
+
+_ACTIVATIONS: dict[str, _Activation] = {
+    "silu": (F.silu, _silu),
+    "mish": (F.mish, _mish),
+    "tanh": (torch.tanh, _tanh),
+    "elu": (F.elu, _elu),
+}
+"""Name -> (activation, activation with its first derivative)."""
+
+
+class MLPField(VelocityField):
+    """Multilayer perceptron with an additive first layer and a closed-form Jacobian.
+
+        a_1 = Wx x + (Wc cond + Wt features(t) + b_1),  h_l = s(a_l),  a_l = W_l h_{l-1} + b_l,  v = W_out h_L + b_out
+
+    The first layer is that of an MLP on ``[x, cond, features(t)]``, kept in three blocks because a solver moves x and t
+    but not cond: ``embed(cond) = Wc cond + b_1`` is computed once per integration.
+
+    ``features(t) = sin(w t + p)`` are random Fourier features (Rahimi and Recht 2007) in sine-cosine pairs, with fixed
+    frequencies drawn from N(0, 1) cycles per unit of flow time by a generator of a fixed seed: two fields of equal
+    ``time_features`` always share them.
+
+    Initialisation as in the reference implementation of PolicyFlow (arXiv 2602.01156): Xavier uniform weights (the
+    first layer's as one matrix on the concatenated input), zero biases, the last layer times ``last_layer_scale``. At
+    the default of 0 the field is zero and the flow the identity.
+
+    Args:
+        dim: D, size of the state.
+        cond_dim: C, size of the conditioning, 0 for none.
+        hidden: widths of the hidden layers, at least one. With one or two the divergence costs about 1.6 field calls,
+            with more about ``D + 1``.
+        activation: "silu", "mish", "tanh" or "elu".
+        time_features: number of frequencies, at least 1; twice as many features.
+        last_layer_scale: factor on the initial weights of the last layer.
+
+    Raises:
+        ValueError: on sizes below 1 or an unknown activation.
+    """
+
+    angular_frequencies: Tensor
+    phases: Tensor
+    output: nn.Linear
+
+    def __init__(
+        self,
+        dim: int,
+        cond_dim: int = 0,
+        hidden: Sequence[int] = (64, 64),
+        activation: str = "silu",
+        time_features: int = 8,
+        last_layer_scale: float = 0.0,
+    ) -> None:
+        super().__init__(dim, cond_dim)
+        if not hidden or min(hidden) < 1:
+            raise ValueError(f"hidden must hold at least one width, each at least 1, got {tuple(hidden)}")
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of {sorted(_ACTIVATIONS)}, got {activation!r}")
+        if time_features < 1:
+            raise ValueError(f"time_features must be at least 1, got {time_features}")
+        self._activation, self._activation_with_derivative = _ACTIVATIONS[activation]
+
+        width = hidden[0]
+        inputs = dim + cond_dim + 2 * time_features
+        first = torch.empty(width, inputs)
+        nn.init.xavier_uniform_(first)
+        self.x_weight = nn.Parameter(first[:, :dim].clone())
+        self.cond_weight = nn.Parameter(first[:, dim : dim + cond_dim].clone()) if cond_dim else None
+        self.time_weight = nn.Parameter(first[:, dim + cond_dim :].clone())
+        self.bias = nn.Parameter(torch.zeros(width))
+
+        self.layers = cast("Sequence[nn.Linear]", nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(hidden)))
+        self.output = nn.Linear(hidden[-1], dim)
+        for layer in (*self.layers, self.output):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        with torch.no_grad():
+            self.output.weight.mul_(last_layer_scale)
+
+        # In float64 on the CPU, so that the draw depends on neither the default dtype nor the default device.
+        generator = torch.Generator("cpu").manual_seed(0)
+        cycles = torch.randn(1, time_features, generator=generator, dtype=torch.float64, device="cpu")
+        shift = torch.zeros_like(cycles)
+        self.register_buffer("angular_frequencies", (2 * math.pi * torch.cat([cycles, cycles], 1)).to(self.bias))
+        self.register_buffer("phases", torch.cat([shift, shift + math.pi / 2], 1).to(self.bias))
+
+    def embed(self, cond: Tensor | None) -> Tensor:
+        """``Wc cond + b_1``, [B, H_1]; without conditioning b_1 as [1, H_1]."""
+        self.check_cond(cond)
+        if cond is None or self.cond_weight is None:
+            return self.bias.unsqueeze(0)
+        return F.linear(cond, self.cond_weight, self.bias)
+
+    def forward(self, t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Velocity [B, D] at time t (float or [B]), state x [B, D] and conditioning cond [B, C]."""
+        return self.forward_embedded(t, x, self.embed(cond))
+
+    def forward_embedded(self, t: Time, x: Tensor, embedded: Tensor) -> Tensor:
+        """Velocity [B, D]; ``embedded`` [B, H_1] or [1, H_1] comes from ``embed``."""
+        h = self._activation(self._first(t, x, embedded))
+        for layer in self.layers:
+            h = self._activation(layer(h))
+        return F.linear(h, self.output.weight, self.output.bias)
+
+    def divergence_embedded(self, t: Time, x: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocity [B, D] and divergence [B], in closed form for one and two hidden layers.
+
+        One layer: ``tr J = diag(Wx W_out)^T s'(a_1)``. Two: ``tr J = s'(a_2)^T [W_2 o (Wx W_out)^T] s'(a_1)``, since
+        the trace of ``W_out S_2 W_2 S_1 Wx`` with diagonal S is a bilinear form in the diagonals.
+        """
+        if len(self.layers) > 1:
+            return super().divergence_embedded(t, x, embedded)
+        h, slope = self._activation_with_derivative(self._first(t, x, embedded))
+        if len(self.layers) == 0:
+            trace = slope @ (self.x_weight * self.output.weight.t()).sum(1)
+        else:
+            (second,) = self.layers
+            h, slope_2 = self._activation_with_derivative(second(h))
+            coupling = second.weight * (self.x_weight @ self.output.weight).t()
+            trace = (F.linear(slope, coupling) * slope_2).sum(-1)
+        return F.linear(h, self.output.weight, self.output.bias), trace
+
+    def jacobian_embedded(self, t: Time, x: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocity [B, D] and Jacobian [B, D, D] by the chain rule over the layers, about ``D + 1`` field calls."""
+        h, slope = self._activation_with_derivative(self._first(t, x, embedded))
+        # Row j of `tangents` [B, D, H] is dh/dx_j: with H last, each layer is one matrix product on B * D rows. The
+        # copy of the small matrix keeps the large product in that layout; without it the whole is 1.6x slower.
+        tangents = slope.unsqueeze(1) * self.x_weight.t().contiguous()
+        for layer in self.layers:
+            h, slope = self._activation_with_derivative(layer(h))
+            tangents = F.linear(tangents, layer.weight) * slope.unsqueeze(1)
+        v = F.linear(h, self.output.weight, self.output.bias)
+        return v, F.linear(tangents, self.output.weight).transpose(1, 2)
+
+    def _first(self, t: Time, x: Tensor, embedded: Tensor) -> Tensor:
+        """Pre-activations a_1 [B, H_1] of the first layer."""
+        self.check_state(t, x)
+        if embedded.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"cond must have {x.shape[0]} rows like x, or 1 row, got {embedded.shape[0]}")
+        # A float t costs one row of features, whatever the batch.
+        if isinstance(t, Tensor):
+            angles = torch.addcmul(self.phases, t.reshape(-1, 1), self.angular_frequencies)
+        else:
+            angles = torch.add(self.phases, self.angular_frequencies, alpha=t)
+        return torch.addmm(embedded + F.linear(torch.sin(angles), self.time_weight), x, self.x_weight.t())
+
+
+class LinearField(VelocityField):
+    """``v = A x + b``, constant in time: a field whose flow is known exactly (matrix exponential, log-det = tr A).
+
+    Args:
+        matrix: A, [D, D].
+        offset: b, [D]; None for zero.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+
+    matrix: Tensor
+    offset: Tensor | None
+
+    def __init__(self, matrix: Tensor, offset: Tensor | None = None) -> None:
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"matrix must have shape [D, D], got {list(matrix.shape)}")
+        if offset is not None and offset.shape != matrix.shape[:1]:
+            raise ValueError(f"offset must have shape [{matrix.shape[0]}], got {list(offset.shape)}")
+        super().__init__(matrix.shape[0])
+        self.register_buffer("matrix", matrix)
+        self.register_buffer("offset", offset)
+
+    def forward(self, t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Velocity [B, D]; cond must be None."""
+        self.check_state(t, x)
+        self.check_cond(cond)
+        return F.linear(x, self.matrix, self.offset)
+
+    def jacobian_embedded(self, t: Time, x: Tensor, embedded: None) -> tuple[Tensor, Tensor]:
+        """Velocity [B, D] and A, [B, D, D]."""
+        return self.forward(t, x), self.matrix.expand(x.shape[0], -1, -1)
+
+
+class ResidualField(VelocityField):
+    """``known + learned``: physics that is understood plus a correction that is not (PgDMM, arXiv 2110.08607).
+
+    A term with ``cond_dim`` 0 does not see cond.
+
+    Args:
+        known: the prior drift.
+        learned: the correction; zero at first with ``MLPField``'s default ``last_layer_scale``.
+
+    Raises:
+        ValueError: if the two differ in dim, or in cond_dim where both have one.
+    """
+
+    def __init__(self, known: VelocityField, learned: VelocityField) -> None:
+        if known.dim != learned.dim:
+            raise ValueError(f"known and learned must have equal dim, got {known.dim} and {learned.dim}")
+        if known.cond_dim and learned.cond_dim and known.cond_dim != learned.cond_dim:
+            raise ValueError(
+                f"known and learned must have equal cond_dim, or 0, got {known.cond_dim} and {learned.cond_dim}"
+            )
+        super().__init__(known.dim, max(known.cond_dim, learned.cond_dim))
+        self.known = known
+        self.learned = learned
+
+    def embed(self, cond: Tensor | None) -> tuple[Any, Any]:
+        """The embeddings of both terms."""
+        self.check_cond(cond)
+        known, learned = self.known, self.learned
+        return known.embed(cond if known.cond_dim else None), learned.embed(cond if learned.cond_dim else None)
+
+    def forward(self, t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Velocity [B, D] at time t (float or [B]), state x [B, D] and conditioning cond [B, C]."""
+        return self.forward_embedded(t, x, self.embed(cond))
+
+    def forward_embedded(self, t: Time, x: Tensor, embedded: tuple[Any, Any]) -> Tensor:
+        """Sum of both velocities, [B, D]."""
+        return self.known.forward_embedded(t, x, embedded[0]) + self.learned.forward_embedded(t, x, embedded[1])
+
+    def divergence_embedded(self, t: Time, x: Tensor, embedded: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+        """Sums of both velocities [B, D] and both divergences [B]."""
+        v_known, trace_known = self.known.divergence_embedded(t, x, embedded[0])
+        v_learned, trace_learned = self.learned.divergence_embedded(t, x, embedded[1])
+        return v_known + v_learned, trace_known + trace_learned
+
+    def jacobian_embedded(self, t: Time, x: Tensor, embedded: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+        """Sums of both velocities [B, D] and both Jacobians [B, D, D]."""
+        v_known, jacobian_known = self.known.jacobian_embedded(t, x, embedded[0])
+        v_learned, jacobian_learned = self.learned.jacobian_embedded(t, x, embedded[1])
+        return v_known + v_learned, jacobian_known + jacobian_learned
+
+
+class PotentialField(VelocityField):
+    """``v = -grad_x U(x, cond)``: the drift of gradient flow and of overdamped Langevin dynamics.
+
+    Works under ``no_grad`` too; with gradients enabled the velocity is differentiable in x, cond and U's parameters.
+
+    Args:
+        potential: module ``(x [B, D], cond [B, C] or None) -> U [B]``, each row a function of its own row of x.
+        dim: D, size of the state.
+        cond_dim: C, size of the conditioning, 0 for none.
+    """
+
+    def __init__(self, potential: nn.Module, dim: int, cond_dim: int = 0) -> None:
+        super().__init__(dim, cond_dim)
+        self.potential = potential
+
+    def forward(self, t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Velocity [B, D] at state x [B, D] and conditioning cond [B, C]; the same at all times t.
+
+        Raises:
+            ValueError: if the potential does not return [B].
+        """
+        self.check_state(t, x)
+        self.check_cond(cond)
+
+        def total(y: Tensor) -> Tensor:
+            energy: Tensor = self.potential(y, cond)
+            if energy.shape != y.shape[:1]:
+                # A [B, 1] would pass through the sum, a [B, B] from wrong broadcasting too.
+                raise ValueError(f"potential must return shape [{y.shape[0]}], got {list(energy.shape)}; squeeze it")
+            return energy.sum()
+
+        gradient: Tensor = torch.func.grad(total)(x)
+        return -gradient

@@ -1,0 +1,211 @@
+"""Explicit Runge-Kutta integration of ``dx/dt = v(t, x, cond)`` with a fixed number of equal steps.
+
+The loops run over Python ints, so ``torch.compile(fullgraph=True)`` unrolls them, and a row's result does not depend on
+the rest of its batch. Gradients are those of the discrete map (discretise, then differentiate).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .fields import Time, VelocityField
+
+FieldLike: TypeAlias = VelocityField | Callable[[Time, Tensor, Tensor | None], Tensor]
+"""A VelocityField or any callable ``(t, x, cond) -> v``."""
+
+
+@dataclass(frozen=True)
+class Tableau:
+    """Butcher tableau of an explicit Runge-Kutta method with s stages.
+
+        k_i = v(t + c_i h, x + h sum_j a_ij k_j),   x' = x + h sum_i b_i k_i
+
+    Attributes:
+        name: key in ``SOLVERS``.
+        order: global error O(h^order) for smooth fields.
+        a: s rows; row i holds the i coefficients of the stages before it.
+        b: s weights, sum 1.
+        c: s stage times as fractions of a step, in [0, 1], the first 0.
+    """
+
+    name: str
+    order: int
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    c: tuple[float, ...]
+
+
+EULER = Tableau("euler", 1, a=((),), b=(1.0,), c=(0.0,))
+"""Order 1, one field call per step (Euler 1768)."""
+
+MIDPOINT = Tableau("midpoint", 2, a=((), (0.5,)), b=(0.0, 1.0), c=(0.0, 0.5))
+"""Order 2, two field calls per step (Runge 1895). The solver of PolicyFlow (arXiv 2602.01156)."""
+
+HEUN = Tableau("heun", 2, a=((), (1.0,)), b=(0.5, 0.5), c=(0.0, 1.0))
+"""Order 2, two field calls per step, both at step boundaries: explicit trapezoidal rule (Heun 1900)."""
+
+RK4 = Tableau(
+    "rk4",
+    4,
+    a=((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),
+    b=(1 / 6, 1 / 3, 1 / 3, 1 / 6),
+    c=(0.0, 0.5, 0.5, 1.0),
+)
+"""Order 4, four field calls per step (Kutta 1901)."""
+
+SOLVERS: dict[str, Tableau] = {tableau.name: tableau for tableau in (EULER, MIDPOINT, HEUN, RK4)}
+"""The named solvers, for configurations and command lines."""
+
+
+def get_tableau(solver: Tableau | str) -> Tableau:
+    """The tableau of a solver given by name or as a tableau.
+
+    Raises:
+        ValueError: if the name is not in ``SOLVERS``.
+    """
+    if isinstance(solver, Tableau):
+        return solver
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {sorted(SOLVERS)} or a Tableau, got {solver!r}")
+    return SOLVERS[solver]
+
+
+def intervals(steps: int, t0: float, t1: float) -> list[tuple[float, float]]:
+    """Start and size (t, h) of each of the equal steps from t0 to t1; ``t + h`` of the last is t1 exactly on [0, 1].
+
+    Raises:
+        ValueError: if ``steps`` is below 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    times = [t0 + (t1 - t0) * k / steps for k in range(steps)] + [t1]
+    return [(t, t_next - t) for t, t_next in pairwise(times)]
+
+
+def time_grid(steps: int, solver: Tableau | str = "midpoint", t0: float = 0.0, t1: float = 1.0) -> tuple[float, ...]:
+    """The distinct stage times of a fixed-step solver, from t0 to t1 inclusive.
+
+    The end t1 belongs to the grid also where the solver has no stage there (Euler, midpoint): K steps give ``2 K + 1``
+    times for midpoint and RK4, ``K + 1`` for Euler and Heun. PolicyFlow (arXiv 2602.01156) draws the times of its
+    importance ratio uniformly from this grid.
+
+    Raises:
+        ValueError: if ``steps`` is below 1 or the solver unknown.
+    """
+    # c = 1 is the next step's start: left out rather than compared, as rounding could make it a second, close time.
+    fractions = sorted({0.0, *get_tableau(solver).c} - {1.0})
+    return (*(t + c * h for t, h in intervals(steps, t0, t1) for c in fractions), t1)
+
+
+def bind(field: FieldLike, cond: Tensor | None) -> Callable[[Time, Tensor], Tensor]:
+    """``(t, x) -> v`` with cond fixed; a VelocityField embeds cond once, here."""
+    if isinstance(field, VelocityField):
+        embedded = field.embed(cond)
+        return lambda t, x: field.forward_embedded(t, x, embedded)
+    return lambda t, x: field(t, x, cond)
+
+
+def advance(velocity: Callable[[Time, Tensor], Tensor], tableau: Tableau, t: float, h: float, x: Tensor) -> Tensor:
+    """``rk_step`` of a bound field. A zero coefficient costs nothing, so Euler is one call and one addition."""
+    slopes: list[Tensor] = []
+    for row, c in zip(tableau.a, tableau.c, strict=True):
+        slopes.append(velocity(t + c * h, combine(x, h, row, slopes)))
+    return combine(x, h, tableau.b, slopes)
+
+
+def combine(x: Tensor, h: float, weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+    """``x + h sum_i weights_i slopes_i``, skipping zero weights."""
+    for weight, slope in zip(weights, slopes, strict=True):
+        if weight != 0.0:
+            x = torch.add(x, slope, alpha=h * weight)
+    return x
+
+
+def rk_step(field: FieldLike, tableau: Tableau, t: float, h: float, x: Tensor, cond: Tensor | None = None) -> Tensor:
+    """One Runge-Kutta step of size h from time t.
+
+    Args:
+        field: velocity field or callable ``(t, x, cond) -> v``.
+        tableau: the method; one field call per stage.
+        t: time at the start of the step.
+        h: step size; negative to go back in time.
+        x: state at t, [B, D].
+        cond: conditioning, [B, C], or None.
+
+    Returns:
+        State at ``t + h``, [B, D].
+    """
+    return advance(bind(field, cond), tableau, t, h, x)
+
+
+def odeint(
+    field: FieldLike,
+    x: Tensor,
+    *,
+    steps: int,
+    solver: Tableau | str = "midpoint",
+    cond: Tensor | None = None,
+    t0: float = 0.0,
+    t1: float = 1.0,
+) -> Tensor:
+    """Integrate ``dx/dt = field(t, x, cond)`` from t0 to t1 in equal steps.
+
+    Costs ``steps`` times the solver's number of stages in field calls.
+
+    Args:
+        field: velocity field or callable ``(t, x, cond) -> v``.
+        x: state at t0, [B, D].
+        steps: number of steps, at least 1.
+        solver: a tableau or a key of ``SOLVERS``.
+        cond: conditioning, [B, C], or None.
+        t0: start time.
+        t1: end time; below t0 to integrate backwards.
+
+    Returns:
+        State at t1, [B, D], differentiable in x, cond and the field's parameters.
+
+    Raises:
+        ValueError: if ``steps`` is below 1, the solver unknown or x not [B, D].
+    """
+    tableau = get_tableau(solver)
+    check_batch(x)
+    velocity = bind(field, cond)
+    for t, h in intervals(steps, t0, t1):
+        x = advance(velocity, tableau, t, h, x)
+    return x
+
+
+def odeint_path(
+    field: FieldLike,
+    x: Tensor,
+    *,
+    steps: int,
+    solver: Tableau | str = "midpoint",
+    cond: Tensor | None = None,
+    t0: float = 0.0,
+    t1: float = 1.0,
+) -> Tensor:
+    """``odeint`` with the states it passes through; arguments and errors are the same.
+
+    Returns:
+        States at the step boundaries ``time_grid(steps, EULER, t0, t1)``, [steps + 1, B, D], the first of them x.
+    """
+    tableau = get_tableau(solver)
+    check_batch(x)
+    velocity = bind(field, cond)
+    states = [x]
+    for t, h in intervals(steps, t0, t1):
+        states.append(advance(velocity, tableau, t, h, states[-1]))
+    return torch.stack(states)
+
+
+def check_batch(x: Tensor) -> None:
+    """Raise ValueError unless x is [B, D]."""
+    if x.ndim != 2:
+        raise ValueError(f"x must have shape [B, D], got {list(x.shape)}; flatten or add the batch dimension")

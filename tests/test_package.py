@@ -1,0 +1,116 @@
+"""What gets installed: one top-level name, typed, with its two commands, and the same from a wheel as from an sdist."""
+
+from __future__ import annotations
+
+import email
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+import driftrl
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
+    """Output of a Python process, which looks for packages in `path` first."""
+    environment = {**os.environ, "PYTHONPATH": str(path)} if path else None
+    result = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def build(source: Path, target: str, folder: Path) -> Path:
+    """Build `target` (wheel or sdist) of the project in `source` with the backend itself: no network, no isolation."""
+    python("-m", "hatchling", "build", "--target", target, "--directory", str(folder), cwd=source)
+    (path,) = folder.iterdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(ROOT, "wheel", tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def wheel_files(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.fixture(scope="module")
+def dist_info(wheel_files: dict[str, bytes]) -> str:
+    (folder,) = {name.split("/")[0] for name in wheel_files if ".dist-info/" in name}
+    return folder
+
+
+def test_wheel_installs_driftrl_and_no_other_name(wheel_files: dict[str, bytes], dist_info: str) -> None:
+    assert {name.split("/")[0] for name in wheel_files} == {"driftrl", dist_info}
+
+
+def test_wheel_holds_every_module_of_the_checkout(wheel_files: dict[str, bytes]) -> None:
+    folders = ("agents", "envs", "dynamics")
+    modules = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    modules += [ROOT / "train.py", ROOT / "evaluate.py"]
+    expected = {f"driftrl/{path.relative_to(ROOT).as_posix()}": path.read_bytes() for path in modules}
+    assert {f"driftrl/{folder}/__init__.py" for folder in folders} <= set(expected)
+    expected["driftrl/__init__.py"] = (ROOT / "driftrl" / "__init__.py").read_bytes()
+    assert {name: content for name, content in wheel_files.items() if name.endswith(".py")} == expected
+
+
+def test_wheel_is_marked_as_typed(wheel_files: dict[str, bytes]) -> None:
+    assert "driftrl/py.typed" in wheel_files
+
+
+def test_versions_agree(wheel_files: dict[str, bytes], dist_info: str) -> None:
+    metadata = email.message_from_bytes(wheel_files[f"{dist_info}/METADATA"])
+    assert metadata["Version"] == driftrl.__version__
+
+
+def test_wheel_declares_the_two_commands(wheel_files: dict[str, bytes], dist_info: str) -> None:
+    entry_points = ConfigParser()
+    entry_points.read_string(wheel_files[f"{dist_info}/entry_points.txt"].decode())
+    assert dict(entry_points["console_scripts"]) == {
+        "driftrl-train": "driftrl.train:main",
+        "driftrl-evaluate": "driftrl.evaluate:main",
+    }
+
+
+def test_sdist_builds_the_same_wheel(wheel_files: dict[str, bytes], tmp_path: Path) -> None:
+    sdist = build(ROOT, "sdist", tmp_path / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (source,) = (tmp_path / "unpacked").iterdir()
+    with zipfile.ZipFile(build(source, "wheel", tmp_path / "wheel")) as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == wheel_files
+
+
+def test_public_names_exist() -> None:
+    assert all(hasattr(driftrl, name) for name in driftrl.__all__)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    name = "PolicyFlop"
+    with pytest.raises(AttributeError, match="no attribute 'PolicyFlop'"):
+        getattr(driftrl, name)
+
+
+def test_dynamics_needs_neither_gymnasium_nor_stable_baselines3(tmp_path: Path) -> None:
+    code = "import sys, driftrl.dynamics; print({'gymnasium', 'stable_baselines3'} & set(sys.modules))"
+    assert python("-c", code, cwd=tmp_path) == "set()"
+
+
+@pytest.mark.slow
+def test_installed_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    python("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel), cwd=tmp_path)
+    file = python("-c", "import driftrl.agents; print(driftrl.agents.__file__)", cwd=tmp_path, path=site)
+    assert Path(file).is_relative_to(site)
+    assert "--total-timesteps" in python("-m", "driftrl.train", "policyflow", "--help", cwd=tmp_path, path=site)
+    assert "--episodes" in python("-m", "driftrl.evaluate", "--help", cwd=tmp_path, path=site)
