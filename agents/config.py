@@ -1,0 +1,53 @@
+"""Validation shared by the agents' Config dataclasses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+RANGES: dict[str, Callable[[Any], bool]] = {
+    "a number above 0": lambda x: _number(x) and x > 0,
+    "a number above 0, or None": lambda x: x is None or (_number(x) and x > 0),
+    "a number of at least 0": lambda x: _number(x) and x >= 0,
+    "a number in [0, 1]": lambda x: _number(x) and 0 <= x <= 1,
+    "a number in [0, 1)": lambda x: _number(x) and 0 <= x < 1,
+    "an integer of at least 1": lambda x: _count(x) and x >= 1,
+    "an integer of at least 0": lambda x: _count(x) and x >= 0,
+    "positive integers, at least one": lambda x: len(x) > 0 and all(_count(width) and width >= 1 for width in x),
+    "True or False": lambda x: isinstance(x, bool),
+}
+"""Wording of a range -> whether a value lies in it."""
+
+
+def validate(config: Any, ranges: dict[str, str]) -> None:
+    """Check a Config's fields against their ranges, and its Literal fields against their alternatives.
+
+    Args:
+        config: dataclass instance.
+        ranges: key of `RANGES` -> names of the fields it holds for, separated by blanks.
+
+    Raises:
+        ValueError: if a field is outside its range.
+    """
+    for expected, names in ranges.items():
+        for name in names.split():
+            require(config, name, RANGES[expected](getattr(config, name)), expected)
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal:
+            require(config, name, getattr(config, name) in get_args(hint), "one of " + ", ".join(get_args(hint)))
+
+
+def require(config: Any, name: str, valid: bool, expected: str) -> None:
+    """Raise ValueError with what was got and what is expected unless the field is valid."""
+    if not valid:
+        raise ValueError(f"{name}: got {getattr(config, name)!r}, expected {expected}")

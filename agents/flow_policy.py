@@ -1,0 +1,327 @@
+"""The flow policy: a base distribution, a velocity field that carries it to the actions, action noise, a critic.
+
+Given an observation s::
+
+    z ~ base(s)                     base: N(0, base_std^2), N(0, s^2) or N(m(s), s^2)
+    x1 = phi_1(z; s)                phi: the flow of dx/dt = v(t, x, s) from t = 0 to 1
+    action = x1 + n,  n ~ N(0, std^2)
+
+The actor works in normalised actions, in which the action space is [-1, 1]^D; `unscale_action` maps them to the
+environment's units. Actions are stored unclipped and clipped only on their way to the environment.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_image_space, preprocess_obs
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..dynamics.fields import MLPField
+from ..dynamics.ode import odeint
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "mish": nn.Mish, "tanh": nn.Tanh, "elu": nn.ELU}
+LOG_STD_RANGE = (-5.0, 2.0)
+
+
+def gaussian_log_prob(x: Tensor, mean: Tensor | float, log_std: Tensor) -> Tensor:
+    """Log-density of a diagonal Gaussian: x [B, D], mean and log_std broadcast to it; returns [B], in nats."""
+    return (-0.5 * ((x - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor | float, other_log_std: Tensor) -> Tensor:
+    """KL(N(mean, std^2) || N(other_mean, other_std^2)) of diagonal Gaussians, [B, D] each; returns [B], in nats."""
+    scaled = torch.exp(2 * (log_std - other_log_std)) + ((mean - other_mean) * torch.exp(-other_log_std)).square()
+    return (other_log_std - log_std + 0.5 * scaled - 0.5).sum(-1)
+
+
+def mlp(sizes: list[int], activation: str, head_gain: float) -> nn.Sequential:
+    """Fully connected network with orthogonal weights (gain sqrt(2), head_gain in the last layer), zero biases."""
+    layers: list[nn.Module] = []
+    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
+        last = i == len(sizes) - 2
+        linear = nn.Linear(fan_in, fan_out)
+        nn.init.orthogonal_(linear.weight, head_gain if last else math.sqrt(2.0))
+        nn.init.zeros_(linear.bias)
+        layers += [linear] if last else [linear, ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers)
+
+
+class RunningNorm(nn.Module):
+    """Running mean and variance of a stream of vectors, merged batch by batch (Chan et al. 1979).
+
+    Args:
+        dim: length of the vectors.
+        clip: bound on the magnitude of what `forward` returns, in standard deviations.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+    def __init__(self, dim: int, clip: float = 10.0) -> None:
+        super().__init__()
+        self.clip = clip
+        # float64: the statistics run over millions of samples; the cast on use costs one small copy.
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, batch: Tensor) -> None:
+        """Merge a batch [B, dim] into the statistics."""
+        batch = batch.double()
+        n = batch.shape[0]
+        total = self.count + n
+        delta = batch.mean(0) - self.mean
+        spread = self.var * self.count + batch.var(0, unbiased=False) * n + delta.square() * self.count * n / total
+        self.mean += delta * n / total
+        self.var.copy_(spread / total)
+        self.count.copy_(total)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation, [dim], float32; 1 before the first batch."""
+        return (self.var + 1e-8).sqrt().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Standardise x [B, dim] and clip it to +-clip."""
+        return ((x - self.mean.float()) / self.std).clamp(-self.clip, self.clip)
+
+
+class FlowSample(NamedTuple):
+    """One draw from the policy, each [B, D] in normalised action units."""
+
+    z: Tensor
+    x1: Tensor
+    action: Tensor
+
+
+class FlowActor(nn.Module):
+    """The distribution of (z, action) given normalised observations.
+
+    Args:
+        obs_dim: length of the observation vector, O.
+        action_dim: number of action dimensions, D.
+        hidden: widths of the velocity field's hidden layers, and of the base's mean network.
+        activation: a key of `ACTIVATIONS`.
+        base: "standard" N(0, base_std^2), fixed; "learned" N(0, s^2), s a parameter; "gaussian" N(m(obs), s^2).
+        base_std: (initial) standard deviation of the base.
+        log_std_init: initial log standard deviation of the action noise.
+        solver: name of the ODE solver.
+        solver_steps: number of its steps.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        *,
+        hidden: tuple[int, ...],
+        activation: str,
+        base: str,
+        base_std: float,
+        log_std_init: float,
+        solver: str,
+        solver_steps: int,
+    ) -> None:
+        super().__init__()
+        self.solver, self.solver_steps = solver, solver_steps
+        # The last layer is zero: the flow starts as the identity (the paper's best initialisation).
+        self.field = MLPField(action_dim, obs_dim, hidden=hidden, activation=activation, last_layer_scale=0.0)
+        self.base_mean = mlp([obs_dim, *hidden, action_dim], activation, 0.01) if base == "gaussian" else None
+        self.base_log_std = nn.Parameter(
+            torch.full((action_dim,), math.log(base_std)), requires_grad=base != "standard"
+        )
+        self.log_std = nn.Parameter(torch.full((action_dim,), float(log_std_init)))
+
+    def base(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation of z given obs [B, O]; both [B, D]."""
+        log_std = self.base_log_std.clamp(*LOG_STD_RANGE).expand(obs.shape[0], -1)
+        return (torch.zeros_like(log_std) if self.base_mean is None else self.base_mean(obs)), log_std
+
+    def noise_log_std(self) -> Tensor:
+        """Log standard deviation of the action noise, [D]."""
+        return self.log_std.clamp(*LOG_STD_RANGE)
+
+    def flow(self, z: Tensor, obs: Tensor) -> Tensor:
+        """Carry z [B, D] to x1 [B, D] by the flow given obs [B, O]."""
+        return odeint(self.field, z, steps=self.solver_steps, solver=self.solver, cond=obs)
+
+    def sample(self, obs: Tensor, noise: Tensor) -> FlowSample:
+        """Draw from the policy given obs [B, O] and standard normal noise [2, B, D], the first half for z."""
+        mean, log_std = self.base(obs)
+        z = mean + log_std.exp() * noise[0]
+        x1 = self.flow(z, obs)
+        return FlowSample(z, x1, x1 + self.noise_log_std().exp() * noise[1])
+
+    def mode(self, obs: Tensor) -> Tensor:
+        """The deterministic action [B, D]: z at the mean of the base, no action noise."""
+        return self.flow(self.base(obs)[0], obs)
+
+    def log_prob(self, obs: Tensor, sample: FlowSample) -> Tensor:
+        """Joint log-density of (z, action) given obs, [B], in nats: what importance ratios are taken of."""
+        base = gaussian_log_prob(sample.z, *self.base(obs))
+        return base + gaussian_log_prob(sample.action, sample.x1, self.noise_log_std())
+
+
+class FlowPolicy(BasePolicy):
+    """Actor, critic and normalisers as a Stable-Baselines3 policy for Box actions and vector observations.
+
+    Args:
+        observation_space: Box, or Dict of Box, Discrete, MultiDiscrete and MultiBinary; no images.
+        action_space: Box with finite bounds.
+        lr_schedule: progress remaining (1 to 0) -> learning rate.
+        net_arch: widths of the hidden layers, one list for both networks or {"pi": [...], "vf": [...]}.
+        activation_fn: a key of `ACTIVATIONS` or one of its torch modules.
+        base: see `FlowActor`.
+        base_std: see `FlowActor`.
+        log_std_init: see `FlowActor`.
+        solver: see `FlowActor`.
+        solver_steps: see `FlowActor`.
+        normalize_observation: standardise observations with running statistics.
+        ema_decay: decay of the weight average used for prediction; 0 for none.
+        optimizer_class: optimizer of all parameters.
+        optimizer_kwargs: its arguments besides the learning rate.
+
+    Raises:
+        ValueError: if a space or an argument is not supported.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        *,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: str | type[nn.Module] = "silu",
+        base: str = "learned",
+        base_std: float = 0.1,
+        log_std_init: float = math.log(0.5),
+        solver: str = "euler",
+        solver_steps: int = 4,
+        normalize_observation: bool = True,
+        ema_decay: float = 0.0,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        optimizer_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        check_spaces(observation_space, action_space)
+        super().__init__(
+            observation_space,
+            action_space,
+            squash_output=True,  # predict() maps our [-1, 1] to the bounds
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+        )
+        if not isinstance(net_arch, dict):
+            net_arch = {"pi": net_arch or [64, 64], "vf": net_arch or [64, 64]}
+        activation = activation_name(activation_fn)
+        self._arguments = {
+            "net_arch": net_arch, "activation_fn": activation, "base": base, "base_std": base_std,
+            "log_std_init": log_std_init, "solver": solver, "solver_steps": solver_steps,
+            "normalize_observation": normalize_observation, "ema_decay": ema_decay,
+            "optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs,
+        }  # fmt: skip
+        self.obs_dim = get_flattened_obs_dim(observation_space)
+        self.action_dim = get_flattened_obs_dim(action_space)
+        self.obs_norm = RunningNorm(self.obs_dim)
+        self.return_norm = RunningNorm(1)
+        self.normalize_observation = normalize_observation
+        self.actor = FlowActor(
+            self.obs_dim, self.action_dim, hidden=tuple(net_arch["pi"]), activation=activation, base=base,
+            base_std=base_std, log_std_init=log_std_init, solver=solver, solver_steps=solver_steps,
+        )  # fmt: skip
+        self.critic = mlp([self.obs_dim, *net_arch["vf"], 1], activation, 1.0)
+        self.optimizer = optimizer_class(
+            [p for p in self.parameters() if p.requires_grad],
+            lr=lr_schedule(1),  # type: ignore[call-arg]
+            **self.optimizer_kwargs,
+        )
+        self.averaged_actor = (
+            AveragedModel(self.actor, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
+        )
+
+    def features(self, obs: PyTorchObs) -> Tensor:
+        """Flatten a batch of observations to raw vectors [B, O] (Dict entries in the order of their space)."""
+        encoded = preprocess_obs(obs, self.observation_space, normalize_images=False)
+        if isinstance(encoded, dict):
+            assert isinstance(self.observation_space, spaces.Dict)
+            return torch.cat([encoded[key].flatten(1) for key in self.observation_space.spaces], dim=1)
+        return encoded.flatten(1)
+
+    def normalize(self, features: Tensor) -> Tensor:
+        """Standardise raw observation vectors [B, O] with the policy's own statistics."""
+        return self.obs_norm.forward(features) if self.normalize_observation else features
+
+    def value(self, obs: Tensor) -> Tensor:
+        """State value [B] of normalised observations [B, O], in units of normalised returns."""
+        value: Tensor = self.critic(obs)
+        return value.squeeze(-1)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised actions [B, D] (unclipped), values [B, 1] and joint log-densities of (z, action) [B].
+
+        Args:
+            obs: batch of observations.
+            deterministic: z at the mean of the base and no action noise.
+        """
+        vector = self.normalize(self.features(obs))
+        noise = torch.zeros if deterministic else torch.randn
+        sample = self.actor.sample(vector, noise(2, vector.shape[0], self.action_dim, device=vector.device))
+        return sample.action, self.value(vector).unsqueeze(-1), self.actor.log_prob(vector, sample)
+
+    def predict_values(self, obs: PyTorchObs) -> Tensor:
+        """Values [B, 1] of a batch of observations, in units of normalised returns."""
+        return self.value(self.normalize(self.features(obs))).unsqueeze(-1)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        vector = self.normalize(self.features(observation))
+        actor = self.actor if self.averaged_actor is None else cast(FlowActor, self.averaged_actor.module)
+        if deterministic:
+            return actor.mode(vector).clamp(-1, 1)
+        noise = torch.randn(2, vector.shape[0], self.action_dim, device=vector.device)
+        return actor.sample(vector, noise).action.clamp(-1, 1)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        spaces_ = {"observation_space": self.observation_space, "action_space": self.action_space}
+        return spaces_ | {"lr_schedule": self._dummy_schedule} | self._arguments
+
+
+def activation_name(activation: str | type[nn.Module]) -> str:
+    """The key of `ACTIVATIONS` for a name or a torch module class.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    for name, module in ACTIVATIONS.items():
+        if activation in (name, module):
+            return name
+    raise ValueError(f"unknown activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+
+
+def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+    """Refuse what a flow policy cannot act on.
+
+    Raises:
+        ValueError: if the actions are not a Box with finite bounds, or observations are not vectors.
+    """
+    if not isinstance(action_space, spaces.Box) or not action_space.is_bounded():
+        raise ValueError(
+            f"unsupported action space: got {action_space}, expected a Box with finite bounds; "
+            "wrap the environment so that its actions are continuous and bounded"
+        )
+    parts = observation_space.spaces.values() if isinstance(observation_space, spaces.Dict) else [observation_space]
+    vector = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+    if not all(isinstance(part, vector) and not is_image_space(part) for part in parts):
+        raise ValueError(
+            f"unsupported observation space: got {observation_space}, expected vectors (Box, or a Dict of them); "
+            "encode images to vectors with a wrapper"
+        )

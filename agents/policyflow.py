@@ -1,0 +1,377 @@
+"""PolicyFlow: PPO whose policy is a continuous normalizing flow (Yang, Liu, Chen 2026, arXiv 2602.01156)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import LinearSchedule, explained_variance
+from torch import Tensor, nn
+
+from ..dynamics.regularize import jacobian_penalty
+from .config import require, validate
+from .diagnostics import flow_diagnostics
+from .flow_policy import FlowPolicy, check_spaces
+from .ratios import RATIOS, Ratio, draw_interpolation, interpolate
+from .rollout import Batch, FlowRollouts
+
+
+@dataclass(frozen=True)
+class PolicyFlowConfig:
+    """Hyperparameters of PolicyFlow; those that PPO has too bear Stable-Baselines3's names.
+
+    Raises:
+        ValueError: if a field is outside its range.
+    """
+
+    learning_rate: float = 3e-4
+    """Learning rate (initial one if lr_schedule is adaptive or linear), > 0."""
+    n_steps: int = 2048
+    """Steps per environment and rollout, >= 1. The rollout holds n_steps x number of environments samples."""
+    batch_size: int = 64
+    """Samples per minibatch, 1 .. samples in the rollout."""
+    n_epochs: int = 10
+    """Passes over the rollout per iteration, >= 1."""
+    gamma: float = 0.99
+    """Discount factor, in [0, 1]."""
+    gae_lambda: float = 0.95
+    """Decay of generalized advantage estimation, in [0, 1]."""
+    clip_range: float = 0.2
+    """Clip range of the ratio, > 0 (PPO's epsilon)."""
+    clip_range_vf: float | None = 0.2
+    """Clip range of the value, in units of normalised returns, > 0; None: no clipping."""
+    normalize_advantage: bool = True
+    """Standardise the advantages over the whole rollout."""
+    ent_coef: float = 0.0
+    """Weight of the entropy of the Gaussian noises, w_g of the paper, >= 0."""
+    vf_coef: float = 0.5
+    """Weight of the value loss, >= 0."""
+    max_grad_norm: float = 1.0
+    """Largest norm of the joint gradient of actor and critic, > 0."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW, >= 0."""
+    lr_schedule: Literal["adaptive", "linear", "constant"] = "adaptive"
+    """Course of the learning rate: adaptive keeps the KL near desired_kl; linear falls to 0; constant."""
+    desired_kl: float = 0.01
+    """KL per iteration that the adaptive learning rate aims at, > 0, in nats."""
+    lr_min: float = 1e-6
+    """Lower bound of the adaptive learning rate, > 0."""
+    lr_max: float = 1e-2
+    """Upper bound of the adaptive learning rate, >= lr_min."""
+    target_kl: float | None = None
+    """End the epochs of an iteration when the KL exceeds 1.5 x this, > 0; None: never."""
+    ratio: Literal["interpolation", "endpoint"] = "interpolation"
+    """Importance ratio: the paper's approximation, or the exact one given z (solver_steps times its cost)."""
+    solver: Literal["euler", "midpoint", "heun", "rk4"] = "euler"
+    """ODE solver of the flow."""
+    solver_steps: int = 4
+    """Fixed steps of the solver from flow time 0 to 1, >= 1."""
+    base: Literal["standard", "learned", "gaussian"] = "learned"
+    """Base distribution of z: standard N(0, base_std^2) fixed; learned N(0, s^2), s learned from base_std;
+    gaussian N(m(s), s^2) with a mean network."""
+    base_std: float = 0.1
+    """(Initial) standard deviation of the base, > 0, in units of half the action range."""
+    action_std: float = 0.5
+    """Initial standard deviation of the action noise, > 0, in units of half the action range."""
+    brownian: Literal["paper", "consistent"] = "consistent"
+    """Form of the Brownian regularizer: the paper's, or the self-consistent one that aims at brownian_std."""
+    brownian_coef: float = 0.0
+    """Weight of the Brownian regularizer, w_b of the paper, >= 0; 0 switches it off."""
+    brownian_std: float = 0.5
+    """Standard deviation that the consistent Brownian regularizer drives the flow's samples to, > 0."""
+    jacobian_coef: float = 0.0
+    """Weight of the squared Frobenius norm of the field's Jacobian, >= 0; 0 switches it off."""
+    actor_hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of the velocity field (and of the base's mean)."""
+    critic_hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of the critic."""
+    activation: Literal["silu", "mish", "tanh", "elu"] = "silu"
+    """Activation of all networks."""
+    ema_decay: float = 0.0
+    """Decay of the weight average that predict() uses, in [0, 1); 0: predict with the last weights."""
+    normalize_observation: bool = True
+    """Standardise observations with running statistics kept in the policy."""
+    normalize_reward: bool = True
+    """Divide rewards by the running standard deviation of the discounted return."""
+    diagnostics_interval: int = 10
+    """Iterations between the flow/ diagnostics in the log, >= 0; 0: never."""
+
+    def __post_init__(self) -> None:
+        validate(
+            self,
+            {
+                "a number above 0": "learning_rate clip_range max_grad_norm desired_kl lr_min lr_max "
+                "base_std action_std brownian_std",
+                "a number above 0, or None": "clip_range_vf target_kl",
+                "a number of at least 0": "ent_coef vf_coef weight_decay brownian_coef jacobian_coef",
+                "a number in [0, 1]": "gamma gae_lambda",
+                "a number in [0, 1)": "ema_decay",
+                "an integer of at least 1": "n_steps batch_size n_epochs solver_steps",
+                "an integer of at least 0": "diagnostics_interval",
+                "positive integers, at least one": "actor_hidden critic_hidden",
+                "True or False": "normalize_advantage normalize_observation normalize_reward",
+            },
+        )
+        require(self, "lr_max", self.lr_max >= self.lr_min, f"a number of at least lr_min = {self.lr_min}")
+
+
+def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """PPO's policy loss ``-E[min(rho A, clip(rho, 1 +- clip_range) A)]`` of log-ratios and advantages [B]."""
+    ratio = log_ratio.exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages).mean()
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> Tensor:
+    """Half the mean squared error of values [B], with PPO's pessimistic clipping around old_values.
+
+    The maximum of both errors, as in PPO's original code: without it a value outside the band gets no gradient.
+    """
+    error = (values - returns).square()
+    if clip_range is not None:
+        clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+        error = torch.maximum(error, (clipped - returns).square())
+    return 0.5 * error.mean()
+
+
+def brownian_loss(velocity: Tensor, batch: Batch, form: str, std: float) -> Tensor:
+    """Brownian regularizer, summed over action dimensions and averaged over the batch.
+
+    "paper" (Algorithm 1): ``|(1 - t) v - (x_t - t v_old)|^2`` pulls the velocity towards minus the score of the flow
+    that acted, along which Brownian motion would spread it. Alone, it drives the flow to std e * base_std.
+    "consistent": ``(1 - t) |v - c (x_t - m)|^2`` with ``c = log(std / base_std)``: the same gradient for c = 1 while
+    the policy is the one that acted, no old velocity, and any target. m is the mean of the base.
+
+    Args:
+        velocity: v(t, x_t, s) with gradient, [B, D].
+        batch: with t and v_old of the interpolation point.
+        form: "paper" or "consistent".
+        std: target standard deviation of the flow's samples ("consistent" only).
+    """
+    x_t, left = interpolate(batch), 1 - batch["t"].unsqueeze(-1)
+    if form == "paper":
+        residual = left * velocity - (x_t - batch["t"].unsqueeze(-1) * batch["v_old"])
+        return residual.square().sum(-1).mean()
+    rate = math.log(std) - batch["base_log_std"]
+    return (left * (velocity - rate * (x_t - batch["base_mean"])).square()).sum(-1).mean()
+
+
+def losses(policy: FlowPolicy, ratio: Ratio, batch: Batch, config: PolicyFlowConfig) -> dict[str, Tensor]:
+    """The objective "train/loss" of a minibatch, its unweighted terms and what is logged beside them; scalars.
+
+    The entropy is that of the two Gaussians, of the action noise and of the base, in nats per sample; a base that is
+    not learned adds a constant.
+    """
+    actor, obs = policy.actor, batch["obs"]
+    old_to_new = ratio.terms(actor, batch)
+    policy_loss = clipped_surrogate(old_to_new.log_ratio, batch["advantages"], config.clip_range)
+    critic_loss = value_loss(policy.value(obs), batch["values"], batch["returns"], config.clip_range_vf)
+    entropy = (actor.noise_log_std() + actor.base_log_std + math.log(2 * math.pi * math.e)).sum()
+    total = policy_loss + config.vf_coef * critic_loss - config.ent_coef * entropy
+    terms = {
+        "train/policy_gradient_loss": policy_loss,
+        "train/value_loss": critic_loss,
+        "train/entropy_loss": -entropy,
+        "train/approx_kl": old_to_new.kl.mean(),
+        "train/clip_fraction": (old_to_new.log_ratio.expm1().abs() > config.clip_range).float().mean(),
+    }
+    if config.brownian_coef > 0:
+        velocity = old_to_new.velocity
+        if velocity is None:
+            velocity = actor.field(batch["t"], interpolate(batch), obs)
+        terms["flow/brownian_loss"] = brownian_loss(velocity, batch, config.brownian, config.brownian_std)
+        total = total + config.brownian_coef * terms["flow/brownian_loss"]
+    if config.jacobian_coef > 0:
+        terms["flow/jacobian_loss"] = jacobian_penalty(actor.field, batch["t"], interpolate(batch), obs).mean()
+        total = total + config.jacobian_coef * terms["flow/jacobian_loss"]
+    return terms | {"train/loss": total}
+
+
+class PolicyFlow(FlowRollouts):
+    """PPO with a continuous normalizing flow as its policy (Yang, Liu, Chen 2026, arXiv 2602.01156).
+
+    A Stable-Baselines3 algorithm: `learn`, `save`, `load`, `predict`, callbacks and loggers are those of its PPO.
+    ``predict(deterministic=True)`` starts the flow at the mean of the base (z = 0) and adds no action noise.
+
+    Args:
+        policy: "MlpPolicy", "MultiInputPolicy" (Dict observations) or a subclass of `FlowPolicy`.
+        env: environment, vectorised environment or registered id, with Box actions; None only to load.
+        learning_rate: in place of config.learning_rate; a function of the remaining progress (1 to 0) also replaces
+            config.lr_schedule.
+        config: hyperparameters.
+        policy_kwargs: arguments of `FlowPolicy` that take precedence over the config.
+        stats_window_size: episodes that rollout/ep_rew_mean averages over.
+        tensorboard_log: folder for TensorBoard, or None.
+        verbose: 0 silent, 1 information, 2 debug.
+        seed: seed of every random number that training draws; None for a random one.
+        device: "auto", "cpu", "cuda" or a torch device.
+        _init_setup_model: build the networks now.
+        **fields: fields of `PolicyFlowConfig` by keyword, which take precedence over config.
+
+    Raises:
+        TypeError: if a keyword is no field of the config.
+        ValueError: if a field is outside its range, a space is not supported, or batch_size exceeds the rollout.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": FlowPolicy, "MultiInputPolicy": FlowPolicy}
+
+    def __init__(
+        self,
+        policy: str | type[FlowPolicy] = "MlpPolicy",
+        env: GymEnv | str | None = None,
+        learning_rate: float | Schedule | None = None,
+        *,
+        config: PolicyFlowConfig | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+        **fields: Any,
+    ) -> None:
+        known = {field.name for field in dataclasses.fields(PolicyFlowConfig)}
+        if unknown := sorted(set(fields) - known):
+            raise TypeError(f"unknown argument: got {', '.join(unknown)}, expected fields of PolicyFlowConfig: {known}")
+        if isinstance(learning_rate, float | int):
+            fields["learning_rate"] = float(learning_rate)
+        self.config = dataclasses.replace(config or PolicyFlowConfig(), **fields)
+        self._iteration = 0
+        super().__init__(
+            policy,  # type: ignore[arg-type]
+            env,  # type: ignore[arg-type]
+            learning_rate=learning_rate if callable(learning_rate) else self.config.learning_rate,
+            n_steps=self.config.n_steps,
+            gamma=self.config.gamma,
+            gae_lambda=self.config.gae_lambda,
+            ent_coef=self.config.ent_coef,
+            vf_coef=self.config.vf_coef,
+            max_grad_norm=self.config.max_grad_norm,
+            use_sde=False,
+            sde_sample_freq=-1,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+        )
+        if env is not None:
+            check_spaces(self.observation_space, self.action_space)
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        config, samples = self.config, self.config.n_steps * self.n_envs
+        if config.batch_size > samples:
+            raise ValueError(
+                f"batch_size: got {config.batch_size}, expected at most n_steps x environments = {config.n_steps} x "
+                f"{self.n_envs} = {samples}; lower batch_size or raise n_steps"
+            )
+        if not callable(self.learning_rate) and config.lr_schedule == "linear":
+            self.learning_rate = LinearSchedule(config.learning_rate, 0.0, 1.0)
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        defaults = {
+            "net_arch": {"pi": list(config.actor_hidden), "vf": list(config.critic_hidden)},
+            "activation_fn": config.activation,
+            "base": config.base,
+            "base_std": config.base_std,
+            "log_std_init": math.log(config.action_std),
+            "solver": config.solver,
+            "solver_steps": config.solver_steps,
+            "normalize_observation": config.normalize_observation,
+            "ema_decay": config.ema_decay,
+            "optimizer_kwargs": {"weight_decay": config.weight_decay, "eps": 1e-5, "fused": True},
+        }
+        self.policy = cast(type[FlowPolicy], self.policy_class)(
+            self.observation_space, self.action_space, self.lr_schedule, **(defaults | self.policy_kwargs)
+        ).to(self.device)
+        self.ratio, self.normalize_reward = RATIOS[config.ratio](), config.normalize_reward
+        self._setup_rollout()
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "PolicyFlow",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> PolicyFlow:
+        """Train for total_timesteps environment steps, as Stable-Baselines3's `PPO.learn`.
+
+        Raises:
+            ValueError: if an observation or a reward is not finite.
+        """
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    def train(self) -> None:
+        """Fit actor and critic to the rollout (the paper's Algorithm 1), then let the normalisers see it."""
+        config, policy, batch = self.config, self.policy, self.batch
+        policy.set_training_mode(True)
+        adaptive = config.lr_schedule == "adaptive" and not callable(self.learning_rate)
+        if not adaptive:
+            self._update_learning_rate(policy.optimizer)
+        explained = explained_variance(batch["values"].cpu().numpy(), batch["returns"].cpu().numpy())
+        if config.normalize_advantage:
+            advantages = batch["advantages"]
+            batch["advantages"] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+        # All epochs' references are taken now, while the policy still is the one that acted: no copy of it is needed.
+        epochs = [self.ratio.record(policy.actor, batch, self._generator) for _ in range(config.n_epochs)]
+        if config.brownian_coef > 0 or config.jacobian_coef > 0:
+            epochs = [e if "t" in e else draw_interpolation(policy.actor, e, self._generator) for e in epochs]
+        for epoch in epochs:
+            means = self._fit_once(epoch)
+            self._n_updates += 1
+            if adaptive:
+                self._adapt_learning_rate(means["train/approx_kl"])
+            if config.target_kl is not None and means["train/approx_kl"] > 1.5 * config.target_kl:
+                break
+        if config.diagnostics_interval and self._iteration % config.diagnostics_interval == 0:
+            means |= flow_diagnostics(policy.actor, self.ratio, epochs[-1], config.clip_range)
+        means["train/explained_variance"] = explained
+        means["train/clip_range"] = config.clip_range
+        means["train/learning_rate"] = policy.optimizer.param_groups[0]["lr"]
+        means["train/std"] = policy.actor.noise_log_std().exp().mean().item()
+        means["flow/base_std"] = policy.actor.base_log_std.exp().mean().item()
+        for name, value in means.items():
+            self.logger.record(name, value)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self._iteration += 1
+        policy.obs_norm.update(self.rollout_buffer["raw_obs"].flatten(0, 1))
+
+    def _fit_once(self, epoch: Batch) -> dict[str, float]:
+        """One pass over the rollout in random minibatches; returns the means of `losses`."""
+        policy, config = self.policy, self.config
+        parameters = [p for group in policy.optimizer.param_groups for p in group["params"]]
+        order = torch.randperm(len(epoch["obs"]), generator=self._generator, device=self.device)
+        shuffled = {name: tensor[order] for name, tensor in epoch.items()}
+        metrics = []
+        for start in range(0, len(order), config.batch_size):
+            minibatch = {name: tensor[start : start + config.batch_size] for name, tensor in shuffled.items()}
+            terms = losses(policy, self.ratio, minibatch, config)
+            policy.optimizer.zero_grad()
+            terms["train/loss"].backward()
+            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            policy.optimizer.step()
+            if policy.averaged_actor is not None:
+                policy.averaged_actor.update_parameters(policy.actor)
+            metrics.append(torch.stack(list(terms.values())).detach())
+        # The one point per epoch at which the host waits for the device.
+        return dict(zip(terms, torch.stack(metrics).mean(0).tolist(), strict=True))
+
+    def _adapt_learning_rate(self, kl: float) -> None:
+        """Keep the KL within a factor of 2 of desired_kl (Schulman et al. 2017, section 4, on the learning rate)."""
+        for group in self.policy.optimizer.param_groups:
+            if kl > 2 * self.config.desired_kl:
+                group["lr"] = max(group["lr"] / 1.5, self.config.lr_min)
+            elif kl < self.config.desired_kl / 2:
+                group["lr"] = min(group["lr"] * 1.5, self.config.lr_max)

@@ -1,0 +1,61 @@
+"""The agents that the commands know: one entry each, and no other place where an agent's name decides anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BufferedIOBase
+from typing import Any, Protocol
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
+
+from . import presets
+from .policyflow import PolicyFlow, PolicyFlowConfig
+
+
+class AgentClass(Protocol):
+    """What the commands need of an agent's class: Stable-Baselines3's constructor and `load`, and a config."""
+
+    def __call__(self, policy: str, env: VecEnv, *, config: Any, seed: int, device: str) -> BaseAlgorithm:
+        """Make an untrained agent."""
+
+    def load(self, path: BufferedIOBase, env: VecEnv | None = None, device: str = "auto") -> BaseAlgorithm:
+        """Read a saved agent."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An agent as the commands see it.
+
+    Args:
+        summary: one line for --help.
+        agent: its class.
+        config: dataclass of its hyperparameters.
+        presets: settings by environment id: n_envs and fields of config.
+        default_preset: settings for every other environment.
+        default_env: environment where none is given.
+    """
+
+    summary: str
+    agent: AgentClass
+    config: type[Any]
+    presets: Mapping[str, Mapping[str, Any]]
+    default_preset: Mapping[str, Any]
+    default_env: str
+
+    def preset(self, env_id: str) -> dict[str, Any]:
+        """Settings for an environment, n_envs among them: its own preset in place of the default one."""
+        return dict(self.presets.get(env_id, self.default_preset))
+
+
+AGENTS: dict[str, Entry] = {
+    "policyflow": Entry(
+        summary="on-policy PPO whose policy is a continuous normalizing flow",
+        agent=PolicyFlow,
+        config=PolicyFlowConfig,
+        presets=presets.POLICYFLOW,
+        default_preset=presets.DEFAULT,
+        default_env="HalfCheetah-v5",
+    ),
+}

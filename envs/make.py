@@ -1,0 +1,114 @@
+"""Vectorised environments by their Gymnasium id, with errors that say what to do."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import gymnasium as gym
+from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+
+Backend = Literal["auto", "sync", "subproc"]
+
+_BACKENDS: dict[str, type[DummyVecEnv] | type[SubprocVecEnv]] = {
+    "auto": DummyVecEnv,
+    "sync": DummyVecEnv,
+    "subproc": SubprocVecEnv,
+}
+
+
+def make_vec(id: str, n_envs: int, seed: int | None, backend: Backend = "auto", **env_kwargs: Any) -> VecEnv:
+    """Make ``n_envs`` copies of a registered environment, each with Stable-Baselines3's Monitor.
+
+    Args:
+        id: Gymnasium id, e.g. "HalfCheetah-v5" or "package.module:Name-v0".
+        n_envs: number of environments, at least 1.
+        seed: environment i is seeded with seed + i at its first reset; None for random seeds.
+        backend: "sync" steps one after the other in this process, "subproc" each in its own process; "auto" is "sync".
+        **env_kwargs: arguments of the environment.
+
+    Raises:
+        ValueError: if n_envs, the backend, the id, the arguments or the spaces are not usable; see `check_env`.
+    """
+    if n_envs < 1:
+        raise ValueError(f"n_envs: got {n_envs}, expected an integer of at least 1")
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(_BACKENDS)}")
+    check_env(id, **env_kwargs)
+    return make_vec_env(
+        functools.partial(gym.make, id),  # given the id itself, make_vec_env would ask for a render mode
+        n_envs=n_envs,
+        seed=seed,
+        vec_env_cls=_BACKENDS[backend],
+        env_kwargs=env_kwargs,
+    )
+
+
+def check_env(id: str, **env_kwargs: Any) -> None:
+    """Make the environment once and check that agents of this library can act in it.
+
+    Raises:
+        ValueError: if the id is unknown, its package is missing, the arguments do not fit, or the spaces are other than
+            Box actions with finite bounds and Box observations (or a Dict of Boxes) that are no images.
+    """
+    try:
+        env: gym.Env[Any, Any] = gym.make(id, **env_kwargs)
+    except (gym.error.DependencyNotInstalled, ImportError) as error:
+        raise ValueError(f"environment {id!r} needs a package that is not installed: {error}") from error
+    except (TypeError, ValueError, OSError, gym.error.Error) as error:
+        if id.rpartition(":")[2] in gym.registry:
+            raise ValueError(f"environment {id!r} refused the arguments {env_kwargs}: {error}") from error
+        matches = difflib.get_close_matches(id, gym.registry, n=3, cutoff=0.5)
+        remedy = f"did you mean {', '.join(matches)}?" if matches else "gymnasium.pprint_registry() lists them"
+        raise ValueError(f"unknown environment: got {id!r}, expected a registered Gymnasium id; {remedy}") from error
+    try:
+        _check_spaces(id, env.observation_space, env.action_space)
+    finally:
+        env.close()
+
+
+def parse_env_kwargs(items: Sequence[str]) -> dict[str, Any]:
+    """Arguments of an environment from the command line: ``key=value`` (JSON value or plain text), or JSON objects.
+
+    Raises:
+        ValueError: if an item is neither.
+    """
+    env_kwargs: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        try:
+            parsed = json.loads(text if key.isidentifier() else item)
+        except json.JSONDecodeError:
+            parsed = text
+        if key.isidentifier() and equals:
+            env_kwargs[key] = parsed
+        elif isinstance(parsed, dict):
+            env_kwargs |= parsed
+        else:
+            raise ValueError(f"env-kwargs: got {item!r}, expected key=value or a JSON object")
+    return env_kwargs
+
+
+def _check_spaces(id: str, observations: spaces.Space[Any], actions: spaces.Space[Any]) -> None:
+    if not (isinstance(actions, spaces.Box) and actions.is_bounded()):
+        raise ValueError(
+            f"unsupported actions: {id} has {actions}, expected a Box with finite bounds; choose an environment with "
+            "continuous actions or wrap it"
+        )
+    parts = observations.spaces.values() if isinstance(observations, spaces.Dict) else [observations]
+    if any(is_image_space(part) for part in parts):
+        raise ValueError(
+            f"unsupported observations: {id} has images, {observations}, expected vectors; encode the images to "
+            "vectors with a wrapper"
+        )
+    if not all(isinstance(part, spaces.Box) for part in parts):
+        raise ValueError(
+            f"unsupported observations: {id} has {observations}, expected a Box or a Dict of Boxes; flatten them with "
+            "a wrapper such as gymnasium.wrappers.FlattenObservation"
+        )

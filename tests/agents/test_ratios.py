@@ -1,0 +1,191 @@
+"""The importance ratios against torch.distributions, Monte Carlo and the closed form of a linear flow."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal, kl_divergence
+
+from driftrl.agents.flow_policy import FlowActor
+from driftrl.agents.ratios import RATIOS, EndpointRatio, InterpolationRatio
+from driftrl.agents.rollout import Batch
+from driftrl.dynamics import LinearField, ResidualField, VelocityField
+
+OBS_DIM, ACTION_DIM = 3, 2
+BASES = ("standard", "learned", "gaussian")
+
+
+def make_actor(base: str = "learned", solver: str = "euler", steps: int = 4, seed: int = 0) -> FlowActor:
+    """An actor in float64 whose parameters are all away from their initial values."""
+    torch.manual_seed(seed)
+    actor = FlowActor(
+        OBS_DIM, ACTION_DIM, hidden=(16, 16), activation="silu", base=base, base_std=0.4,
+        log_std_init=math.log(0.3), solver=solver, solver_steps=steps,
+    ).double()  # fmt: skip
+    perturb(actor, 0.3)
+    return actor
+
+
+def perturb(module: nn.Module, scale: float, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+
+
+def roll_out(actor: FlowActor, size: int = 64) -> Batch:
+    generator = torch.Generator().manual_seed(2)
+    obs = torch.randn(size, OBS_DIM, generator=generator, dtype=torch.float64)
+    noise = torch.randn(2, size, ACTION_DIM, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        sample = actor.sample(obs, noise)
+        mean, log_std = actor.base(obs)
+    reference = {"base_mean": mean, "base_log_std": log_std, "log_std": actor.noise_log_std().detach().expand_as(mean)}
+    return {"obs": obs, "z": sample.z, "x1": sample.x1, "action": sample.action} | reference
+
+
+@pytest.mark.parametrize("name", RATIOS)
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun", "rk4"])
+def test_ratio_is_exactly_one_and_kl_exactly_zero_for_the_policy_that_acted(name: str, base: str, solver: str) -> None:
+    actor, generator = make_actor(base, solver), torch.Generator().manual_seed(0)
+    batch = roll_out(actor)
+    for _ in range(5):  # other interpolation times each
+        terms = RATIOS[name]().terms(actor, RATIOS[name]().record(actor, batch, generator))
+        assert torch.equal(terms.log_ratio, torch.zeros(64, dtype=torch.float64))
+        assert torch.equal(terms.kl, torch.zeros(64, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("t", [0.0, 0.125, 0.5, 1.0])
+def test_interpolation_ratio_is_one_at_any_flow_time(t: float) -> None:
+    actor = make_actor()
+    batch = roll_out(actor)
+    batch["t"] = torch.full((64,), t, dtype=torch.float64)
+    with torch.no_grad():
+        batch["v_old"] = actor.field(batch["t"], torch.lerp(batch["z"], batch["x1"], t), batch["obs"])
+    assert torch.equal(InterpolationRatio().terms(actor, batch).log_ratio, torch.zeros(64, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", RATIOS)
+@pytest.mark.parametrize("base", BASES)
+def test_gaussian_ppo_is_recovered_when_the_velocity_depends_on_the_observation_alone(name: str, base: str) -> None:
+    # v = mu(s), so the action given z is N(z + mu(s), std^2); the oracle is torch.distributions.
+    actor = make_actor(base)
+    with torch.no_grad():
+        actor.field.x_weight.zero_()
+        actor.field.time_weight.zero_()
+    batch = RATIOS[name]().record(actor, roll_out(actor), torch.Generator().manual_seed(0))
+
+    def distributions() -> tuple[Distribution, Distribution]:
+        with torch.no_grad():
+            mean, log_std = actor.base(batch["obs"])
+            shift = actor.field(0.0, batch["z"], batch["obs"])
+            std = actor.noise_log_std().exp()
+        return Independent(Normal(mean, log_std.exp()), 1), Independent(Normal(batch["z"] + shift, std), 1)
+
+    old_base, old_action = distributions()
+    perturb(actor, 0.05, seed=3)
+    with torch.no_grad():
+        actor.field.x_weight.zero_()
+        actor.field.time_weight.zero_()
+    new_base, new_action = distributions()
+    terms = RATIOS[name]().terms(actor, batch)
+    expected = new_action.log_prob(batch["action"]) - old_action.log_prob(batch["action"])
+    expected += new_base.log_prob(batch["z"]) - old_base.log_prob(batch["z"])
+    torch.testing.assert_close(terms.log_ratio, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(terms.kl, kl_divergence(old_action, new_action) + kl_divergence(old_base, new_base))
+    assert expected.abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("name", RATIOS)
+def test_ratio_has_mean_one_over_the_action_noise_given_z(name: str) -> None:
+    size = 200_000
+    actor = make_actor()
+    one = roll_out(actor, size=1)
+    batch = {key: value.expand(size, -1).clone() for key, value in one.items()}
+    noise = torch.randn(size, ACTION_DIM, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    batch["action"] = batch["x1"] + batch["log_std"].exp() * noise
+    batch = RATIOS[name]().record(actor, batch, torch.Generator().manual_seed(5))
+    # z is held fixed: only the parameters of the field and of the action noise move.
+    perturb(actor.field, 0.02, seed=6)  # small: the tails of the ratio must be sampled
+    with torch.no_grad():
+        actor.log_std.sub_(0.1)
+        ratio = RATIOS[name]().terms(actor, batch).log_ratio.exp()
+    standard_error = ratio.std().item() / math.sqrt(size)
+    assert ratio.std() > 0.05
+    assert ratio.mean().item() == pytest.approx(1, abs=4 * standard_error)
+
+
+class _Constant(VelocityField):
+    """v = offset, everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__(ACTION_DIM)
+        self.offset = nn.Parameter(torch.zeros(ACTION_DIM, dtype=torch.float64))
+
+    def forward(self, t: float | Tensor, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        return self.offset.expand_as(x)
+
+
+class _WithoutCondition(VelocityField):
+    """A field that ignores the observation."""
+
+    def __init__(self, inner: VelocityField) -> None:
+        super().__init__(ACTION_DIM, OBS_DIM)
+        self.inner = inner
+
+    def forward(self, t: float | Tensor, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        return self.inner(t, x)
+
+
+@pytest.mark.parametrize("rate", [-1.5, -0.5, 0.5, 1.5])
+def test_shift_of_a_linear_flow_and_its_approximation(rate: float) -> None:
+    # dx/dt = L x + d moves the endpoint by d (e^L - 1) / L: the endpoint ratio sees just that, the interpolation
+    # ratio sees d. A shift is read off the derivative of the log-ratio by the action: (new - old mean) / std^2.
+    actor = make_actor(solver="rk4", steps=32)
+    constant = _Constant()
+    linear = LinearField(rate * torch.eye(ACTION_DIM, dtype=torch.float64))
+    actor.field = _WithoutCondition(ResidualField(linear, constant))  # type: ignore[assignment]
+    d = torch.tensor([0.02, -0.03], dtype=torch.float64)
+    variance = actor.noise_log_std().detach().exp().square()
+    shifts = {}
+    for name, ratio in (("endpoint", EndpointRatio()), ("interpolation", InterpolationRatio())):
+        with torch.no_grad():
+            constant.offset.zero_()
+        batch = roll_out(actor)
+        batch = ratio.record(actor, batch, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            constant.offset.copy_(d)
+        batch["action"].requires_grad_()
+        (slope,) = torch.autograd.grad(ratio.terms(actor, batch).log_ratio.sum(), batch["action"])
+        shifts[name] = slope * variance
+    torch.testing.assert_close(shifts["endpoint"], (d * math.expm1(rate) / rate).expand(64, -1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(shifts["interpolation"], d.expand(64, -1), rtol=1e-9, atol=0)
+
+
+def test_no_gradient_reaches_the_velocity_of_the_policy_that_acted() -> None:
+    actor = make_actor()
+    batch = InterpolationRatio().record(actor, roll_out(actor), torch.Generator().manual_seed(0))
+    assert not batch["v_old"].requires_grad
+    # At the policy that acted log rho = n . dv / var to first order, so d(log rho)/d(v) is n / var: had the second
+    # velocity a gradient too, the two would cancel.
+    terms = InterpolationRatio().terms(actor, batch)
+    assert terms.velocity is not None
+    (slope,) = torch.autograd.grad(terms.log_ratio.sum(), terms.velocity)
+    variance = actor.noise_log_std().detach().exp().square()
+    torch.testing.assert_close(slope, (batch["action"] - batch["x1"]) / variance)
+
+
+@pytest.mark.parametrize(
+    ("solver", "times"), [("euler", {0, 0.25, 0.5, 0.75}), ("midpoint", {0.125, 0.375, 0.625, 0.875})]
+)
+def test_interpolation_times_are_the_solvers_quadrature_nodes(solver: str, times: set[float]) -> None:
+    actor = make_actor(solver=solver, steps=4)
+    batch = InterpolationRatio().record(actor, roll_out(actor, 4000), torch.Generator().manual_seed(0))
+    drawn, counts = batch["t"].unique(return_counts=True)
+    assert set(drawn.tolist()) == times
+    assert counts.float() / 4000 == pytest.approx([0.25] * 4, abs=0.03)

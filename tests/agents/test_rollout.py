@@ -1,0 +1,137 @@
+"""Advantages, reward scaling and bootstrapping against other implementations and by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from torch import Tensor, nn
+
+from driftrl.agents.policyflow import PolicyFlow
+from driftrl.agents.rollout import generalized_advantage
+
+
+class Counter(gym.Env[np.ndarray, np.ndarray]):
+    """Observes its step count from 10 on; reward 1; ends after `length` steps, by time limit or by termination."""
+
+    def __init__(self, length: int, terminates: bool) -> None:
+        self.observation_space = spaces.Box(-1e6, 1e6, (1,))
+        self.action_space = spaces.Box(-1, 1, (1,))
+        self.length, self.terminates, self.count = length, terminates, 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.count = 0
+        return np.array([10.0], np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.count += 1
+        over = self.count == self.length
+        return (
+            np.array([10.0 + self.count], np.float32),
+            1.0,
+            over and self.terminates,
+            over and not self.terminates,
+            {},
+        )
+
+
+class ValueIsObservation(nn.Module):
+    def forward(self, obs: Tensor) -> Tensor:
+        return obs
+
+
+def roll_out(terminates: bool, **fields: Any) -> PolicyFlow:
+    agent = PolicyFlow(
+        "MlpPolicy", DummyVecEnv([lambda: Counter(3, terminates)]), gamma=0.5, normalize_observation=False, seed=0,
+        device="cpu", **{"n_steps": 6, "batch_size": 6, "normalize_reward": False} | fields,
+    )  # fmt: skip
+    agent.policy.critic = ValueIsObservation()  # type: ignore[assignment]
+    _, callback = agent._setup_learn(agent.n_steps)
+    assert agent.env is not None
+    assert agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, agent.n_steps)
+    return agent
+
+
+def test_time_limit_bootstraps_with_the_value_of_the_state_reached() -> None:
+    # lambda = 0: the return is r + gamma V(s'), s' the state reached, 13 at the limit; not 10, where the reset leads.
+    returns = roll_out(terminates=False, gae_lambda=0.0).batch["returns"]
+    assert returns.tolist() == [6.5, 7.0, 7.5, 6.5, 7.0, 7.5]
+
+
+def test_termination_does_not_bootstrap() -> None:
+    returns = roll_out(terminates=True, gae_lambda=0.0).batch["returns"]
+    assert returns.tolist() == [6.5, 7.0, 1.0, 6.5, 7.0, 1.0]
+
+
+def test_advantages_do_not_reach_into_the_next_episode() -> None:
+    # lambda = 1: 1 + .5 (1 + .5 (1 + .5 * 13)) where a time limit ends the episode, without 13 at a termination
+    for start in (0, 3):
+        assert roll_out(terminates=False, gae_lambda=1.0).batch["returns"][start].item() == pytest.approx(3.375)
+        assert roll_out(terminates=True, gae_lambda=1.0).batch["returns"][start].item() == pytest.approx(1.75)
+
+
+def test_advantages_equal_those_of_stable_baselines3() -> None:
+    steps, envs, gamma, lam = 40, 3, 0.97, 0.9
+    rng = np.random.default_rng(0)
+    rewards, values = rng.normal(size=(2, steps, envs)).astype(np.float32)
+    ended = rng.random((steps, envs)) < 0.1
+    last = rng.normal(size=envs).astype(np.float32)
+    box = spaces.Box(-1, 1, (1,))
+    oracle = RolloutBuffer(steps, box, box, gamma=gamma, gae_lambda=lam, n_envs=envs)
+    start = np.zeros(envs)
+    for t in range(steps):
+        value = torch.as_tensor(values[t])
+        oracle.add(np.zeros((envs, 1)), np.zeros((envs, 1)), rewards[t], start, value, value)
+        start = ended[t]
+    oracle.compute_returns_and_advantage(torch.as_tensor(last), start)
+
+    flags = torch.as_tensor(ended).float()
+    following = torch.as_tensor(np.concatenate([values[1:], last[None]]))
+    ours = generalized_advantage(torch.as_tensor(rewards), torch.as_tensor(values), following, flags, flags, gamma, lam)
+    np.testing.assert_allclose(ours.numpy(), oracle.advantages, rtol=1e-4, atol=1e-5)
+
+
+def test_rewards_are_scaled_by_the_discounted_return_as_vecnormalize_does() -> None:
+    # VecNormalize after the same 6 steps has seen the same discounted returns.
+    peer = VecNormalize(DummyVecEnv([lambda: Counter(3, True)]), norm_obs=False, gamma=0.5)
+    peer.reset()
+    for _ in range(6):
+        peer.step(np.zeros((1, 1), np.float32))
+    norm = roll_out(terminates=True, normalize_reward=True).policy.return_norm
+    # VecNormalize starts from a pseudo-count of 1e-4; ours from none.
+    assert norm.mean.item() == pytest.approx(float(peer.ret_rms.mean), rel=1e-3)
+    assert norm.var.item() == pytest.approx(float(peer.ret_rms.var), rel=1e-3)
+
+
+class Broken(Counter):
+    def __init__(self, reward: float, observation: float) -> None:
+        super().__init__(5, True)
+        self.reward, self.observation = reward, observation
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, info = super().step(action)
+        if self.count == 2:
+            obs[0], reward = obs[0] + self.observation, reward + self.reward
+        return obs, reward, terminated, truncated, info
+
+
+def test_rollout_ending_within_an_episode_bootstraps_with_its_last_observation() -> None:
+    agent = roll_out(terminates=True, n_steps=4, batch_size=4, gae_lambda=0.0)
+    assert agent.batch["returns"].tolist() == [6.5, 7.0, 1.0, 6.5]
+
+
+@pytest.mark.parametrize(("reward", "observation", "message"), [(np.nan, 0.0, "reward"), (0.0, np.inf, "observation")])
+def test_what_is_not_finite_is_named_with_its_environment(reward: float, observation: float, message: str) -> None:
+    env = DummyVecEnv([lambda: Counter(5, True), lambda: Broken(reward, observation)])
+    agent = PolicyFlow("MlpPolicy", env, n_steps=4, batch_size=8, device="cpu")
+    with pytest.raises(ValueError, match=f"non-finite {message}: got .* environment 1"):
+        agent.learn(8)

@@ -1,0 +1,106 @@
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+from stable_baselines3 import PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from driftrl import PolicyFlow
+from driftrl.agents import runs
+from driftrl.agents.registry import AGENTS
+
+
+def settings(env_id: str = "Pendulum-v1") -> runs.RunSettings:
+    return runs.RunSettings("policyflow", env_id, {"g": 9.0}, 2, 7, 100, 50, "cpu", {"n_steps": 16})
+
+
+@pytest.fixture(scope="module")
+def agent() -> PolicyFlow:
+    return PolicyFlow("MlpPolicy", "Pendulum-v1", n_steps=16, batch_size=16, actor_hidden=(8, 8), device="cpu")
+
+
+def test_presets_are_valid_configs() -> None:
+    for entry in AGENTS.values():
+        for env_id in (*entry.presets, "none-v0"):
+            preset = entry.preset(env_id)
+            assert preset.pop("n_envs") >= 1
+            entry.config(**preset)
+
+
+def test_settings_survive_and_folders_are_unique(tmp_path: Path) -> None:
+    first, second = (runs.create_run(tmp_path, settings("module:ns/Name-v0")) for _ in range(2))
+    assert first != second
+    assert first.parent == tmp_path / "module_ns_Name-v0" / "policyflow"
+    assert runs.read_settings(second) == settings("module:ns/Name-v0")
+    data = json.loads((first / "config.json").read_text())
+    assert {"python", "driftrl", "torch", "mujoco", "stable-baselines3"} <= data["versions"].keys()
+
+
+def test_resumption_is_noted(tmp_path: Path) -> None:
+    folder = runs.create_run(tmp_path, settings())
+    runs.record_resumption(folder, 80, 200)
+    assert runs.read_settings(folder).total_timesteps == 200
+    assert [entry["timesteps"] for entry in json.loads((folder / "config.json").read_text())["resumed"]] == [80]
+
+
+def test_newest_checkpoint_is_found(tmp_path: Path, agent: PolicyFlow) -> None:
+    folder = runs.create_run(tmp_path, settings())
+    with pytest.raises(ValueError, match="empty run"):
+        runs.find_checkpoint(folder)
+    for timesteps in (900, 1000):  # in the order of numbers, not of letters
+        runs.save_agent(agent, runs.checkpoint_path(folder, timesteps))
+    assert runs.find_checkpoint(folder) == folder / "checkpoints" / "step_1000.zip"
+    runs.save_agent(agent, folder / "final.zip")
+    assert runs.find_checkpoint(folder) == folder / "final.zip"
+    assert runs.find_checkpoint(folder / "checkpoints" / "step_900.zip").name == "step_900.zip"
+    assert runs.run_folder_of(folder / "checkpoints" / "step_900.zip") == folder
+    assert runs.run_folder_of(tmp_path) is None
+    assert isinstance(runs.load_agent(folder, "cpu"), PolicyFlow)
+    assert not list(folder.rglob("*.part"))
+
+
+def test_failed_save_keeps_the_old_file(tmp_path: Path, agent: PolicyFlow, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs.save_agent(agent, tmp_path / "final.zip")
+    before = (tmp_path / "final.zip").read_bytes()
+
+    def fail(self: BaseAlgorithm, file: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(PolicyFlow, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        runs.save_agent(agent, tmp_path / "final.zip")
+    assert (tmp_path / "final.zip").read_bytes() == before
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, agent: PolicyFlow) -> None:
+    agent.save(tmp_path / "whole.zip")
+    (tmp_path / "damaged.zip").write_bytes((tmp_path / "whole.zip").read_bytes()[:1000])
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("readme", "hello")
+    PPO("MlpPolicy", "Pendulum-v1", n_steps=16, batch_size=16, device="cpu").save(tmp_path / "ppo.zip")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    messages = {
+        "missing": "no such run: got .*missing",
+        "damaged.zip": "no checkpoint",
+        "other.zip": "no checkpoint",
+        "ppo.zip": "foreign checkpoint",
+        "empty": "no run: got .*empty",
+        "broken": "unreadable run",
+    }
+    for name, message in messages.items():
+        with pytest.raises(ValueError, match=message):
+            runs.load_agent(tmp_path / name, "cpu")
+
+
+def test_progress_file_is_continued(tmp_path: Path) -> None:
+    for value in (1, 2):
+        logger = runs.open_logger(tmp_path)
+        logger.record("a", value)
+        if value == 2:
+            logger.record("b", 5)
+        logger.dump(value)
+        logger.close()
+    assert (tmp_path / "progress.csv").read_text().splitlines() == ["a,b", "1,", "2,5"]

@@ -1,0 +1,103 @@
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+
+from driftrl.envs import check_env, make_vec, parse_env_kwargs
+
+
+class SpacesOnly(gym.Env[Any, np.ndarray]):
+    def __init__(self, kind: str) -> None:
+        vector = spaces.Box(-1, 1, (2,))
+        image = spaces.Box(0, 255, (32, 32, 3), np.uint8)
+        self.action_space = spaces.Box(-np.inf, np.inf, (1,)) if kind == "unbounded" else spaces.Box(-1, 1, (1,))
+        observations: dict[str, spaces.Space[Any]] = {
+            "image": image,
+            "dict": spaces.Dict(a=vector, b=vector),
+            "dict-image": spaces.Dict(a=vector, b=image),
+            "tuple": spaces.Tuple((vector, vector)),
+            "discrete": spaces.Discrete(3),
+        }
+        self.observation_space = observations.get(kind, vector)
+
+
+gym.register("DriftRLTest/SpacesOnly-v0", lambda **kwargs: SpacesOnly(**kwargs))
+
+
+def test_environments_are_monitored_and_seeded_one_by_one() -> None:
+    env, again, other = (make_vec("InvertedPendulum-v5", 3, seed) for seed in (5, 5, 6))
+    assert isinstance(env, DummyVecEnv)
+    assert env.num_envs == 3
+    assert all(env.env_is_wrapped(Monitor))
+    first = env.reset()
+    assert isinstance(first, np.ndarray)
+    np.testing.assert_array_equal(first, again.reset())
+    np.testing.assert_array_equal(first[1:], np.asarray(other.reset())[:2])  # environment i has seed + i
+    assert len(np.unique(first[:, 0])) == 3
+
+
+def test_subprocesses_give_the_same_observations() -> None:
+    sync, subproc = make_vec("InvertedPendulum-v5", 2, 1, "sync"), make_vec("InvertedPendulum-v5", 2, 1, "subproc")
+    assert isinstance(subproc, SubprocVecEnv)
+    np.testing.assert_array_equal(np.asarray(sync.reset()), np.asarray(subproc.reset()))
+    subproc.close()
+
+
+def test_arguments_reach_the_environment() -> None:
+    env = make_vec("InvertedPendulum-v5", 1, 0, reset_noise_scale=0.0)
+    np.testing.assert_array_equal(np.asarray(env.reset()), np.zeros((1, 4)))
+
+
+def test_dict_observations_are_welcome() -> None:
+    check_env("DriftRLTest/SpacesOnly-v0", kind="dict")
+
+
+@pytest.mark.parametrize(
+    ("id", "message"),
+    [
+        ("HalfCheeta-v5", "got 'HalfCheeta-v5'.*did you mean HalfCheetah-v5"),
+        ("HalfCheetah-v99", "did you mean HalfCheetah"),
+        ("nothing like it", "expected a registered Gymnasium id; gymnasium.pprint_registry"),
+        ("no_such_module:Name-v0", "needs a package"),
+        ("CartPole-v1", "unsupported actions: CartPole-v1 has Discrete"),
+    ],
+)
+def test_unusable_ids_are_refused(id: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_vec(id, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("unbounded", "unsupported actions"),
+        ("image", "has images"),
+        ("dict-image", "has images"),
+        ("tuple", "unsupported observations"),
+        ("discrete", "unsupported observations"),
+    ],
+)
+def test_unusable_spaces_are_refused(kind: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_vec("DriftRLTest/SpacesOnly-v0", 1, 0, kind=kind)
+
+
+def test_unusable_numbers_and_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="n_envs: got 0"):
+        make_vec("InvertedPendulum-v5", 0, 0)
+    with pytest.raises(ValueError, match="backend: got 'threads'"):
+        make_vec("InvertedPendulum-v5", 1, 0, "threads")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"refused the arguments \{'foo': 1\}"):
+        make_vec("InvertedPendulum-v5", 1, 0, foo=1)
+
+
+def test_env_kwargs_of_the_command_line() -> None:
+    assert parse_env_kwargs(["a=1", "b=x=y", "c=[1, 2]", "d=true"]) == {"a": 1, "b": "x=y", "c": [1, 2], "d": True}
+    assert parse_env_kwargs(['{"a": 0.5, "b": null}', "a=2"]) == {"a": 2, "b": None}
+    for wrong in ("a", "3", "[1]", "{a: 1}"):
+        with pytest.raises(ValueError, match="expected key=value or a JSON object"):
+            parse_env_kwargs([wrong])
