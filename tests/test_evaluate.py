@@ -1,0 +1,190 @@
+import json
+import shutil
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from scipy import stats
+
+from driftrl import PolicyFlow, PolicyFlowConfig
+from driftrl import evaluate as evaluate_module
+from driftrl.agents.runs import RunSettings, create_run, save_agent
+from driftrl.evaluate import bootstrap_interval, evaluate_agent, interquartile_mean, main
+
+
+class Lengths(gym.Env[np.ndarray, np.ndarray]):
+    """Episodes whose length is drawn from 1 and 19; the return is the length. Renders its step number."""
+
+    action_space = spaces.Box(-1, 1, (1,))
+    observation_space = spaces.Box(-1, 1, (2,))
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012  as gymnasium declares it
+
+    def __init__(self, render_mode: str | None = None, broken: bool = False) -> None:
+        self.render_mode, self.broken = render_mode, broken
+
+    def reset(self, *, seed: int | None = None, options: object = None) -> tuple[np.ndarray, dict[str, object]]:
+        super().reset(seed=seed)
+        self.left = int(self.np_random.choice([1, 19]))
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, object]]:
+        self.left -= 1
+        return np.zeros(2, np.float32), 1.0, self.left == 0, False, {}
+
+    def render(self) -> np.ndarray:
+        if self.broken:
+            raise RuntimeError("no OpenGL")
+        return np.full((32, 32, 3), 10 * self.left, np.uint8)
+
+
+gym.register("DriftRLTest/Lengths-v0", lambda **kwargs: Lengths(**kwargs))
+
+
+def agent() -> PolicyFlow:
+    config = PolicyFlowConfig(n_steps=16, batch_size=16, actor_hidden=(8, 8), critic_hidden=(8, 8))
+    return PolicyFlow("MlpPolicy", "DriftRLTest/Lengths-v0", config=config, device="cpu", seed=0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = RunSettings("policyflow", "DriftRLTest/Lengths-v0", {}, 1, 0, 16, 16, "cpu", {})
+    folder = create_run(tmp_path_factory.mktemp("runs"), settings)
+    save_agent(agent(), folder / "final.zip")
+    return folder
+
+
+def test_interquartile_mean_against_closed_forms() -> None:
+    assert interquartile_mean([3.0]) == 3.0
+    assert interquartile_mean([1.0, 3.0]) == 2.0
+    # n = 3: the middle half is 1.5 values wide, the one in the middle whole and its neighbours by a quarter
+    assert interquartile_mean([5.0, 0.0, 3.0]) == pytest.approx((0 / 4 + 3 + 5 / 4) / 1.5)
+    # a linear quantile function: the middle half has the mean of the whole
+    assert interquartile_mean(np.arange(7.0)) == pytest.approx(3.0)
+    # n = 6: the middle half is 3 values wide, the 2 in the middle whole and their neighbours by half
+    assert interquartile_mean([0, 10, 20, 40, 80, 900]) == pytest.approx((10 / 2 + 20 + 40 + 80 / 2) / 3)
+    sample = np.random.default_rng(0).standard_cauchy((5, 24))
+    np.testing.assert_allclose(interquartile_mean(sample), stats.trim_mean(sample, 0.25, axis=-1))
+
+
+def test_bootstrap_interval_of_a_mean() -> None:
+    sample = np.random.default_rng(0).normal(3.0, 2.0, size=400)
+    low, high = bootstrap_interval(sample, lambda x: x.mean(axis=-1), level=0.9, rng=np.random.default_rng(1))
+    half = stats.norm.ppf(0.95) * sample.std() / np.sqrt(sample.size)  # the bootstrap's own normal limit
+    assert low == pytest.approx(sample.mean() - half, abs=0.05 * half)
+    assert high == pytest.approx(sample.mean() + half, abs=0.05 * half)
+
+
+def test_bootstrap_interval_of_two_values() -> None:
+    # resamples of (0, 1) have the means 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4
+    def mean(x: np.ndarray) -> np.ndarray:
+        return np.asarray(x.mean(axis=-1))
+
+    assert bootstrap_interval([0.0, 1.0], mean, level=0.95, rng=np.random.default_rng(0)) == (0.0, 1.0)
+    assert bootstrap_interval([0.0, 1.0], mean, level=0.3, rng=np.random.default_rng(0)) == (0.5, 0.5)
+
+
+def test_statistics_refuse_what_has_none() -> None:
+    with pytest.raises(ValueError, match="got no values"):
+        interquartile_mean([])
+    with pytest.raises(ValueError, match="got values of shape"):
+        bootstrap_interval([], interquartile_mean, rng=np.random.default_rng(0))
+    with pytest.raises(ValueError, match="level: got 1"):
+        bootstrap_interval([1.0], interquartile_mean, level=1, rng=np.random.default_rng(0))
+
+
+def test_short_episodes_are_not_over_represented() -> None:
+    result = evaluate_agent(agent(), "DriftRLTest/Lengths-v0", {}, 203, 0, sample=False)
+    assert len(result.returns) == 203
+    assert result.returns == result.lengths
+    assert 0.4 < np.mean(np.array(result.lengths) == 1) < 0.6  # 0.95 of the first 203 to end would be short
+
+
+def test_same_seed_same_result() -> None:
+    first, second, other = (
+        evaluate_agent(agent(), "DriftRLTest/Lengths-v0", {}, 30, seed, sample=True) for seed in (5, 5, 6)
+    )
+    assert first == second
+    assert first != other
+
+
+def test_both_policies_by_default(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run), "--episodes", "4", "--json", str(tmp_path / "out.json")]) == 0
+    out = capsys.readouterr().out
+    assert "final.zip" in out
+    assert "95 % interval" in out
+    report = json.loads((tmp_path / "out.json").read_text())
+    for mode in ("deterministic", "sampled"):
+        assert mode in out
+        row = report[mode]
+        assert len(row["returns"]) == 4
+        assert row["mean"] == pytest.approx(np.mean(row["returns"]))
+        assert row["median"] == pytest.approx(np.median(row["returns"]))
+        assert row["iqm_low"] <= row["iqm"] <= row["iqm_high"]
+
+
+def test_json_on_stdout_is_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run), "--episodes", "1", "--sample", "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert "sampled" in report
+    assert "deterministic" not in report
+
+
+def test_saved_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run / "final.zip"), "--episodes", "1"]) == 0  # config.json beside it tells the environment
+    lone = tmp_path / "lone.zip"
+    shutil.copy(run / "final.zip", lone)
+    assert main([str(lone), "--episodes", "1", "--env", "DriftRLTest/Lengths-v0"]) == 0
+    capsys.readouterr()
+    assert main([str(lone), "--episodes", "1"]) == 2
+    assert "add --env ID" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--episodes", "0"], "episodes: got 0"),
+        (["--episodes", "x"], "invalid int value: 'x'"),
+        (["--seed", "-1"], "seed: got -1"),
+        (["--env", "InvertedPendulum-v5"], "expected Box(-1.0, 1.0, (2,)"),
+        (["--env", "CartPole-v1"], "unsupported actions"),
+        (["--video", "out.avi"], "expected a name that ends in .mp4"),
+        (["--video", "out.mp4", "--env-kwargs", "broken=true"], "no OpenGL"),
+    ],
+)
+def test_bad_input_is_one_line(
+    run: Path, tmp_path: Path, args: list[str], message: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate_module, "_choose_renderer", lambda: None)
+    assert main([str(run), *args]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_and_foreign_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.zip").write_text("hello")
+    assert main([str(tmp_path / "missing")]) == 2
+    assert "no such run" in capsys.readouterr().err
+    assert main([str(tmp_path / "text.zip"), "--env", "Pendulum-v1"]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO")  # imageio leaves the pipes to ffmpeg open
+def test_video_shows_one_episode(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    imageio = pytest.importorskip("imageio.v2")
+    monkeypatch.setattr(evaluate_module, "_choose_renderer", lambda: None)
+    video = tmp_path / "out.mp4"
+    assert main([str(run), "--episodes", "1", "--video", str(video)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
+    with imageio.get_reader(video) as reader:
+        frames = [int(frame.mean()) for frame in reader]
+    assert len(frames) in (2, 20)  # a frame before the first step and one after each
+    assert frames[-1] == pytest.approx(0, abs=3)
+    assert frames[0] == pytest.approx(10 * (len(frames) - 1), abs=5)

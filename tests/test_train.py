@@ -1,0 +1,218 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from driftrl import train
+from driftrl.agents.registry import AGENTS
+from driftrl.agents.runs import load_agent
+from driftrl.evaluate import main as evaluate
+
+TINY = ["--n-envs", "2", "--n-steps", "16", "--batch-size", "16", "--n-epochs", "1", "--device", "cpu"]
+SMALL = [*TINY, "--actor-hidden", "8", "8", "--critic-hidden", "8", "8"]
+
+
+class Turning(gym.Env[object, np.ndarray]):
+    """Episodes of 5 steps, the kind of observation and a first step with a wrong number to choose."""
+
+    action_space = spaces.Box(-1, 1, (1,))
+
+    def __init__(self, observation: str = "box", nan_at: int = 10**9, inf_reward_at: int = 10**9) -> None:
+        vector = spaces.Box(-1, 1, (2,))
+        self.observation_space = spaces.Dict(a=vector, b=vector) if observation == "dict" else vector
+        self.nan_at, self.inf_reward_at, self.steps = nan_at, inf_reward_at, 0
+
+    def _observe(self) -> object:
+        vector = np.full(2, np.nan if self.steps >= self.nan_at else 0.1, np.float32)
+        return {"a": vector, "b": vector} if isinstance(self.observation_space, spaces.Dict) else vector
+
+    def reset(self, *, seed: int | None = None, options: object = None) -> tuple[object, dict[str, object]]:
+        self.left = 5
+        return self._observe(), {}
+
+    def step(self, action: np.ndarray) -> tuple[object, float, bool, bool, dict[str, object]]:
+        self.steps += 1
+        self.left -= 1
+        reward = np.inf if self.steps >= self.inf_reward_at else float(action[0])
+        return self._observe(), reward, False, self.left == 0, {}
+
+
+gym.register("DriftRLTest/Turning-v0", lambda **kwargs: Turning(**kwargs))
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def only_run() -> Path:
+    (folder,) = Path("runs").glob("*/*/*")
+    return folder
+
+
+def start(*options: str, env: str = "InvertedPendulum-v5", steps: int = 96) -> int:
+    return train.main(["policyflow", "--env", env, "--total-timesteps", str(steps), *SMALL, *options])
+
+
+def test_a_run_from_start_to_resumption(capsys: pytest.CaptureFixture[str]) -> None:
+    assert start("--seed", "3", "--checkpoint-interval", "32", "--gamma", "0.9", steps=640) == 0
+    out = capsys.readouterr().out
+    folder = only_run()
+    for part in ("seed 3", "set by you:", "gamma=0.9", "deterministic", "sampled", "--resume", "--video", "--logdir"):
+        assert part in out
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["seed"], config["env_id"], config["n_envs"]) == (3, "InvertedPendulum-v5", 2)
+    assert (config["config"]["gamma"], config["config"]["actor_hidden"]) == (0.9, [8, 8])
+    names = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert {"final.zip", "best.zip", "best.json", "eval.json", "progress.csv", "step_32.zip", "step_608.zip"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    report = json.loads((folder / "eval.json").read_text())
+    assert report["timesteps"] == 640
+    assert len(report["sampled"]["returns"]) == len(report["deterministic"]["returns"]) == 10
+
+    assert train.main(["--resume", str(folder)]) == 0
+    assert "nothing left to do" in capsys.readouterr().out
+    assert train.main(["--resume", str(folder), "--total-timesteps", "704"]) == 0
+    assert "not restored: the environments" in capsys.readouterr().out
+    assert load_agent(folder, "cpu").num_timesteps == 704
+    assert (folder / "checkpoints" / "step_640.zip").exists()
+    with (folder / "progress.csv").open() as file:
+        steps = [int(row["time/total_timesteps"]) for row in csv.DictReader(file)]
+    assert steps == list(range(32, 705, 32))
+    assert evaluate([str(folder), "--episodes", "2"]) == 0
+
+
+def test_same_seed_same_policy() -> None:
+    for root in ("a", "b"):
+        assert start("--seed", "1", "--run-dir", root) == 0
+    first, second = (load_agent(next(Path(root).glob("*/*/*")), "cpu").get_parameters() for root in ("a", "b"))
+    for name, tensor in first["policy"].items():
+        assert (tensor == second["policy"][name]).all(), name
+
+
+def test_dict_observations_and_env_kwargs() -> None:
+    assert start("--env-kwargs", "observation=dict", env="DriftRLTest/Turning-v0") == 0
+    config = json.loads((only_run() / "config.json").read_text())
+    assert config["env_kwargs"] == {"observation": "dict"}
+    assert 0 <= config["seed"] < 2**31
+
+
+def test_preset_applies_by_id(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(["policyflow", "--env=HalfCheetah-v5", "--help"])
+    assert not stop.value.code
+    out = " ".join(capsys.readouterr().out.split())
+    assert "defaults are those for HalfCheetah-v5" in out
+    gamma = AGENTS["policyflow"].preset("HalfCheetah-v5")["gamma"]
+    assert f"Discount factor, in [0, 1]. (default: {gamma})" in out
+
+
+def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--help"]) == 0
+    assert "policyflow" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "got no agent, expected policyflow"),
+        (["ppo"], "got ppo, expected policyflow"),
+        (["policyflow", "--env", "HalfCheeta-v5"], "did you mean HalfCheetah-v5"),
+        (["policyflow", "--env", "CartPole-v1"], "unsupported actions"),
+        (["policyflow", "--env", "Pendulum-v1", *TINY, "--batch-size", "33"], "batch_size: got 33"),
+        (["policyflow", "--n-steps", "0"], "n_steps: got 0"),
+        (["policyflow", "--solver-steps", "0"], "solver_steps: got 0"),
+        (["policyflow", "--ratio", "exact"], "'exact'"),
+        (["policyflow", "--n-steps", "many"], "'many'"),
+        (["policyflow", "--gama", "1"], "did you mean --gamma?"),
+        (["policyflow", "--n-envs", "0"], "n_envs: got 0"),
+        (["policyflow", "--total-timesteps", "0"], "total_timesteps: got 0"),
+        (["policyflow", "--checkpoint-interval", "0"], "checkpoint_interval: got 0"),
+        (["policyflow", "--seed", "-1"], "seed: got -1"),
+        (["policyflow", "--env-kwargs", "a"], "expected key=value"),
+        (["--resume", "missing"], "no such run: got missing"),
+        (["--resume", "."], "no run: got ."),
+        (["--resume", "missing", "--gamma", "1"], "unrecognized arguments"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("wrong", ["nan_at=20", "inf_reward_at=20"])
+def test_wrong_numbers_end_training(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start("--env-kwargs", wrong, env="DriftRLTest/Turning-v0") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not list(Path("runs").iterdir())
+
+    assert start("--env-kwargs", wrong, "--checkpoint-interval", "32", env="DriftRLTest/Turning-v0") == 2
+    assert str(only_run()) in capsys.readouterr().err
+    assert load_agent(only_run(), "cpu").num_timesteps == 32
+
+
+def test_sigterm_saves(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Turning.step
+
+    def step_with_signal(self: Turning, action: np.ndarray) -> tuple[object, float, bool, bool, dict[str, object]]:
+        if self.steps == 40 and signal.getsignal(signal.SIGTERM) is not before:  # once, not by both environments
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, action)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Turning, "step", step_with_signal)
+    assert start(env="DriftRLTest/Turning-v0", steps=1000) == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "stopped at 82 of 1,000 steps" in capsys.readouterr().out
+    assert load_agent(only_run(), "cpu").num_timesteps == 82
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "driftrl.train", *args]
+
+
+def environment() -> dict[str, str]:
+    root = str(Path(train.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+
+
+def test_ctrl_c_saves_and_says_where() -> None:
+    options = ["--env", "InvertedPendulum-v5", "--total-timesteps", "10000000", *SMALL]
+    process = subprocess.Popen(
+        command("policyflow", *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    deadline = time.monotonic() + 60
+    while not list(Path().glob("runs/*/*/*/progress.csv")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    (checkpoint,) = only_run().glob("checkpoints/step_*.zip")
+    assert str(checkpoint) in out
+    assert f"--resume {only_run()}" in out
+
+
+def test_exit_code_of_the_process() -> None:
+    result = subprocess.run(command("policyflow", "--n-envs", "0"), capture_output=True, text=True, env=environment())
+    assert result.returncode == 2
+    assert result.stderr == "error: n_envs: got 0, expected an integer of at least 1\n"
+    assert not result.stdout

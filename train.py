@@ -1,0 +1,272 @@
+"""Train an agent: `python train.py policyflow --env Hopper-v5`, or go on with a run: `python train.py --resume RUN`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import CallbackList
+from tqdm import tqdm
+
+from driftrl.agents.registry import AGENTS, Entry
+from driftrl.agents.runs import (
+    Checkpoints,
+    Progress,
+    RunSettings,
+    StopOnSignal,
+    check_device,
+    checkpoint_path,
+    create_run,
+    find_checkpoint,
+    load_agent,
+    open_logger,
+    read_settings,
+    record_resumption,
+    save_agent,
+    write_json,
+)
+from driftrl.envs import make_vec, parse_env_kwargs
+from driftrl.evaluate import EVALUATION_SEED, Parser, evaluate_modes, fail, format_table
+
+_FINAL_EPISODES = 10
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of `train.py <agent>`: those of the run, and as flags of their own those of the agent's Config."""
+
+    env: str
+    """Gymnasium id with Box actions, e.g. Hopper-v5."""
+    n_envs: int
+    """Parallel environments, >= 1."""
+    total_timesteps: int = 1_000_000
+    """Environment steps to train for, >= 1, all environments together."""
+    seed: int | None = None
+    """Seed of everything random, 0 .. 2**31 - 1; None: drawn, and recorded."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where networks and rollouts live."""
+    run_dir: Path = Path("runs")
+    """Folder under which the run's folder is made."""
+    checkpoint_interval: int = 100_000
+    """Steps between checkpoints, >= 1."""
+    env_kwargs: tuple[str, ...] = ()
+    """Arguments of the environment: key=value pairs, or one JSON object."""
+    config: tyro.conf.OmitArgPrefixes[Any] = None
+    """Hyperparameters of the agent."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 2 for bad input, 130 or 143 where a signal ended it."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if args and args[0] in AGENTS:
+            return _start(args[0], args[1:])
+        if any(arg.split("=")[0] == "--resume" for arg in args):
+            return _resume(args)
+        if set(args) & {"-h", "--help"}:
+            print(_overview())
+            return 0
+        raise ValueError(f"got {args[0] if args else 'no agent'}, expected {' or '.join(AGENTS)}, or --resume RUN")
+    except (ValueError, OSError) as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _overview() -> str:
+    name = Path(sys.argv[0]).name
+    agents = "\n".join(f"  {agent:12} {entry.summary}" for agent, entry in AGENTS.items())
+    return (
+        f"usage: {name} AGENT [OPTIONS]    train an agent; {name} AGENT --help lists all options\n"
+        f"       {name} --resume RUN       go on with an interrupted or finished run; --resume RUN --help\n\n"
+        f"agents:\n{agents}"
+    )
+
+
+def _start(name: str, args: Sequence[str]) -> int:
+    """Train a new agent."""
+    entry = AGENTS[name]
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--env", default=entry.default_env)
+    preset_id = first.parse_known_args(args)[0].env  # decides the defaults of the other options
+    preset = entry.preset(preset_id)
+    n_envs = preset.pop("n_envs")
+    defaults = Arguments(env=preset_id, n_envs=n_envs, config=entry.config(**preset))
+    arguments = _parse(name, entry, args, defaults)
+    for field, least in (("total_timesteps", 1), ("checkpoint_interval", 1), ("seed", 0)):
+        value = getattr(arguments, field)
+        if value is not None and not least <= value < 2**31:
+            raise ValueError(f"{field}: got {value}, expected an integer of {least} .. 2**31 - 1")
+    check_device(arguments.device)
+    settings = RunSettings(
+        agent=name,
+        env_id=arguments.env,
+        env_kwargs=parse_env_kwargs(arguments.env_kwargs),
+        n_envs=arguments.n_envs,
+        seed=secrets.randbelow(2**31) if arguments.seed is None else arguments.seed,
+        total_timesteps=arguments.total_timesteps,
+        checkpoint_interval=arguments.checkpoint_interval,
+        device=arguments.device,
+        config=dataclasses.asdict(arguments.config),
+    )
+    with contextlib.closing(make_vec(settings.env_id, settings.n_envs, settings.seed, **settings.env_kwargs)) as env:
+        policy = "MultiInputPolicy" if isinstance(env.observation_space, spaces.Dict) else "MlpPolicy"
+        agent = entry.agent(policy, env, config=arguments.config, seed=settings.seed, device=settings.device)
+        folder = create_run(arguments.run_dir, settings)
+        print(_describe(agent, settings))
+        print(_describe_preset(entry, defaults, arguments))
+        return _train(agent, folder, settings)
+
+
+def _resume(args: Sequence[str]) -> int:
+    """Go on with a run from its last checkpoint."""
+    parser = Parser(prog=Path(sys.argv[0]).name, description="Go on with a run, in its folder.", allow_abbrev=False)
+    parser.add_argument("--resume", type=Path, metavar="RUN", required=True, help="run folder")
+    parser.add_argument("--total-timesteps", type=int, help="steps to train for in all (default: as the run)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="(default: as the run)")
+    arguments = parser.parse_args(args)
+    folder: Path = arguments.resume
+    if folder.is_file():
+        raise ValueError(f"resume: got the file {folder}, expected a run folder")
+    file = find_checkpoint(folder)
+    settings = read_settings(folder)
+    settings = dataclasses.replace(
+        settings,
+        total_timesteps=settings.total_timesteps if arguments.total_timesteps is None else arguments.total_timesteps,
+        device=arguments.device or settings.device,
+    )
+    with contextlib.closing(make_vec(settings.env_id, settings.n_envs, None, **settings.env_kwargs)) as env:
+        agent = load_agent(file, settings.device, env)
+        done = agent.num_timesteps
+        if done >= settings.total_timesteps:
+            print(
+                f"nothing left to do: {file} has {done:,} of {settings.total_timesteps:,} steps; to go on, raise them"
+            )
+            print(f"  {_command('train')} --resume {shlex.quote(str(folder))} --total-timesteps {2 * done}")
+            return 0
+        agent.set_random_seed((settings.seed + done) % 2**31)  # else the first steps of the run would be drawn again
+        record_resumption(folder, done, settings.total_timesteps)
+        if file.name == "final.zip":  # it is final no longer
+            checkpoint_path(folder, done).parent.mkdir(exist_ok=True)
+            file.replace(checkpoint_path(folder, done))
+        print(_describe(agent, settings))
+        print(f"resumed from {file} at {done:,} steps")
+        print("not restored: the environments (they start new episodes) and the random generators (new seed)")
+        return _train(agent, folder, settings)
+
+
+def _parse(name: str, entry: Entry, args: Sequence[str], defaults: Arguments) -> Arguments:
+    """The command line over the defaults; tyro's boxed errors become ValueErrors."""
+    program = f"{Path(sys.argv[0]).name} {name}"
+    summary = f"Train {name}: {entry.summary}. The defaults are those for {defaults.env}."
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Arguments, prog=program, description=summary, args=args, default=defaults)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = re.sub("[│╭╮╰╯]", "", box.getvalue())
+        message = re.split("[─-]{5,}", text)[1].strip().removeprefix("Error parsing config: ")  # below the title
+        meant = re.search(r"Perhaps you meant:\s*(--[\w-]+)", text)
+        hint = f"did you mean {meant[1]}? " if meant else ""
+        raise ValueError(f"{message.rstrip('.')}; {hint}see {program} --help") from None
+
+
+def _describe(agent: BaseAlgorithm, settings: RunSettings) -> str:
+    environments = f"{settings.n_envs} environment{'s' if settings.n_envs > 1 else ''}"
+    what = f"{settings.agent} on {settings.env_id}, {settings.total_timesteps:,} steps"
+    return f"{what}, {environments}, seed {settings.seed}, {agent.device}"
+
+
+def _describe_preset(entry: Entry, defaults: Arguments, arguments: Arguments) -> str:
+    """Which preset holds, what it changes of the Config's defaults, and what the user changed of it."""
+    preset, standard = entry.preset(arguments.env), dataclasses.asdict(entry.config())
+    chosen = {"n_envs": arguments.n_envs, **dataclasses.asdict(arguments.config)}
+    before = {"n_envs": defaults.n_envs, **dataclasses.asdict(defaults.config)}
+    yours = {key: value for key, value in chosen.items() if value != before[key]}
+    tuned = {key: chosen[key] for key in preset if key not in yours and chosen[key] != standard.get(key)}
+    title = arguments.env if arguments.env in entry.presets else f"default (none is tuned for {arguments.env})"
+    lines = [f"preset {title}: {' '.join(f'{key}={value}' for key, value in tuned.items())}"]
+    if yours:
+        lines.append(f"set by you: {' '.join(f'{key}={value}' for key, value in yours.items())}")
+    return "\n".join(lines)
+
+
+def _train(agent: BaseAlgorithm, folder: Path, settings: RunSettings) -> int:
+    """Train up to the run's total, save, evaluate and say what can be done next."""
+    print(f"run folder: {folder}", flush=True)
+    logger = open_logger(folder)
+    agent.set_logger(logger)
+    start, done = time.monotonic(), agent.num_timesteps
+    progress = Progress(done, settings.total_timesteps)
+    checkpoints = Checkpoints(folder, settings.checkpoint_interval, settings.total_timesteps)
+    try:
+        with contextlib.closing(logger), contextlib.closing(progress), StopOnSignal() as stop:
+            callbacks = CallbackList([stop, checkpoints, progress])
+            agent.learn(settings.total_timesteps - done, callback=callbacks, reset_num_timesteps=done == 0)
+    except ValueError as error:
+        if any(folder.rglob("*.zip")):
+            raise ValueError(f"{error}; kept what was saved before, in {folder}") from error
+        shutil.rmtree(folder)
+        for parent in list(folder.parents)[:2]:
+            with contextlib.suppress(OSError):  # other runs lie there
+                parent.rmdir()
+        raise
+    train, evaluate, run = _command("train"), _command("evaluate"), shlex.quote(str(folder))
+    seconds, steps = time.monotonic() - start, agent.num_timesteps - done
+    if stop.signal is not None:
+        file = checkpoint_path(folder, agent.num_timesteps)
+        save_agent(agent, file)
+        print(f"stopped at {agent.num_timesteps:,} of {settings.total_timesteps:,} steps; saved in {file}")
+        print(f"resume:    {train} --resume {run}\nevaluate:  {evaluate} {run} --episodes 20")
+        return 128 + stop.signal
+    save_agent(agent, folder / "final.zip")
+    print(f"trained {steps:,} steps in {tqdm.format_interval(seconds)} ({steps / seconds:,.0f} steps/s)", flush=True)
+    modes = ("deterministic", "sampled")
+    report = evaluate_modes(agent, settings.env_id, settings.env_kwargs, _FINAL_EPISODES, EVALUATION_SEED, modes)
+    write_json(folder / "eval.json", {"file": "final.zip", **report})
+    print(f"\n{_FINAL_EPISODES} episodes each\n{format_table(report)}\n")
+    print(f"evaluate:  {evaluate} {run} --episodes 20")
+    print(f"watch:     {evaluate} {run} --episodes 1 --video {shlex.quote(str(folder / 'video.mp4'))}")
+    print(f"curves:    {_command('tensorboard')} --logdir {run}")
+    print(f"resume:    {train} --resume {run} --total-timesteps {2 * settings.total_timesteps}")
+    return 0
+
+
+def _command(name: str) -> str:
+    """How the user can start train, evaluate or tensorboard from here, with the same Python."""
+    bin_folder, script = Path(sys.executable).parent, Path(sys.argv[0])
+    on_path = shutil.which("python")
+    is_active = on_path is not None and Path(on_path).parent == bin_folder
+    if name != "tensorboard" and script.suffix == ".py":
+        return shlex.join(
+            ["python" if is_active else _short(Path(sys.executable)), _short(script.with_name(f"{name}.py"))]
+        )
+    program = name if name == "tensorboard" else f"driftrl-{name}"
+    return program if is_active else shlex.quote(_short(bin_folder / program))
+
+
+def _short(path: Path) -> str:
+    """A path as it reads best from the current folder."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
