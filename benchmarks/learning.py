@@ -1,0 +1,353 @@
+r"""Learning side by side: PolicyFlow with both ratios against Stable-Baselines3's PPO.
+
+    python benchmarks/learning.py --seeds 0 1 2 --jobs 2      # run what is missing, then print the table
+    python benchmarks/learning.py --table-only                # the table and the figure from the kept results
+    python benchmarks/learning.py --envs HalfCheetah-v5 --total-timesteps 300000 \
+        --arms policyflow:solver_steps=1 policyflow:solver=midpoint,solver_steps=10
+
+Every run is a process of its own with one thread. Its result, good or bad, is kept in
+`benchmarks/results/learning/<env>-<thousand steps>k/<arm>/s<seed>.json`; a run whose file exists is not repeated.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+RESULTS = Path(__file__).parent / "results" / "learning"
+EVALUATION_EPISODES = 20
+CURVE_INTERVAL = 10_000
+
+# rl_zoo3 2.9.2, hyperparams/ppo.yml, entries HalfCheetah-v4 and Hopper-v4 (it has none for v5).
+ZOO: dict[str, dict[str, Any]] = {
+    "HalfCheetah-v5": {
+        "n_steps": 512, "batch_size": 64, "n_epochs": 20, "learning_rate": 2.0633e-05, "gamma": 0.98,
+        "gae_lambda": 0.92, "clip_range": 0.1, "ent_coef": 0.000401762, "vf_coef": 0.58096, "max_grad_norm": 0.8,
+    },
+    "Hopper-v5": {
+        "n_steps": 512, "batch_size": 32, "n_epochs": 5, "learning_rate": 9.80828e-05, "gamma": 0.999,
+        "gae_lambda": 0.99, "clip_range": 0.2, "ent_coef": 0.00229519, "vf_coef": 0.835671, "max_grad_norm": 0.7,
+    },
+}  # fmt: skip
+
+
+def result_folder(env: str, arm: str, total_timesteps: int) -> Path:
+    """Where the seeds of one row of the table are kept."""
+    return RESULTS / f"{env}-{total_timesteps // 1000}k" / re.sub(r"[^\w.-]+", "_", arm)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of the comparison."""
+
+    env: str
+    arm: str
+    seed: int
+    total_timesteps: int
+
+    @property
+    def path(self) -> Path:
+        return result_folder(self.env, self.arm, self.total_timesteps) / f"s{self.seed}.json"
+
+
+def sb3_zoo(run: Run) -> tuple[Any, dict[str, Any]]:
+    """SB3's PPO with rl_zoo3's tuned hyperparameters, one environment, VecNormalize."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+    from torch import nn
+
+    settings = ZOO[run.env]
+    network = {
+        "log_std_init": -2,
+        "ortho_init": False,
+        "activation_fn": nn.ReLU,
+        "net_arch": {"pi": [256, 256], "vf": [256, 256]},
+    }
+    env = VecNormalize(make_vec_env(run.env, n_envs=1, seed=run.seed), gamma=settings["gamma"])
+    agent = PPO("MlpPolicy", env, policy_kwargs=network, seed=run.seed, device="cpu", **settings)
+    return agent, settings | {"n_envs": 1, "net_arch": [256, 256], "log_std_init": -2, "activation": "relu"}
+
+
+def preset(env_id: str, **overrides: Any) -> tuple[int, Any]:
+    """Number of environments and Config that `train.py` uses for this environment."""
+    from driftrl import PolicyFlowConfig
+    from driftrl.agents.presets import DEFAULT, POLICYFLOW
+
+    fields = POLICYFLOW.get(env_id, DEFAULT) | overrides
+    return fields.pop("n_envs"), PolicyFlowConfig(**fields)
+
+
+def sb3_preset(run: Run) -> tuple[Any, dict[str, Any]]:
+    """SB3's PPO with the hyperparameters of our preset, VecNormalize in place of our normalisers.
+
+    The KL-adaptive learning rate, which SB3 lacks, is added: here once per iteration, in ours after each epoch.
+    """
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+    from torch import nn
+
+    n_envs, config = preset(run.env)
+
+    class AdaptivePPO(PPO):
+        """PPO whose learning rate keeps the KL within a factor of 2 of desired_kl."""
+
+        rate = config.learning_rate
+
+        def train(self) -> None:
+            super().train()
+            kl = self.logger.name_to_value["train/approx_kl"]
+            factor = 1 / 1.5 if kl > 2 * config.desired_kl else 1.5 if kl < config.desired_kl / 2 else 1.0
+            self.rate = min(max(self.rate * factor, config.lr_min), config.lr_max)
+
+        def _update_learning_rate(self, optimizers: Any) -> None:
+            if config.lr_schedule == "adaptive":
+                for group in optimizers.param_groups:
+                    group["lr"] = self.rate
+            else:
+                super()._update_learning_rate(optimizers)
+
+    names = (
+        "n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "clip_range", "clip_range_vf", "ent_coef",
+        "vf_coef", "max_grad_norm", "normalize_advantage",
+    )  # fmt: skip
+    settings = {name: getattr(config, name) for name in names}
+    rate = (lambda left: left * config.learning_rate) if config.lr_schedule == "linear" else config.learning_rate
+    activation = {"silu": nn.SiLU, "mish": nn.Mish, "tanh": nn.Tanh, "elu": nn.ELU}[config.activation]
+    # The spread of our first actions: base and action noise together.
+    std = math.hypot(config.base_std, config.action_std)
+    network = {
+        "log_std_init": math.log(std),
+        "activation_fn": activation,
+        "net_arch": {"pi": list(config.actor_hidden), "vf": list(config.critic_hidden)},
+    }
+    env = VecNormalize(make_vec_env(run.env, n_envs=n_envs, seed=run.seed), gamma=config.gamma)
+    agent = AdaptivePPO("MlpPolicy", env, rate, policy_kwargs=network, seed=run.seed, device="cpu", **settings)
+    adaptive = {
+        "learning_rate": config.learning_rate,
+        "lr_schedule": config.lr_schedule,
+        "desired_kl": config.desired_kl,
+    }
+    return agent, settings | adaptive | {
+        "n_envs": n_envs, "net_arch": network["net_arch"], "initial_std": std, "activation": config.activation
+    }  # fmt: skip
+
+
+def policyflow(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
+    """PolicyFlow as `python train.py policyflow --env ENV` makes it."""
+    from driftrl import PolicyFlow
+    from driftrl.envs import make_vec
+
+    n_envs, config = preset(run.env, **overrides)
+    agent = PolicyFlow("MlpPolicy", make_vec(run.env, n_envs, run.seed), config=config, seed=run.seed, device="cpu")
+    return agent, asdict(config) | {"n_envs": n_envs}
+
+
+ARMS: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
+    "policyflow": policyflow,
+    "sb3-preset": sb3_preset,
+    "sb3-zoo": sb3_zoo,
+}
+LABELS = {
+    "policyflow": "PolicyFlow, interpolation ratio",
+    "policyflow:ratio=endpoint": "PolicyFlow, endpoint ratio",
+    "sb3-preset": "SB3 PPO, our preset's hyperparameters",
+    "sb3-zoo": "SB3 PPO, rl_zoo3's tuned hyperparameters",
+}
+
+
+def build(run: Run) -> tuple[Any, dict[str, Any]]:
+    """The agent of an arm, "name" or "policyflow:field=value,field=value", and the settings to keep."""
+    name, _, overrides = run.arm.partition(":")
+    fields = dict(pair.split("=", 1) for pair in overrides.split(",") if pair)
+    return ARMS[name](run, **{key: _value(text) for key, text in fields.items()})
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def execute(run: Run) -> None:
+    """Train, evaluate and write one run's result."""
+    import gymnasium
+    import mujoco
+    import stable_baselines3
+    import torch
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.evaluation import evaluate_policy
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    class Curve(BaseCallback):
+        """Mean return of the last 100 training episodes, every CURVE_INTERVAL steps."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.points: list[list[float]] = []
+
+        def _on_step(self) -> bool:
+            buffer = self.model.ep_info_buffer
+            if buffer and self.num_timesteps >= CURVE_INTERVAL * (len(self.points) + 1):
+                self.points.append([self.num_timesteps, sum(e["r"] for e in buffer) / len(buffer)])
+            return True
+
+    torch.set_num_threads(1)
+    agent, settings = build(run)
+    curve = Curve()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    agent.learn(run.total_timesteps, callback=curve)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+
+    evaluation = {}
+    for mode, deterministic in (("deterministic", True), ("sampled", False)):
+        env = make_vec_env(run.env, n_envs=1, seed=10_000 + run.seed)
+        normalizer = agent.get_vec_normalize_env()
+        if normalizer is not None:
+            env = VecNormalize(env, training=False, norm_reward=False)
+            env.obs_rms = normalizer.obs_rms
+        returns, lengths = evaluate_policy(
+            agent, env, EVALUATION_EPISODES, deterministic=deterministic, return_episode_rewards=True
+        )
+        evaluation[mode] = {"returns": returns, "lengths": lengths}
+
+    result = {
+        "env": run.env, "arm": run.arm, "seed": run.seed, "total_timesteps": run.total_timesteps,
+        "settings": settings, "evaluation": evaluation, "curve": curve.points,
+        "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "gymnasium": gymnasium.__version__,
+            "mujoco": mujoco.__version__, "stable_baselines3": stable_baselines3.__version__,
+        },
+    }  # fmt: skip
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    partial = run.path.with_suffix(".part")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(run.path)
+
+
+def load(env: str, arm: str, total_timesteps: int) -> list[dict[str, Any]]:
+    """All kept results of one row of the table, by seed."""
+    paths = result_folder(env, arm, total_timesteps).glob("s*.json")
+    return sorted((json.loads(path.read_text()) for path in paths), key=lambda r: r["seed"])
+
+
+def table(envs: Sequence[str], arms: Sequence[str], total_timesteps: int) -> str:
+    """Markdown: IQM over seeds with a 95 % bootstrap interval, every seed's value, median steps per second."""
+    from driftrl.evaluate import bootstrap_interval, interquartile_mean
+
+    lines = [
+        "| task | agent | IQM [95 %] | sampled | each seed | steps/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for env in envs:
+        for arm in arms:
+            results = load(env, arm, total_timesteps)
+            if not results:
+                continue
+            scores, sampled = (
+                np.array([np.mean(r["evaluation"][mode]["returns"]) for r in results])
+                for mode in ("deterministic", "sampled")
+            )
+            low, high = bootstrap_interval(scores, interquartile_mean, rng=np.random.default_rng(0))
+            rate = statistics.median(total_timesteps / r["seconds"] for r in results)
+            lines.append(
+                f"| {env} | {LABELS.get(arm, arm)} | **{interquartile_mean(scores):.0f}** [{low:.0f}, {high:.0f}] "
+                f"| {interquartile_mean(sampled):.0f} | {', '.join(f'{score:.0f}' for score in scores)} | {rate:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def plot(envs: Sequence[str], arms: Sequence[str], total_timesteps: int, path: Path) -> None:
+    """Training returns of every seed (thin) and their mean (thick)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(envs), figsize=(6 * len(envs), 4), squeeze=False, layout="constrained")
+    for axis, env in zip(axes[0], envs, strict=True):
+        for i, arm in enumerate(arms):
+            color = f"C{i}"
+            curves = [np.array(r["curve"]) for r in load(env, arm, total_timesteps)]
+            if not curves:
+                continue
+            for curve in curves:
+                axis.plot(curve[:, 0] / 1e6, curve[:, 1], color=color, linewidth=0.6, alpha=0.5)
+            grid = np.linspace(max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves), 200)
+            mean = np.mean([np.interp(grid, c[:, 0], c[:, 1]) for c in curves], axis=0)
+            axis.plot(grid / 1e6, mean, color=color, linewidth=2, label=f"{LABELS.get(arm, arm)} ({len(curves)} seeds)")
+        axis.set(title=env, xlabel="million environment steps", ylabel="training return, last 100 episodes")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(
+    envs: tuple[str, ...] = ("HalfCheetah-v5", "Hopper-v5"),
+    arms: tuple[str, ...] = tuple(LABELS),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    total_timesteps: int = 1_000_000,
+    jobs: int = 2,
+    table_only: bool = False,
+    figure: Path = Path("docs/figures/learning.png"),
+) -> None:
+    """Run what is missing and print the table.
+
+    Args:
+        envs: environment ids.
+        arms: what to compare.
+        seeds: one run each.
+        total_timesteps: length of a run, in environment steps.
+        jobs: runs at a time, one thread each.
+        table_only: only read the kept results.
+        figure: where the learning curves are drawn.
+    """
+    missing = [
+        run
+        for seed in seeds
+        for env in envs
+        for arm in arms
+        if not (run := Run(env, arm, seed, total_timesteps)).path.exists()
+    ]
+
+    def launch(run: Run) -> None:
+        code = (
+            f"import learning; learning.execute(learning.Run(*{(run.env, run.arm, run.seed, run.total_timesteps)!r}))"
+        )
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+        start = time.perf_counter()
+        outcome = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+        state = "done" if outcome.returncode == 0 else f"FAILED with code {outcome.returncode}"
+        print(f"{run.env} {run.arm} seed {run.seed}: {state} in {time.perf_counter() - start:.0f} s", flush=True)
+
+    if not table_only:
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(launch, missing))
+    print(table(envs, arms, total_timesteps))
+    plot(envs, arms, total_timesteps, figure)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
