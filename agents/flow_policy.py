@@ -19,13 +19,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_image_space, preprocess_obs
+from stable_baselines3.common.preprocessing import get_flattened_obs_dim, preprocess_obs
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..dynamics.fields import MLPField
 from ..dynamics.ode import odeint
+from ..envs.make import check_spaces
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "mish": nn.Mish, "tanh": nn.Tanh, "elu": nn.ELU}
 LOG_STD_RANGE = (-5.0, 2.0)
@@ -176,7 +177,7 @@ class FlowPolicy(BasePolicy):
     """Actor, critic and normalisers as a Stable-Baselines3 policy for Box actions and vector observations.
 
     Args:
-        observation_space: Box, or Dict of Box, Discrete, MultiDiscrete and MultiBinary; no images.
+        observation_space: Box, or Dict of Boxes; no images.
         action_space: Box with finite bounds.
         lr_schedule: progress remaining (1 to 0) -> learning rate.
         net_arch: widths of the hidden layers, one list for both networks or {"pi": [...], "vf": [...]}.
@@ -305,23 +306,3 @@ def activation_name(activation: str | type[nn.Module]) -> str:
         if activation in (name, module):
             return name
     raise ValueError(f"unknown activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-
-
-def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
-    """Refuse what a flow policy cannot act on.
-
-    Raises:
-        ValueError: if the actions are not a Box with finite bounds, or observations are not vectors.
-    """
-    if not isinstance(action_space, spaces.Box) or not action_space.is_bounded():
-        raise ValueError(
-            f"unsupported action space: got {action_space}, expected a Box with finite bounds; "
-            "wrap the environment so that its actions are continuous and bounded"
-        )
-    parts = observation_space.spaces.values() if isinstance(observation_space, spaces.Dict) else [observation_space]
-    vector = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-    if not all(isinstance(part, vector) and not is_image_space(part) for part in parts):
-        raise ValueError(
-            f"unsupported observation space: got {observation_space}, expected vectors (Box, or a Dict of them); "
-            "encode images to vectors with a wrapper"
-        )

@@ -14,9 +14,10 @@ from stable_baselines3.common.utils import LinearSchedule, explained_variance
 from torch import Tensor, nn
 
 from ..dynamics.regularize import jacobian_penalty
+from ..envs.make import check_spaces
 from .config import require, validate
 from .diagnostics import flow_diagnostics
-from .flow_policy import FlowPolicy, check_spaces
+from .flow_policy import FlowPolicy
 from .ratios import RATIOS, Ratio, draw_interpolation, interpolate
 from .rollout import Batch, FlowRollouts
 

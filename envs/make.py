@@ -68,7 +68,9 @@ def check_env(id: str, **env_kwargs: Any) -> None:
         remedy = f"did you mean {', '.join(matches)}?" if matches else "gymnasium.pprint_registry() lists them"
         raise ValueError(f"unknown environment: got {id!r}, expected a registered Gymnasium id; {remedy}") from error
     try:
-        _check_spaces(id, env.observation_space, env.action_space)
+        check_spaces(env.observation_space, env.action_space)
+    except ValueError as error:
+        raise ValueError(f"{id}: {error}") from error
     finally:
         env.close()
 
@@ -95,20 +97,25 @@ def parse_env_kwargs(items: Sequence[str]) -> dict[str, Any]:
     return env_kwargs
 
 
-def _check_spaces(id: str, observations: spaces.Space[Any], actions: spaces.Space[Any]) -> None:
-    if not (isinstance(actions, spaces.Box) and actions.is_bounded()):
+def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+    """Refuse spaces that agents of this library cannot act in.
+
+    Raises:
+        ValueError: unless actions are a Box with finite bounds and observations a Box, or a Dict of Boxes, of vectors.
+    """
+    if not (isinstance(action_space, spaces.Box) and action_space.is_bounded()):
         raise ValueError(
-            f"unsupported actions: {id} has {actions}, expected a Box with finite bounds; choose an environment with "
-            "continuous actions or wrap it"
+            f"unsupported action space: got {action_space}, expected a Box with finite bounds; choose an environment "
+            "with continuous actions or wrap it"
         )
-    parts = observations.spaces.values() if isinstance(observations, spaces.Dict) else [observations]
+    parts = observation_space.spaces.values() if isinstance(observation_space, spaces.Dict) else [observation_space]
     if any(is_image_space(part) for part in parts):
         raise ValueError(
-            f"unsupported observations: {id} has images, {observations}, expected vectors; encode the images to "
+            f"unsupported observation space: got images, {observation_space}, expected vectors; encode the images to "
             "vectors with a wrapper"
         )
     if not all(isinstance(part, spaces.Box) for part in parts):
         raise ValueError(
-            f"unsupported observations: {id} has {observations}, expected a Box or a Dict of Boxes; flatten them with "
-            "a wrapper such as gymnasium.wrappers.FlattenObservation"
+            f"unsupported observation space: got {observation_space}, expected a Box or a Dict of Boxes; flatten it "
+            "with a wrapper such as gymnasium.wrappers.FlattenObservation"
         )

@@ -149,7 +149,7 @@ def test_saved_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--episodes", "x"], "invalid int value: 'x'"),
         (["--seed", "-1"], "seed: got -1"),
         (["--env", "InvertedPendulum-v5"], "expected Box(-1.0, 1.0, (2,)"),
-        (["--env", "CartPole-v1"], "unsupported actions"),
+        (["--env", "CartPole-v1"], "unsupported action space"),
         (["--video", "out.avi"], "expected a name that ends in .mp4"),
         (["--video", "out.mp4", "--env-kwargs", "broken=true"], "no OpenGL"),
     ],

@@ -99,11 +99,11 @@ def test_deterministic_prediction_repeats_and_sampling_does_not() -> None:
 
 
 def test_dict_observations_are_joined_in_the_order_of_their_space() -> None:
-    space = spaces.Dict({"b": spaces.Box(-1, 1, (2, 2)), "a": spaces.Discrete(3)})
+    space = spaces.Dict({"b": spaces.Box(-1, 1, (2, 2)), "a": spaces.Box(-1, 1, (3,))})
     policy = make_policy(space)
     order = list(space.spaces)
     parts = {"a": torch.tensor([0.0, 0.0, 1.0]), "b": torch.tensor([1.0, 2.0, 3.0, 4.0])}
-    obs = {"b": torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), "a": torch.tensor([2])}
+    obs = {"b": torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), "a": torch.tensor([[0.0, 0.0, 1.0]])}
     assert torch.equal(policy.features(obs)[0], torch.cat([parts[key] for key in order]))
 
 
@@ -130,6 +130,7 @@ def test_policy_saves_and_loads_by_itself(tmp_path: Any) -> None:
         (BOX, spaces.Discrete(2), "unsupported action space"),
         (BOX, spaces.Box(-np.inf, np.inf, (1,)), "finite bounds"),
         (spaces.Box(0, 255, (64, 64, 3), np.uint8), ACTIONS, "unsupported observation space"),
+        (spaces.Discrete(3), ACTIONS, "unsupported observation space"),
         (spaces.Tuple([BOX]), ACTIONS, "unsupported observation space"),
     ],
 )

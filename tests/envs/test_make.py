@@ -63,7 +63,7 @@ def test_dict_observations_are_welcome() -> None:
         ("HalfCheetah-v99", "did you mean HalfCheetah"),
         ("nothing like it", "expected a registered Gymnasium id; gymnasium.pprint_registry"),
         ("no_such_module:Name-v0", "needs a package"),
-        ("CartPole-v1", "unsupported actions: CartPole-v1 has Discrete"),
+        ("CartPole-v1", "CartPole-v1: unsupported action space: got Discrete"),
     ],
 )
 def test_unusable_ids_are_refused(id: str, message: str) -> None:
@@ -74,11 +74,11 @@ def test_unusable_ids_are_refused(id: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("unbounded", "unsupported actions"),
-        ("image", "has images"),
-        ("dict-image", "has images"),
-        ("tuple", "unsupported observations"),
-        ("discrete", "unsupported observations"),
+        ("unbounded", "unsupported action space"),
+        ("image", "got images"),
+        ("dict-image", "got images"),
+        ("tuple", "unsupported observation space"),
+        ("discrete", "unsupported observation space"),
     ],
 )
 def test_unusable_spaces_are_refused(kind: str, message: str) -> None:
