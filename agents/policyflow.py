@@ -59,7 +59,7 @@ class PolicyFlowConfig:
     lr_schedule: Literal["adaptive", "linear", "constant"] = "adaptive"
     """Course of the learning rate: adaptive keeps the KL near desired_kl; linear falls to 0; constant."""
     desired_kl: float = 0.01
-    """KL per iteration that the adaptive learning rate aims at, > 0, in nats."""
+    """Mean KL of an iteration's minibatches that the adaptive learning rate aims at, > 0, in nats."""
     lr_min: float = 1e-6
     """Lower bound of the adaptive learning rate, > 0."""
     lr_max: float = 1e-2
@@ -128,7 +128,7 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) 
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> Tensor:
-    """Half the mean squared error of values [B], with PPO's pessimistic clipping around old_values.
+    """Mean squared error of values [B], with PPO's pessimistic clipping around old_values.
 
     The maximum of both errors, as in PPO's original code: without it a value outside the band gets no gradient.
     """
@@ -136,7 +136,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
     if clip_range is not None:
         clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
         error = torch.maximum(error, (clipped - returns).square())
-    return 0.5 * error.mean()
+    return error.mean()
 
 
 def brownian_loss(velocity: Tensor, batch: Batch, form: str, std: float) -> Tensor:
@@ -329,13 +329,15 @@ class PolicyFlow(FlowRollouts):
         epochs = [self.ratio.record(policy.actor, batch, self._generator) for _ in range(config.n_epochs)]
         if config.brownian_coef > 0 or config.jacobian_coef > 0:
             epochs = [e if "t" in e else draw_interpolation(policy.actor, e, self._generator) for e in epochs]
+        passes: list[dict[str, float]] = []
         for epoch in epochs:
-            means = self._fit_once(epoch)
-            self._n_updates += 1
-            if adaptive:
-                self._adapt_learning_rate(means["train/approx_kl"])
-            if config.target_kl is not None and means["train/approx_kl"] > 1.5 * config.target_kl:
+            passes.append(self._fit_once(epoch))
+            if config.target_kl is not None and passes[-1]["train/approx_kl"] > 1.5 * config.target_kl:
                 break
+        self._n_updates += len(passes)
+        means = {name: sum(each[name] for each in passes) / len(passes) for name in passes[0]}
+        if adaptive:
+            self._adapt_learning_rate(means["train/approx_kl"])
         if config.diagnostics_interval and self._iteration % config.diagnostics_interval == 0:
             means |= flow_diagnostics(policy.actor, self.ratio, epochs[-1], config.clip_range)
         means["train/explained_variance"] = explained

@@ -180,9 +180,10 @@ class MLPField(VelocityField):
     frequencies drawn from N(0, 1) cycles per unit of flow time by a generator of a fixed seed: two fields of equal
     ``time_features`` always share them.
 
-    Initialisation as in the reference implementation of PolicyFlow (arXiv 2602.01156): Xavier uniform weights (the
-    first layer's as one matrix on the concatenated input), zero biases, the last layer times ``last_layer_scale``. At
-    the default of 0 the field is zero and the flow the identity.
+    Initialisation: orthogonal weights of gain sqrt(2) (the first layer's as one matrix on the concatenated input), zero
+    biases, the last layer times ``last_layer_scale``. At the default of 0 the field is zero and the flow the identity.
+    PolicyFlow's reference implementation (arXiv 2602.01156) has Xavier weights; on Hopper-v5 they learn at half the
+    speed.
 
     Args:
         dim: D, size of the state.
@@ -222,7 +223,7 @@ class MLPField(VelocityField):
         width = hidden[0]
         inputs = dim + cond_dim + 2 * time_features
         first = torch.empty(width, inputs)
-        nn.init.xavier_uniform_(first)
+        nn.init.orthogonal_(first, math.sqrt(2))
         self.x_weight = nn.Parameter(first[:, :dim].clone())
         self.cond_weight = nn.Parameter(first[:, dim : dim + cond_dim].clone()) if cond_dim else None
         self.time_weight = nn.Parameter(first[:, dim + cond_dim :].clone())
@@ -231,7 +232,7 @@ class MLPField(VelocityField):
         self.layers = cast("Sequence[nn.Linear]", nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(hidden)))
         self.output = nn.Linear(hidden[-1], dim)
         for layer in (*self.layers, self.output):
-            nn.init.xavier_uniform_(layer.weight)
+            nn.init.orthogonal_(layer.weight, math.sqrt(2))
             nn.init.zeros_(layer.bias)
         with torch.no_grad():
             self.output.weight.mul_(last_layer_scale)

@@ -28,13 +28,13 @@ def test_value_loss_is_the_larger_of_the_clipped_and_the_plain_error() -> None:
     values = torch.tensor([0.1, 1.0, -1.0], requires_grad=True)
     loss = value_loss(values, torch.zeros(3), torch.tensor([0.5, 0.5, 0.5]), 0.2)
     # inside the band: (.1 - .5)^2; beyond it on the side of the return: max(.25, (.2 - .5)^2); on the other: 1.5^2
-    assert loss.item() == pytest.approx(0.5 * (0.16 + 0.25 + 2.25) / 3)
+    assert loss.item() == pytest.approx((0.16 + 0.25 + 2.25) / 3)
     loss.backward()
     assert values.grad is not None
     # the trap of public code: without the maximum, the value that strayed to the wrong side would get no gradient
     assert values.grad[2] != 0
     assert value_loss(values, torch.zeros(3), torch.tensor([0.5, 0.5, 0.5]), None).item() == pytest.approx(
-        0.5 * (0.16 + 0.25 + 2.25) / 3
+        (0.16 + 0.25 + 2.25) / 3
     )
 
 

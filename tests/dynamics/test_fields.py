@@ -160,14 +160,16 @@ def test_default_field_starts_at_exactly_zero() -> None:
     assert not v.any() and not trace.any()
 
 
-def test_initialisation_is_xavier_on_the_joint_first_layer() -> None:
-    field = MLPField(40, 60, hidden=(200, 100), time_features=10, last_layer_scale=0.5)
-    bound = (6 / (40 + 60 + 20 + 200)) ** 0.5
-    for block in (field.x_weight, field.cond_weight, field.time_weight):
-        assert block is not None
-        assert 0.98 * bound < block.abs().max() <= bound
-    assert 0.98 < field.layers[0].weight.abs().max() / (6 / 300) ** 0.5 <= 1
-    assert 0.98 < field.output.weight.abs().max() / (0.5 * (6 / 140) ** 0.5) <= 1
+def test_initialisation_is_orthogonal_on_the_joint_first_layer() -> None:
+    # orthonormal columns (first layer, taller than wide) or rows (the others), times the gain
+    field = MLPField(40, 60, hidden=(200, 100), time_features=10, last_layer_scale=0.5).double()
+    assert field.cond_weight is not None
+    first = torch.cat([field.x_weight, field.cond_weight, field.time_weight], dim=1)
+    second, output = field.layers[0].weight, field.output.weight
+    tolerance = {"rtol": 0.0, "atol": 1e-5}  # drawn in float32
+    torch.testing.assert_close(first.t() @ first, 2 * torch.eye(120, dtype=torch.float64), **tolerance)
+    torch.testing.assert_close(second @ second.t(), 2 * torch.eye(100, dtype=torch.float64), **tolerance)
+    torch.testing.assert_close(output @ output.t(), 0.25 * 2 * torch.eye(40, dtype=torch.float64), **tolerance)
     assert not field.bias.any()
 
 
