@@ -14,6 +14,7 @@ from typing import Any, NoReturn, cast
 
 import gymnasium as gym
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -243,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--video", type=Path, metavar="FILE", help="also write a video of one episode, .mp4 or .gif")
     parser.add_argument("--json", metavar="FILE", help="also write all results as JSON; - for stdout, and nothing else")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
+    torch.set_num_threads(1)  # batches are small: more threads wait for each other
     try:
         return _evaluate(parser.parse_args(argv))
     except (ValueError, OSError) as error:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import tyro
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -60,6 +61,8 @@ class Arguments:
     """Seed of everything random, 0 .. 2**31 - 1; None: drawn, and recorded."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where networks and rollouts live."""
+    threads: int = 1
+    """CPU threads of PyTorch, >= 1. Networks of some 100 units are fastest with one: more wait for each other."""
     run_dir: Path = Path("runs")
     """Folder under which the run's folder is made."""
     checkpoint_interval: int = 100_000
@@ -109,7 +112,7 @@ def _start(name: str, args: Sequence[str]) -> int:
     n_envs = preset.pop("n_envs")
     defaults = Arguments(env=preset_id, n_envs=n_envs, config=entry.config(**preset))
     arguments = _parse(name, entry, args, defaults)
-    for field, least in (("total_timesteps", 1), ("checkpoint_interval", 1), ("seed", 0)):
+    for field, least in (("total_timesteps", 1), ("checkpoint_interval", 1), ("threads", 1), ("seed", 0)):
         value = getattr(arguments, field)
         if value is not None and not least <= value < 2**31:
             raise ValueError(f"{field}: got {value}, expected an integer of {least} .. 2**31 - 1")
@@ -123,6 +126,7 @@ def _start(name: str, args: Sequence[str]) -> int:
         total_timesteps=arguments.total_timesteps,
         checkpoint_interval=arguments.checkpoint_interval,
         device=arguments.device,
+        threads=arguments.threads,
         config=dataclasses.asdict(arguments.config),
     )
     with contextlib.closing(make_vec(settings.env_id, settings.n_envs, settings.seed, **settings.env_kwargs)) as env:
@@ -211,6 +215,7 @@ def _describe_preset(entry: Entry, defaults: Arguments, arguments: Arguments) ->
 
 def _train(agent: BaseAlgorithm, folder: Path, settings: RunSettings) -> int:
     """Train up to the run's total, save, evaluate and say what can be done next."""
+    torch.set_num_threads(settings.threads)
     print(f"run folder: {folder}", flush=True)
     logger = open_logger(folder)
     agent.set_logger(logger)

@@ -46,6 +46,7 @@ class RunSettings:
     total_timesteps: int
     checkpoint_interval: int
     device: str
+    threads: int
     config: dict[str, Any]
 
 

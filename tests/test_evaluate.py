@@ -50,7 +50,7 @@ def agent() -> PolicyFlow:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    settings = RunSettings("policyflow", "DriftRLTest/Lengths-v0", {}, 1, 0, 16, 16, "cpu", {})
+    settings = RunSettings("policyflow", "DriftRLTest/Lengths-v0", {}, 1, 0, 16, 16, "cpu", 1, {})
     folder = create_run(tmp_path_factory.mktemp("runs"), settings)
     save_agent(agent(), folder / "final.zip")
     return folder

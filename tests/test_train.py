@@ -128,6 +128,7 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["ppo"], "got ppo, expected policyflow"),
         (["policyflow", "--env", "HalfCheeta-v5"], "did you mean HalfCheetah-v5"),
         (["policyflow", "--env", "CartPole-v1"], "unsupported action space"),
+        (["policyflow", "--threads", "0"], "threads: got 0"),
         (["policyflow", "--env", "Pendulum-v1", *TINY, "--batch-size", "33"], "batch_size: got 33"),
         (["policyflow", "--n-steps", "0"], "n_steps: got 0"),
         (["policyflow", "--solver-steps", "0"], "solver_steps: got 0"),

@@ -12,7 +12,7 @@ from driftrl.agents.registry import AGENTS
 
 
 def settings(env_id: str = "Pendulum-v1") -> runs.RunSettings:
-    return runs.RunSettings("policyflow", env_id, {"g": 9.0}, 2, 7, 100, 50, "cpu", {"n_steps": 16})
+    return runs.RunSettings("policyflow", env_id, {"g": 9.0}, 2, 7, 100, 50, "cpu", 1, {"n_steps": 16})
 
 
 @pytest.fixture(scope="module")
