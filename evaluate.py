@@ -173,6 +173,7 @@ def record_video(
         raise ValueError(f"video: got {path}, expected a name that ends in .mp4 or .gif")
     env: gym.Env[Any, Any] = gym.make(env_id, render_mode="rgb_array", **env_kwargs)
     partial = path.with_name(f".part-{path.name}")
+    follow_with_camera(env)
     try:
         obs, _ = env.reset(seed=seed)
         agent.set_random_seed(seed)
@@ -191,6 +192,19 @@ def record_video(
     finally:
         partial.unlink(missing_ok=True)
         env.close()
+
+
+def follow_with_camera(env: gym.Env[Any, Any]) -> None:
+    """Render through the MuJoCo model's own tracking camera, if it has one.
+
+    Gymnasium's default camera stands still in some tasks: a cheetah has left the picture after two seconds.
+    """
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer is not None:
+        mujoco = importlib.import_module("mujoco")
+        track = mujoco.mj_name2id(renderer.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+        if track >= 0:
+            renderer.camera_id = track
 
 
 def _choose_renderer() -> None:

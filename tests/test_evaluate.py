@@ -11,7 +11,7 @@ from scipy import stats
 from driftrl import PolicyFlow, PolicyFlowConfig
 from driftrl import evaluate as evaluate_module
 from driftrl.agents.runs import RunSettings, create_run, save_agent
-from driftrl.evaluate import bootstrap_interval, evaluate_agent, interquartile_mean, main
+from driftrl.evaluate import bootstrap_interval, evaluate_agent, follow_with_camera, interquartile_mean, main
 
 
 class Lengths(gym.Env[np.ndarray, np.ndarray]):
@@ -188,3 +188,12 @@ def test_video_shows_one_episode(run: Path, tmp_path: Path, monkeypatch: pytest.
     assert len(frames) in (2, 20)  # a frame before the first step and one after each
     assert frames[-1] == pytest.approx(0, abs=3)
     assert frames[0] == pytest.approx(10 * (len(frames) - 1), abs=5)
+
+
+def test_camera_follows_the_body() -> None:
+    env = gym.make("HalfCheetah-v5", render_mode="rgb_array")
+    renderer = env.unwrapped.mujoco_renderer  # type: ignore[attr-defined]
+    assert renderer.camera_id == -1
+    follow_with_camera(env)
+    assert renderer.model.cam(renderer.camera_id).name == "track"
+    follow_with_camera(gym.make("Pendulum-v1"))  # nothing to follow, and no error
