@@ -135,9 +135,9 @@ class FlowActor(nn.Module):
     ) -> None:
         super().__init__()
         self.solver, self.solver_steps = solver, solver_steps
-        # The last layer is zero: the flow starts as the identity (the paper's best initialisation).
+        # Last layers are zero: the flow starts as the identity (the paper's best initialisation), the base at mean 0.
         self.field = MLPField(action_dim, obs_dim, hidden=hidden, activation=activation, last_layer_scale=0.0)
-        self.base_mean = mlp([obs_dim, *hidden, action_dim], activation, 0.01) if base == "gaussian" else None
+        self.base_mean = mlp([obs_dim, *hidden, action_dim], activation, 0.0) if base == "gaussian" else None
         self.base_log_std = nn.Parameter(
             torch.full((action_dim,), math.log(base_std)), requires_grad=base != "standard"
         )

@@ -348,8 +348,9 @@ class PolicyFlow(FlowRollouts):
         for name, value in means.items():
             self.logger.record(name, value)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if self._iteration > 0:  # the first rollout's are known already
+            policy.obs_norm.update(self.rollout_buffer["raw_obs"].flatten(0, 1))
         self._iteration += 1
-        policy.obs_norm.update(self.rollout_buffer["raw_obs"].flatten(0, 1))
 
     def _fit_once(self, epoch: Batch) -> dict[str, float]:
         """One pass over the rollout in random minibatches; returns the means of `losses`."""

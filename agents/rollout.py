@@ -118,6 +118,10 @@ class FlowRollouts(OnPolicyAlgorithm):
             self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
             raw_obs = self._checked_features(new_obs)
 
+        if policy.obs_norm.count == 0:
+            # A new field is zero: no action has looked at an observation yet, so the first statistics change nothing
+            # that was done, and learning need not start from raw observations.
+            policy.obs_norm.update(rollout["raw_obs"].flatten(0, 1))
         to_device = partial(torch.as_tensor, device=self.device)
         obs = policy.normalize(rollout["raw_obs"].flatten(0, 1))
         values = policy.value(obs).view(shape)
