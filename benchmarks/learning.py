@@ -269,10 +269,11 @@ def table(envs: Sequence[str], arms: Sequence[str], total_timesteps: int) -> str
                 for mode in ("deterministic", "sampled")
             )
             low, high = bootstrap_interval(scores, interquartile_mean, rng=np.random.default_rng(0))
-            rate = statistics.median(total_timesteps / r["seconds"] for r in results)
+            rates = [r["total_timesteps"] / r["seconds"] for r in results if r["seconds"]]  # None: was suspended
+            rate = f"{statistics.median(rates):.0f}" if rates else "-"
             lines.append(
                 f"| {env} | {LABELS.get(arm, arm)} | **{interquartile_mean(scores):.0f}** [{low:.0f}, {high:.0f}] "
-                f"| {interquartile_mean(sampled):.0f} | {', '.join(f'{score:.0f}' for score in scores)} | {rate:.0f} |"
+                f"| {interquartile_mean(sampled):.0f} | {', '.join(f'{score:.0f}' for score in scores)} | {rate} |"
             )
     return "\n".join(lines)
 
