@@ -195,7 +195,7 @@ def test_agrees_with_zuko() -> None:
     )
     x0, log_det = transform.call_and_ladj(x1)
     expected = standard_normal_log_prob(x0) + log_det
-    ours = flow_log_prob(field, x1, base_log_prob=standard_normal_log_prob, steps=64, solver="rk4", cond=cond)
+    ours = flow_log_prob(field, x1, base_log_prob=standard_normal_log_prob, steps=128, solver="rk4", cond=cond)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-7)
 
 
