@@ -14,7 +14,6 @@ from stable_baselines3.common.utils import LinearSchedule, explained_variance
 from torch import Tensor, nn
 
 from ..dynamics.regularize import jacobian_penalty
-from ..envs.make import check_spaces
 from .config import require, validate
 from .diagnostics import flow_diagnostics
 from .flow_policy import FlowPolicy
@@ -236,9 +235,13 @@ class PolicyFlow(FlowRollouts):
         _init_setup_model: bool = True,
         **fields: Any,
     ) -> None:
-        known = {field.name for field in dataclasses.fields(PolicyFlowConfig)}
-        if unknown := sorted(set(fields) - known):
-            raise TypeError(f"unknown argument: got {', '.join(unknown)}, expected fields of PolicyFlowConfig: {known}")
+        known = [field.name for field in dataclasses.fields(PolicyFlowConfig)]
+        if unknown := [name for name in fields if name not in known]:
+            raise TypeError(
+                f"unknown argument: got {', '.join(unknown)}, expected fields of PolicyFlowConfig: {', '.join(known)}"
+            )
+        if env is None and _init_setup_model:
+            raise ValueError("env: got None, expected an environment, a vectorised environment or a registered id")
         if isinstance(learning_rate, float | int):
             fields["learning_rate"] = float(learning_rate)
         self.config = dataclasses.replace(config or PolicyFlowConfig(), **fields)
@@ -263,8 +266,6 @@ class PolicyFlow(FlowRollouts):
             device=device,
             _init_setup_model=False,
         )
-        if env is not None:
-            check_spaces(self.observation_space, self.action_space)
         if _init_setup_model:
             self._setup_model()
 
@@ -277,6 +278,8 @@ class PolicyFlow(FlowRollouts):
             )
         if not callable(self.learning_rate) and config.lr_schedule == "linear":
             self.learning_rate = LinearSchedule(config.learning_rate, 0.0, 1.0)
+        if config.normalize_advantage and samples < 2:
+            raise ValueError("n_steps: got a rollout of 1 sample, expected 2 or more to normalise advantages over")
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         defaults = {
@@ -314,7 +317,7 @@ class PolicyFlow(FlowRollouts):
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def train(self) -> None:
-        """Fit actor and critic to the rollout (the paper's Algorithm 1), then let the normalisers see it."""
+        """Fit actor and critic to the rollout (the paper's Algorithm 1), then let the observation statistics see it."""
         config, policy, batch = self.config, self.policy, self.batch
         policy.set_training_mode(True)
         adaptive = config.lr_schedule == "adaptive" and not callable(self.learning_rate)

@@ -263,12 +263,14 @@ def test_entropy_estimate_is_that_of_a_gaussian_where_the_policy_is_one() -> Non
         ({"batch_size": 64}, ValueError, r"batch_size: got 64, expected at most n_steps x environments = 16 x 2 = 32"),
         ({"ratio": "exact"}, ValueError, "ratio: got 'exact', expected one of interpolation, endpoint"),
         ({"use_sde": True}, TypeError, "unknown argument: got use_sde"),
+        ({"env": None}, ValueError, "env: got None"),
+        ({"env": PENDULUM, "n_steps": 1, "batch_size": 1}, ValueError, "rollout of 1 sample"),
         ({"clip_range": lambda _: 0.1}, ValueError, "clip_range: got .* expected a number above 0"),
     ],
 )
 def test_impossible_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        PolicyFlow("MlpPolicy", pendulum(), **SMALL | arguments)
+        PolicyFlow("MlpPolicy", **{"env": pendulum()} | SMALL | arguments)
 
 
 def test_discrete_actions_are_refused() -> None:
