@@ -14,8 +14,8 @@ WIDE: dict[str, Any] = {"actor_hidden": (128, 128), "critic_hidden": (128, 128)}
 
 POLICYFLOW: dict[str, dict[str, Any]] = {
     "HalfCheetah-v5": DEFAULT | WIDE | {"gamma": 0.98, "gae_lambda": 0.92, "ema_decay": 0.995},
-    "Hopper-v5": DEFAULT | WIDE | {"ema_decay": 0.995},
-    "Walker2d-v5": DEFAULT | WIDE | {"ema_decay": 0.995},
+    "Hopper-v5": DEFAULT | WIDE | {"ema_decay": 0.995, "clip_range_vf": None},
+    "Walker2d-v5": DEFAULT | WIDE | {"ema_decay": 0.995, "clip_range_vf": None},
     "Ant-v5": DEFAULT | WIDE | {"gamma": 0.98, "gae_lambda": 0.92, "ema_decay": 0.995},
     "Humanoid-v5": DEFAULT | WIDE | {"n_steps": 256, "batch_size": 512, "gamma": 0.98, "gae_lambda": 0.92},
     # Small rollouts: episodes are short at first and the task is learned within tens of thousands of steps.
