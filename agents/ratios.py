@@ -3,8 +3,8 @@
 All of them condition on z. p(z) is part of the sampled object, so ``E[ratio * advantage]`` over (z, action) is
 unbiased, and a base that is learned contributes its own exact factor ``p(z | s) / p_old(z | s)``.
 
-A ratio is asked twice. `record` runs once for each epoch to come, while the policy still is the one that acted, and adds to the
-batch what only that policy knows. `terms` runs in every minibatch, with gradient.
+A ratio is asked twice. `record` runs once for each epoch to come, while the policy still is the one that acted, and
+adds to the batch what only that policy knows. `terms` runs in every minibatch, with gradient.
 """
 
 from __future__ import annotations
