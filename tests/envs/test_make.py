@@ -29,7 +29,7 @@ gym.register("DriftRLTest/SpacesOnly-v0", lambda **kwargs: SpacesOnly(**kwargs))
 
 
 def test_environments_are_monitored_and_seeded_one_by_one() -> None:
-    env, again, other = (make_vec("InvertedPendulum-v5", 3, seed) for seed in (5, 5, 6))
+    env, again, other = (make_vec("InvertedPendulum-v5", 3, seed, "sync") for seed in (5, 5, 6))
     assert isinstance(env, DummyVecEnv)
     assert env.num_envs == 3
     assert all(env.env_is_wrapped(Monitor))
