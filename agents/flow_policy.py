@@ -12,9 +12,11 @@ environment's units. Actions are stored unclipped and clipped only on their way 
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from gymnasium import spaces
@@ -22,13 +24,14 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim, preprocess_obs
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..dynamics.fields import MLPField
 from ..dynamics.ode import odeint
 from ..envs.make import check_spaces
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "mish": nn.Mish, "tanh": nn.Tanh, "elu": nn.ELU}
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "silu": nn.SiLU, "mish": nn.Mish, "tanh": nn.Tanh, "elu": nn.ELU, "relu": nn.ReLU,
+}  # fmt: skip
 LOG_STD_RANGE = (-5.0, 2.0)
 
 
@@ -97,6 +100,14 @@ class RunningNorm(nn.Module):
         return ((x - self.mean.float()) / self.std).clamp(-self.clip, self.clip)
 
 
+def join(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Make the parameters views of one vector, which is returned: what is done to it is done to all of them at once."""
+    vector = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    for parameter, part in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
+        parameter.data = part.view_as(parameter)
+    return vector
+
+
 class FlowSample(NamedTuple):
     """One draw from the policy, each [B, D] in normalised action units."""
 
@@ -121,18 +132,9 @@ class FlowActor(nn.Module):
     """
 
     def __init__(
-        self,
-        obs_dim: int,
-        action_dim: int,
-        *,
-        hidden: tuple[int, ...],
-        activation: str,
-        base: str,
-        base_std: float,
-        log_std_init: float,
-        solver: str,
-        solver_steps: int,
-    ) -> None:
+        self, obs_dim: int, action_dim: int, *, hidden: tuple[int, ...], activation: str, base: str, base_std: float,
+        log_std_init: float, solver: str, solver_steps: int,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.solver, self.solver_steps = solver, solver_steps
         # Last layers are zero: the flow starts as the identity (the paper's best initialisation), the base at mean 0.
@@ -197,23 +199,13 @@ class FlowPolicy(BasePolicy):
     """
 
     def __init__(
-        self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Space[Any],
-        lr_schedule: Schedule,
-        *,
-        net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: str | type[nn.Module] = "silu",
-        base: str = "learned",
-        base_std: float = 0.1,
-        log_std_init: float = math.log(0.5),
-        solver: str = "euler",
-        solver_steps: int = 4,
-        normalize_observation: bool = True,
-        ema_decay: float = 0.0,
+        self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], lr_schedule: Schedule, *,
+        net_arch: list[int] | dict[str, list[int]] | None = None, activation_fn: str | type[nn.Module] = "silu",
+        base: str = "learned", base_std: float = 0.1, log_std_init: float = math.log(0.5), solver: str = "euler",
+        solver_steps: int = 4, normalize_observation: bool = True, ema_decay: float = 0.0,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         check_spaces(observation_space, action_space)
         super().__init__(
             observation_space,
@@ -223,8 +215,15 @@ class FlowPolicy(BasePolicy):
             optimizer_kwargs=optimizer_kwargs,
         )
         if not isinstance(net_arch, dict):
-            net_arch = {"pi": net_arch or [64, 64], "vf": net_arch or [64, 64]}
-        activation = activation_name(activation_fn)
+            net_arch = dict.fromkeys(("pi", "vf"), [64, 64] if net_arch is None else net_arch)
+        net_arch = {"pi": [], "vf": []} | net_arch
+        if base not in ("standard", "learned", "gaussian"):
+            raise ValueError(f"base: got {base!r}, expected standard, learned or gaussian")
+        if not base_std > 0:
+            raise ValueError(f"base_std: got {base_std}, expected a number above 0")
+        activation = next((name for name, module in ACTIVATIONS.items() if activation_fn in (name, module)), None)
+        if activation is None:
+            raise ValueError(f"unknown activation: got {activation_fn!r}, expected one of {', '.join(ACTIVATIONS)}")
         self._arguments = {
             "net_arch": net_arch, "activation_fn": activation, "base": base, "base_std": base_std,
             "log_std_init": log_std_init, "solver": solver, "solver_steps": solver_steps,
@@ -241,14 +240,36 @@ class FlowPolicy(BasePolicy):
             base_std=base_std, log_std_init=log_std_init, solver=solver, solver_steps=solver_steps,
         )  # fmt: skip
         self.critic = mlp([self.obs_dim, *net_arch["vf"], 1], activation, 1.0)
-        self.optimizer = optimizer_class(
-            [p for p in self.parameters() if p.requires_grad],
-            lr=lr_schedule(1),  # type: ignore[call-arg]
-            **self.optimizer_kwargs,
-        )
-        self.averaged_actor = (
-            AveragedModel(self.actor, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
-        )
+        self.ema_decay = ema_decay
+        self.averaged_actor = copy.deepcopy(self.actor).requires_grad_(False) if ema_decay else None
+        self._average: Tensor | None = None
+        vector = nn.Parameter(torch.empty(0))
+        self.optimizer = optimizer_class([vector], lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        self.joined()
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name: the actor's first, the larger before the smaller for their alignment."""
+        named = [item for item in self.named_parameters() if item[1].requires_grad]
+        return dict(sorted(named, key=lambda item: (not item[0].startswith("actor."), -item[1].numel())))
+
+    def joined(self) -> nn.Parameter:
+        """The optimizer's one parameter, of which all `trained` ones are views.
+
+        A move to another device or a deep copy leaves them on their own; then they are joined anew.
+        """
+        vector: nn.Parameter = self.optimizer.param_groups[0]["params"][0]
+        parameters = self.trained()
+        if next(iter(parameters.values())).data_ptr() != vector.data_ptr():
+            vector.data = join(list(parameters.values()))
+            if self.averaged_actor is not None:
+                actors = [name.removeprefix("actor.") for name in parameters if name.startswith("actor.")]
+                self._average = join([self.averaged_actor.get_parameter(name) for name in actors])
+        return vector
+
+    def average(self, vector: Tensor) -> None:
+        """Move the averaged actor towards the actor, which the `joined` vector begins with, by 1 - ema_decay."""
+        if self._average is not None:
+            self._average.lerp_(vector[: len(self._average)], 1 - self.ema_decay)
 
     def features(self, obs: PyTorchObs) -> Tensor:
         """Flatten a batch of observations to raw vectors [B, O] (Dict entries in the order of their space)."""
@@ -261,6 +282,10 @@ class FlowPolicy(BasePolicy):
     def normalize(self, features: Tensor) -> Tensor:
         """Standardise raw observation vectors [B, O] with the policy's own statistics."""
         return self.obs_norm.forward(features) if self.normalize_observation else features
+
+    def act(self, features: Tensor, noise: Tensor) -> Tensor:
+        """Draw z, x1 and action given raw observation vectors [N, O] and standard normal noise [2, N, D]; [3, N, D]."""
+        return torch.stack(self.actor.sample(self.normalize(features), noise))
 
     def value(self, obs: Tensor) -> Tensor:
         """State value [B] of normalised observations [B, O], in units of normalised returns."""
@@ -285,7 +310,7 @@ class FlowPolicy(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         vector = self.normalize(self.features(observation))
-        actor = self.actor if self.averaged_actor is None else cast(FlowActor, self.averaged_actor.module)
+        actor = self.actor if self.averaged_actor is None else self.averaged_actor
         if deterministic:
             return actor.mode(vector).clamp(-1, 1)
         noise = torch.randn(2, vector.shape[0], self.action_dim, device=vector.device)
@@ -294,15 +319,3 @@ class FlowPolicy(BasePolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         spaces_ = {"observation_space": self.observation_space, "action_space": self.action_space}
         return spaces_ | {"lr_schedule": self._dummy_schedule} | self._arguments
-
-
-def activation_name(activation: str | type[nn.Module]) -> str:
-    """The key of `ACTIVATIONS` for a name or a torch module class.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    for name, module in ACTIVATIONS.items():
-        if activation in (name, module):
-            return name
-    raise ValueError(f"unknown activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")

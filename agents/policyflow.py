@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import LinearSchedule, explained_variance
-from torch import Tensor, nn
+from stable_baselines3.common.utils import LinearSchedule, explained_variance, update_learning_rate
+from torch import Tensor
 
 from ..dynamics.regularize import jacobian_penalty
+from .compiling import Objective, compiled, compiling_pays
 from .config import require, validate
 from .diagnostics import flow_diagnostics
 from .flow_policy import FlowPolicy
@@ -66,7 +68,7 @@ class PolicyFlowConfig:
     target_kl: float | None = None
     """End the epochs of an iteration when the KL exceeds 1.5 x this, > 0; None: never."""
     ratio: Literal["interpolation", "endpoint"] = "interpolation"
-    """Importance ratio: the paper's approximation, or the exact one given z (solver_steps times its cost)."""
+    """Importance ratio: the paper's approximation, or the exact one given z (as many field calls as a rollout step)."""
     solver: Literal["euler", "midpoint", "heun", "rk4"] = "euler"
     """ODE solver of the flow."""
     solver_steps: int = 4
@@ -90,7 +92,7 @@ class PolicyFlowConfig:
     """Widths of the hidden layers of the velocity field (and of the base's mean)."""
     critic_hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of the critic."""
-    activation: Literal["silu", "mish", "tanh", "elu"] = "silu"
+    activation: Literal["silu", "mish", "tanh", "elu", "relu"] = "silu"
     """Activation of all networks."""
     ema_decay: float = 0.0
     """Decay of the weight average that predict() uses, in [0, 1); 0: predict with the last weights."""
@@ -98,6 +100,9 @@ class PolicyFlowConfig:
     """Standardise observations with running statistics kept in the policy."""
     normalize_reward: bool = True
     """Divide rewards by the running standard deviation of the discounted return."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile rollout and update: the same results up to rounding, after some 20 seconds. auto: where the run is long
+    enough to make up for them and a C++ compiler is found."""
     diagnostics_interval: int = 10
     """Iterations between the flow/ diagnostics in the log, >= 0; 0: never."""
 
@@ -160,7 +165,7 @@ def brownian_loss(velocity: Tensor, batch: Batch, form: str, std: float) -> Tens
     return (left * (velocity - rate * (x_t - batch["base_mean"])).square()).sum(-1).mean()
 
 
-def losses(policy: FlowPolicy, ratio: Ratio, batch: Batch, config: PolicyFlowConfig) -> dict[str, Tensor]:
+def losses(policy: FlowPolicy, batch: Batch, ratio: Ratio, config: PolicyFlowConfig) -> dict[str, Tensor]:
     """The objective "train/loss" of a minibatch, its unweighted terms and what is logged beside them; scalars.
 
     The entropy is that of the two Gaussians, of the action noise and of the base, in nats per sample; a base that is
@@ -189,6 +194,9 @@ def losses(policy: FlowPolicy, ratio: Ratio, batch: Batch, config: PolicyFlowCon
         terms["flow/jacobian_loss"] = jacobian_penalty(actor.field, batch["t"], interpolate(batch), obs).mean()
         total = total + config.jacobian_coef * terms["flow/jacobian_loss"]
     return terms | {"train/loss": total}
+
+
+_SB3_ARGUMENTS = ("n_steps", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm")  # of OnPolicyAlgorithm
 
 
 class PolicyFlow(FlowRollouts):
@@ -220,21 +228,12 @@ class PolicyFlow(FlowRollouts):
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": FlowPolicy, "MultiInputPolicy": FlowPolicy}
 
     def __init__(
-        self,
-        policy: str | type[FlowPolicy] = "MlpPolicy",
-        env: GymEnv | str | None = None,
-        learning_rate: float | Schedule | None = None,
-        *,
-        config: PolicyFlowConfig | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: torch.device | str = "auto",
-        _init_setup_model: bool = True,
+        self, policy: str | type[FlowPolicy] = "MlpPolicy", env: GymEnv | str | None = None,
+        learning_rate: float | Schedule | None = None, *, config: PolicyFlowConfig | None = None,
+        policy_kwargs: dict[str, Any] | None = None, stats_window_size: int = 100, tensorboard_log: str | None = None,
+        verbose: int = 0, seed: int | None = None, device: torch.device | str = "auto", _init_setup_model: bool = True,
         **fields: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         known = [field.name for field in dataclasses.fields(PolicyFlowConfig)]
         if unknown := [name for name in fields if name not in known]:
             raise TypeError(
@@ -242,34 +241,23 @@ class PolicyFlow(FlowRollouts):
             )
         if env is None and _init_setup_model:
             raise ValueError("env: got None, expected an environment, a vectorised environment or a registered id")
-        if isinstance(learning_rate, float | int):
-            fields["learning_rate"] = float(learning_rate)
+        if learning_rate is not None and not callable(learning_rate):
+            fields["learning_rate"] = learning_rate
         self.config = dataclasses.replace(config or PolicyFlowConfig(), **fields)
         self._iteration = 0
+        self._rate = self.config.learning_rate  # the adaptive learning rate
         super().__init__(
-            policy,  # type: ignore[arg-type]
-            env,  # type: ignore[arg-type]
+            policy, env,  # type: ignore[arg-type]
             learning_rate=learning_rate if callable(learning_rate) else self.config.learning_rate,
-            n_steps=self.config.n_steps,
-            gamma=self.config.gamma,
-            gae_lambda=self.config.gae_lambda,
-            ent_coef=self.config.ent_coef,
-            vf_coef=self.config.vf_coef,
-            max_grad_norm=self.config.max_grad_norm,
-            use_sde=False,
-            sde_sample_freq=-1,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=False,
-        )
+            **{name: getattr(self.config, name) for name in _SB3_ARGUMENTS}, use_sde=False, sde_sample_freq=-1,
+            stats_window_size=stats_window_size, tensorboard_log=tensorboard_log, policy_kwargs=policy_kwargs,
+            verbose=verbose, seed=seed, device=device, _init_setup_model=False,
+        )  # fmt: skip
         if _init_setup_model:
             self._setup_model()
 
     def _setup_model(self) -> None:
+        self._take_arguments_of_load()
         config, samples = self.config, self.config.n_steps * self.n_envs
         if config.batch_size > samples:
             raise ValueError(
@@ -282,54 +270,59 @@ class PolicyFlow(FlowRollouts):
             raise ValueError("n_steps: got a rollout of 1 sample, expected 2 or more to normalise advantages over")
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
-        defaults = {
+        defaults: dict[str, Any] = {
             "net_arch": {"pi": list(config.actor_hidden), "vf": list(config.critic_hidden)},
-            "activation_fn": config.activation,
-            "base": config.base,
-            "base_std": config.base_std,
-            "log_std_init": math.log(config.action_std),
-            "solver": config.solver,
-            "solver_steps": config.solver_steps,
-            "normalize_observation": config.normalize_observation,
-            "ema_decay": config.ema_decay,
-            "optimizer_kwargs": {"weight_decay": config.weight_decay, "eps": 1e-5, "fused": True},
-        }
+            "activation_fn": config.activation, "base": config.base, "base_std": config.base_std,
+            "log_std_init": math.log(config.action_std), "solver": config.solver, "solver_steps": config.solver_steps,
+            "normalize_observation": config.normalize_observation, "ema_decay": config.ema_decay,
+        }  # fmt: skip
+        if "optimizer_class" not in self.policy_kwargs:
+            defaults["optimizer_kwargs"] = {"weight_decay": config.weight_decay, "eps": 1e-5, "fused": True}
         self.policy = cast(type[FlowPolicy], self.policy_class)(
             self.observation_space, self.action_space, self.lr_schedule, **(defaults | self.policy_kwargs)
         ).to(self.device)
-        self.ratio, self.normalize_reward = RATIOS[config.ratio](), config.normalize_reward
+        self._ratio, self.normalize_reward = RATIOS[config.ratio](), config.normalize_reward
+        self._act = self.policy.act
+        terms = partial(losses, ratio=self._ratio, config=config)
+        self._gradient = Objective(self.policy, terms, "train/loss", config.max_grad_norm).gradient
+        self._is_compiled = False
         self._setup_rollout()
 
+    def _take_arguments_of_load(self) -> None:
+        """Hyperparameters given to `load` arrive as attributes: make them fields of the config."""
+        names = {field.name for field in dataclasses.fields(self.config)} & vars(self).keys()
+        given = {name: getattr(self, name) for name in names if not callable(getattr(self, name))}
+        if given.get("learning_rate", self.config.learning_rate) != self.config.learning_rate:
+            self._rate = given["learning_rate"]
+        self.config = dataclasses.replace(self.config, **given)
+
     def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "PolicyFlow",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> PolicyFlow:
+        self, total_timesteps: int, callback: MaybeCallback = None, log_interval: int = 1,
+        tb_log_name: str = "PolicyFlow", reset_num_timesteps: bool = True, progress_bar: bool = False,
+    ) -> PolicyFlow:  # fmt: skip
         """Train for total_timesteps environment steps, as Stable-Baselines3's `PPO.learn`.
 
         Raises:
-            ValueError: if an observation or a reward is not finite.
+            ValueError: if an observation or a reward is not finite, or compile="on" finds no compiler.
         """
+        updates = total_timesteps * self.config.n_epochs // self.config.batch_size
+        if not self._is_compiled and compiling_pays(self.config.compile, updates, self.device):
+            self._act, self._gradient = compiled(self._act, self.device), compiled(self._gradient, self.device)
+            self._is_compiled = True
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def train(self) -> None:
         """Fit actor and critic to the rollout (the paper's Algorithm 1), then let the observation statistics see it."""
         config, policy, batch = self.config, self.policy, self.batch
         policy.set_training_mode(True)
-        adaptive = config.lr_schedule == "adaptive" and not callable(self.learning_rate)
-        if not adaptive:
-            self._update_learning_rate(policy.optimizer)
+        self._update_learning_rate(policy.optimizer)
         explained = explained_variance(batch["values"].cpu().numpy(), batch["returns"].cpu().numpy())
         if config.normalize_advantage:
             advantages = batch["advantages"]
             batch["advantages"] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
         # All epochs' references are taken now, while the policy still is the one that acted: no copy of it is needed.
-        epochs = [self.ratio.record(policy.actor, batch, self._generator) for _ in range(config.n_epochs)]
+        epochs = [self._ratio.record(policy.actor, batch, self._generator) for _ in range(config.n_epochs)]
         if config.brownian_coef > 0 or config.jacobian_coef > 0:
             epochs = [e if "t" in e else draw_interpolation(policy.actor, e, self._generator) for e in epochs]
         passes: list[dict[str, float]] = []
@@ -339,10 +332,10 @@ class PolicyFlow(FlowRollouts):
                 break
         self._n_updates += len(passes)
         means = {name: sum(each[name] for each in passes) / len(passes) for name in passes[0]}
-        if adaptive:
+        if self._is_adaptive:
             self._adapt_learning_rate(means["train/approx_kl"])
         if config.diagnostics_interval and self._iteration % config.diagnostics_interval == 0:
-            means |= flow_diagnostics(policy.actor, self.ratio, epochs[-1], config.clip_range)
+            means |= flow_diagnostics(policy.actor, self._ratio, epochs[-1], config.clip_range)
         means["train/explained_variance"] = explained
         means["train/clip_range"] = config.clip_range
         means["train/learning_rate"] = policy.optimizer.param_groups[0]["lr"]
@@ -352,33 +345,40 @@ class PolicyFlow(FlowRollouts):
             self.logger.record(name, value)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if self._iteration > 0:  # the first rollout's are known already
-            policy.obs_norm.update(self.rollout_buffer["raw_obs"].flatten(0, 1))
+            policy.obs_norm.update(self.rollout_buffer["features"][:-1].flatten(0, 1))
         self._iteration += 1
 
     def _fit_once(self, epoch: Batch) -> dict[str, float]:
         """One pass over the rollout in random minibatches; returns the means of `losses`."""
         policy, config = self.policy, self.config
-        parameters = [p for group in policy.optimizer.param_groups for p in group["params"]]
+        vector = policy.joined()
         order = torch.randperm(len(epoch["obs"]), generator=self._generator, device=self.device)
         shuffled = {name: tensor[order] for name, tensor in epoch.items()}
         metrics = []
         for start in range(0, len(order), config.batch_size):
             minibatch = {name: tensor[start : start + config.batch_size] for name, tensor in shuffled.items()}
-            terms = losses(policy, self.ratio, minibatch, config)
-            policy.optimizer.zero_grad()
-            terms["train/loss"].backward()
-            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            torch.compiler.cudagraph_mark_step_begin()
+            vector.grad, terms = self._gradient(minibatch)
             policy.optimizer.step()
-            if policy.averaged_actor is not None:
-                policy.averaged_actor.update_parameters(policy.actor)
-            metrics.append(torch.stack(list(terms.values())).detach())
+            policy.average(vector.detach())
+            metrics.append(torch.stack(list(terms.values())))
         # The one point per epoch at which the host waits for the device.
         return dict(zip(terms, torch.stack(metrics).mean(0).tolist(), strict=True))
 
+    @property
+    def _is_adaptive(self) -> bool:
+        return self.config.lr_schedule == "adaptive" and not callable(self.learning_rate)
+
+    def _update_learning_rate(self, optimizers: Any) -> None:
+        if self._is_adaptive:
+            update_learning_rate(optimizers, self._rate)
+        else:
+            super()._update_learning_rate(optimizers)
+
     def _adapt_learning_rate(self, kl: float) -> None:
         """Keep the KL within a factor of 2 of desired_kl (Schulman et al. 2017, section 4, on the learning rate)."""
-        for group in self.policy.optimizer.param_groups:
-            if kl > 2 * self.config.desired_kl:
-                group["lr"] = max(group["lr"] / 1.5, self.config.lr_min)
-            elif kl < self.config.desired_kl / 2:
-                group["lr"] = min(group["lr"] * 1.5, self.config.lr_max)
+        if kl > 2 * self.config.desired_kl:
+            self._rate = max(self._rate / 1.5, self.config.lr_min)
+        elif kl < self.config.desired_kl / 2:
+            self._rate = min(self._rate * 1.5, self.config.lr_max)
+        update_learning_rate(self.policy.optimizer, self._rate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -10,7 +11,6 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
@@ -60,15 +60,17 @@ class FlowRollouts(OnPolicyAlgorithm):
     policy: FlowPolicy  # type: ignore[assignment]  # SB3 asks for more of its policies than its loops use
     batch: Batch
     normalize_reward: bool
+    _act: Callable[[Tensor, Tensor], Tensor]  # FlowPolicy.act, perhaps compiled
+    _diverged = 0  # unstable simulations so far
 
     def _setup_rollout(self) -> None:
-        steps, dim = (self.n_steps, self.n_envs), self.policy.action_dim
-        sizes = {"raw_obs": self.policy.obs_dim, "z": dim, "x1": dim, "action": dim}
+        steps, envs = self.n_steps, self.n_envs
         # SB3's learn() hands this attribute to collect_rollouts. Ours: plain tensors on the device.
         self.rollout_buffer: Batch = {  # type: ignore[assignment]
-            name: torch.empty(*steps, size, device=self.device) for name, size in sizes.items()
+            "features": torch.zeros(steps + 1, envs, self.policy.obs_dim, device=self.device),  # the last: what follows
+            "sample": torch.zeros(steps, 3, envs, self.policy.action_dim, device=self.device),  # z, x1, action
         }
-        self._discounted_return = torch.zeros(self.n_envs, device=self.device)
+        self._discounted_return = np.zeros(envs, np.float32)
         assert isinstance(self.action_space, spaces.Box)
         self._action_shape = self.action_space.shape
 
@@ -80,12 +82,13 @@ class FlowRollouts(OnPolicyAlgorithm):
         self._generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed + self.num_timesteps)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "batch", "ratio", "_generator", "_discounted_return"]
+        ours = ["batch", "_ratio", "_generator", "_discounted_return", "_act", "_gradient"]
+        return [*super()._excluded_save_params(), *ours]
 
     @torch.no_grad()
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
         """Act for n_rollout_steps in every environment and fill the rollout; False if a callback ended training."""
-        policy, rollout = self.policy, rollout_buffer
+        policy, features, sample = self.policy, rollout_buffer["features"], rollout_buffer["sample"]
         policy.set_training_mode(False)
         callback.on_rollout_start()
         shape = (n_rollout_steps, env.num_envs)
@@ -93,11 +96,12 @@ class FlowRollouts(OnPolicyAlgorithm):
             n_rollout_steps, 2, env.num_envs, policy.action_dim, generator=self._generator, device=self.device
         )
         host_rewards, terminated, truncated = np.zeros(shape, np.float32), np.zeros(shape, bool), np.zeros(shape, bool)
-        reached: list[Tensor] = []  # raw observations of truncated steps, in the order of np.nonzero(truncated)
-        raw_obs = self._checked_features(self._last_obs)
+        reached: list[Tensor] = []  # raw features of truncated steps, in the order of np.nonzero(truncated)
+        features[0] = self._checked_features(self._last_obs)
         for step in range(n_rollout_steps):
-            sample = policy.actor.sample(policy.normalize(raw_obs), noise[step])
-            actions = sample.action.cpu().numpy().reshape(-1, *self._action_shape)
+            torch.compiler.cudagraph_mark_step_begin()
+            sample[step] = self._act(features[step], noise[step])
+            actions = sample[step, 2].cpu().numpy().reshape(-1, *self._action_shape)
             clipped_actions = policy.unscale_action(actions.clip(-1, 1))
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             self.num_timesteps += env.num_envs
@@ -107,39 +111,45 @@ class FlowRollouts(OnPolicyAlgorithm):
             self._update_info_buffer(infos, dones)
             if not np.isfinite(rewards).all():
                 i = int(np.flatnonzero(~np.isfinite(rewards))[0])
-                raise ValueError(f"non-finite reward: got {rewards[i]} from environment {i}, expected a finite number")
+                blame = (
+                    "environment" if np.isfinite(actions).all() else f"the policy's action {actions[i]}, environment"
+                )
+                raise ValueError(f"non-finite reward: got {rewards[i]} from {blame} {i}, expected a finite number")
             host_rewards[step], terminated[step] = rewards, dones
             for i in np.flatnonzero(dones).tolist():
+                self._diverged += int(infos[i].get("simulation_diverged", False))
                 if infos[i].get("TimeLimit.truncated", False):
                     terminated[step, i], truncated[step, i] = False, True
-                    reached.append(self._checked_features(_batch_of_one(infos[i]["terminal_observation"]), first=i))
-            rollout["raw_obs"][step] = raw_obs
-            rollout["z"][step], rollout["x1"][step], rollout["action"][step] = sample
+                    reached.append(self._checked_features(batch_of_one(infos[i]["terminal_observation"]), first=i))
+            features[step + 1] = self._checked_features(new_obs)
             self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
-            raw_obs = self._checked_features(new_obs)
+        self.logger.record("rollout/simulations_diverged", self._diverged)
 
         if policy.obs_norm.count == 0:
             # A new field is zero: no action has looked at an observation yet, so the first statistics change nothing
             # that was done, and learning need not start from raw observations.
-            policy.obs_norm.update(rollout["raw_obs"].flatten(0, 1))
+            policy.obs_norm.update(features[:-1].flatten(0, 1))
         to_device = partial(torch.as_tensor, device=self.device)
-        obs = policy.normalize(rollout["raw_obs"].flatten(0, 1))
-        values = policy.value(obs).view(shape)
+        all_obs = policy.normalize(features.flatten(0, 1))
+        all_values = policy.value(all_obs).view(-1, env.num_envs)
+        values, next_values = all_values[:-1], all_values[1:].clone()
         # Bootstrap with the value of the state reached: after a time limit that is not the next row's.
-        next_values = torch.cat([values[1:], policy.value(policy.normalize(raw_obs)).unsqueeze(0)])
         if reached:
-            next_values[to_device(truncated)] = policy.value(policy.normalize(torch.cat(reached)))
-        ended = to_device(terminated | truncated).float()
-        scaled = self._scale_rewards(to_device(host_rewards), ended)
+            next_values[to_device(truncated)] = policy.value(policy.normalize(to_device(torch.cat(reached)).float()))
+        ended = terminated | truncated
+        scaled = to_device(self._scale_rewards(host_rewards, ended))
         advantages = generalized_advantage(
-            scaled, values, next_values, to_device(terminated).float(), ended, self.gamma, self.gae_lambda
-        )
+            scaled, values, next_values, to_device(terminated).float(), to_device(ended).float(), self.gamma,
+            self.gae_lambda,
+        )  # fmt: skip
+        obs = all_obs[: values.numel()]
+        z, x1, action = sample.transpose(0, 1).flatten(1, 2)
         base_mean, base_log_std = policy.actor.base(obs)
         self.batch = {
             "obs": obs,
-            "z": rollout["z"].flatten(0, 1),
-            "x1": rollout["x1"].flatten(0, 1),
-            "action": rollout["action"].flatten(0, 1),
+            "z": z,
+            "x1": x1,
+            "action": action,
             "base_mean": base_mean,
             "base_log_std": base_log_std,
             "log_std": policy.actor.noise_log_std().expand_as(base_mean),
@@ -151,31 +161,40 @@ class FlowRollouts(OnPolicyAlgorithm):
         return True
 
     def _checked_features(self, obs: Any, first: int = 0) -> Tensor:
-        """Raw observation vectors [N, O] on the device; the first row is that of environment `first`.
+        """Raw observation vectors [N, O]; the first row is that of environment `first`.
 
         Raises:
             ValueError: if one is not finite.
         """
-        features = self.policy.features(obs_as_tensor(obs, self.device))
-        if not torch.isfinite(features).all():
-            i, j = (~torch.isfinite(features)).nonzero()[0].tolist()
+        features = observation_vectors(obs, self.observation_space)
+        if not np.isfinite(features).all():
+            i, j = np.argwhere(~np.isfinite(features))[0].tolist()
             raise ValueError(
-                f"non-finite observation: got {features[i, j].item()} in entry {j} of environment {first + i}, "
+                f"non-finite observation: got {features[i, j]} in entry {j} of environment {first + i}, "
                 "expected finite numbers; check the environment, or clip the actions it receives"
             )
-        return features
+        return torch.from_numpy(features)
 
-    def _scale_rewards(self, rewards: Tensor, ended: Tensor) -> Tensor:
+    def _scale_rewards(self, rewards: np.ndarray, ended: np.ndarray) -> np.ndarray:
         """Divide rewards [T, N] by the running standard deviation of the discounted return, clipped to +-10."""
         if not self.normalize_reward:
             return rewards
-        returns = torch.empty_like(rewards)
+        returns = np.empty_like(rewards)
         for t in range(len(rewards)):
             returns[t] = rewards[t] + self.gamma * self._discounted_return
-            self._discounted_return = returns[t] * (1 - ended[t])
-        self.policy.return_norm.update(returns.view(-1, 1))
-        return (rewards / self.policy.return_norm.std).clamp(-10, 10)
+            self._discounted_return = returns[t] * ~ended[t]
+        self.policy.return_norm.update(torch.as_tensor(returns, device=self.device).view(-1, 1))
+        return (rewards / self.policy.return_norm.std.item()).clip(-10, 10)
 
 
-def _batch_of_one(obs: Any) -> Any:
+def observation_vectors(obs: Any, space: spaces.Space[Any]) -> np.ndarray:
+    """Flatten a batch of observations, or of Dicts of them in the order of their space, to vectors [N, O]."""
+    if isinstance(space, spaces.Dict):
+        return np.concatenate([observation_vectors(obs[key], part) for key, part in space.spaces.items()], axis=1)
+    vectors: np.ndarray = obs.reshape(len(obs), -1)
+    return vectors
+
+
+def batch_of_one(obs: Any) -> Any:
+    """An observation, or a Dict of them, as a batch."""
     return {k: v[None] for k, v in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]

@@ -399,7 +399,7 @@ class MujocoVecEnv(VecEnv):
         datas = self.simulators.datas
         self._controls = [data.ctrl for data in datas]
         self._warnings = [data.warning.number[_BAD_STATE] for data in datas]
-        parts = min(threads or _available_cores(), n_envs)
+        parts = min(threads or available_cores(), n_envs)
         bounds = [n_envs * i // parts for i in range(parts + 1)]
         self._chunks = [datas[low:high] for low, high in pairwise(bounds)]
         self._pool = ThreadPoolExecutor(parts - 1, "mujoco") if parts > 1 else None
@@ -595,5 +595,6 @@ class MujocoVecEnv(VecEnv):
         return [wrapped for _ in self._get_indices(indices)]
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

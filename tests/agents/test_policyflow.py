@@ -60,8 +60,8 @@ def test_ratio_of_a_stored_rollout_is_one_before_each_update(ratio: str, base: s
         seen: ClassVar[list[float]] = []
 
         def train(self) -> None:
-            batch = self.ratio.record(self.policy.actor, self.batch, torch.Generator())
-            terms = self.ratio.terms(self.policy.actor, batch)
+            batch = self._ratio.record(self.policy.actor, self.batch, torch.Generator())
+            terms = self._ratio.terms(self.policy.actor, batch)
             self.seen.extend([terms.log_ratio.abs().max().item(), terms.kl.abs().max().item()])
             super().train()
 
@@ -222,6 +222,7 @@ def test_target_kl_ends_the_epochs() -> None:
 def test_weight_average_is_the_exponential_one_and_what_predict_uses() -> None:
     agent = PolicyFlow("MlpPolicy", pendulum(), ema_decay=0.5, **SMALL | {"n_epochs": 3, "batch_size": 32})
     course: list[torch.Tensor] = []
+    first = agent.policy.actor.log_std.detach().clone()
     step = agent.policy.optimizer.step
 
     def watch(*arguments: Any, **keywords: Any) -> Any:
@@ -232,9 +233,9 @@ def test_weight_average_is_the_exponential_one_and_what_predict_uses() -> None:
     agent.learn(32)
     average = agent.policy.averaged_actor
     assert average is not None
-    # torch starts the average at the first weights it sees
-    expected = 0.5 * (0.5 * course[0] + 0.5 * course[1]) + 0.5 * course[2]
-    torch.testing.assert_close(average.module.log_std, expected)
+    assert not torch.equal(first, course[0])
+    expected = 0.125 * first + 0.125 * course[0] + 0.25 * course[1] + 0.5 * course[2]
+    torch.testing.assert_close(average.log_std.detach(), expected)
     obs = np.ones((1, 4), np.float32)
     before = agent.predict(obs, deterministic=True)[0]
     with torch.no_grad():

@@ -1,0 +1,86 @@
+"""Gradients as functions that compile to one graph; whether the hot functions of an agent are compiled, and how."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Batch: TypeAlias = dict[str, Tensor]
+Function = TypeVar("Function", bound=Callable[..., object])
+
+PAYS_AFTER = 25_000
+"""Gradient updates after which a compiled run has caught up with an eager one (benchmarks/train_speed.py)."""
+
+
+def compiling_pays(wanted: str, updates: int, device: torch.device) -> bool:
+    """Decide on compilation.
+
+    Args:
+        wanted: "on"; "off"; or "auto", for runs of at least `PAYS_AFTER` updates where a compiler is found.
+        updates: gradient updates of the run.
+        device: where it runs; the CPU needs a C++ compiler.
+
+    Raises:
+        ValueError: if it is "on" and there is no compiler.
+    """
+    if wanted == "off":
+        return False
+    candidates = (os.environ.get("CXX", "g++"), "g++", "clang++")
+    found = device.type != "cpu" or any(shutil.which(candidate) for candidate in candidates)
+    if wanted == "on" and not found:
+        raise ValueError("compile: got on, and no C++ compiler is found; install g++ or clang++, or choose off")
+    return found and (wanted == "on" or updates >= PAYS_AFTER)
+
+
+def compiled(function: Function, device: torch.device) -> Function:
+    """One graph of the function for each shape of its tensors; on CUDA replayed as a CUDA graph.
+
+    A replay overwrites what the one before returned: callers copy what they keep and call
+    ``torch.compiler.cudagraph_mark_step_begin`` before the next.
+    """
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    result: Function = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)  # type: ignore[assignment]
+    return result
+
+
+class Objective(nn.Module):
+    """An objective of a policy, and its gradient as one function.
+
+    Args:
+        policy: module whose `trained` names the parameters that learn.
+        terms: (policy, batch) -> scalars by name.
+        name: the scalar to differentiate.
+        max_norm: bound of the gradient's norm.
+    """
+
+    def __init__(self, policy: Any, terms: Callable[[Any, Batch], Batch], name: str, max_norm: float) -> None:
+        super().__init__()
+        self.policy, self.terms, self.name, self.max_norm = policy, terms, name, max_norm
+
+    def forward(self, batch: Batch) -> Batch:
+        """The scalars for a batch."""
+        return self.terms(self.policy, batch)
+
+    def gradient(self, batch: Batch) -> tuple[Tensor, Batch]:
+        """The clipped gradient as one vector, parameter after parameter, and all scalars."""
+        parameters: dict[str, nn.Parameter] = self.policy.trained()
+        if torch.compiler.is_compiling():  # it cannot look into autograd, and eager mode is slow with torch.func
+
+            def scalar(detached: Batch) -> tuple[Tensor, Batch]:
+                terms = torch.func.functional_call(self, detached, (batch,))
+                return terms[self.name], terms
+
+            detached = {f"policy.{name}": parameter.detach() for name, parameter in parameters.items()}
+            by_name, terms = torch.func.grad(scalar, has_aux=True)(detached)
+            gradients = tuple(by_name.values())
+        else:
+            terms = self(batch)
+            gradients = torch.autograd.grad(terms[self.name], list(parameters.values()), materialize_grads=True)
+        vector = torch.cat([each.flatten() for each in gradients])
+        scale = (self.max_norm / (vector.norm() + 1e-6)).clamp(max=1.0)
+        return scale * vector, {name: term.detach() for name, term in terms.items()}
