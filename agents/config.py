@@ -24,9 +24,13 @@ RANGES: dict[str, Callable[[Any], bool]] = {
     "a number in [0, 1)": lambda x: _number(x) and 0 <= x < 1,
     "an integer of at least 1": lambda x: _count(x) and x >= 1,
     "an integer of at least 0": lambda x: _count(x) and x >= 0,
+    "an integer of 1 .. 2**31 - 1": lambda x: _count(x) and 1 <= x < 2**31,
+    "an integer of 0 .. 2**31 - 1": lambda x: _count(x) and 0 <= x < 2**31,
     "positive integers, at least one": lambda x: (
         isinstance(x, Collection) and len(x) > 0 and all(_count(width) and width >= 1 for width in x)
     ),
+    "text": lambda x: isinstance(x, str),
+    "names with values": lambda x: isinstance(x, dict),
     "True or False": lambda x: isinstance(x, bool),
 }
 """Wording of a range -> whether a value lies in it."""

@@ -21,7 +21,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -31,12 +31,19 @@ from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
 from .. import __version__
+from .config import validate
 from .registry import AGENTS
+
+_REMEDY = f"expected a .zip file saved by {' or '.join(AGENTS)}, or a run folder"
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What determines a training run; `config` holds every field of the agent's Config."""
+    """What determines a training run; `config` holds every field of the agent's Config.
+
+    Raises:
+        ValueError: if a field is outside its range.
+    """
 
     agent: str
     env_id: str
@@ -45,9 +52,21 @@ class RunSettings:
     seed: int
     total_timesteps: int
     checkpoint_interval: int
-    device: str
+    device: Literal["auto", "cpu", "cuda"]
     threads: int
     config: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        validate(
+            self,
+            {
+                "text": "agent env_id",
+                "names with values": "env_kwargs config",
+                "an integer of at least 1": "n_envs",
+                "an integer of 1 .. 2**31 - 1": "total_timesteps checkpoint_interval threads",
+                "an integer of 0 .. 2**31 - 1": "seed",
+            },
+        )
 
 
 def create_run(root: Path, settings: RunSettings) -> Path:
@@ -70,7 +89,7 @@ def record_resumption(folder: Path, timesteps: int, total_timesteps: int) -> Non
     """Note in config.json that training goes on from `timesteps`, up to `total_timesteps`, and on what."""
     data = json.loads((folder / "config.json").read_text())
     data["total_timesteps"] = total_timesteps
-    data["resumed"].append({"timesteps": timesteps, **_provenance()})
+    data["resumed"] = [*data.get("resumed", []), {"timesteps": timesteps, **_provenance()}]
     write_json(folder / "config.json", data)
 
 
@@ -83,9 +102,9 @@ def read_settings(folder: Path) -> RunSettings:
     try:
         data = json.loads((folder / "config.json").read_text())
         settings = RunSettings(**{field.name: data[field.name] for field in dataclasses.fields(RunSettings)})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no run: got {folder}, expected the folder of a run, with a config.json") from None
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"unreadable run: {folder / 'config.json'} is damaged ({error!r}); restore it") from error
     if settings.agent not in AGENTS:
         raise ValueError(f"unknown agent: {folder} is a run of {settings.agent!r}, expected one of {', '.join(AGENTS)}")
@@ -140,21 +159,30 @@ def find_checkpoint(path: Path) -> Path:
 
 def run_folder_of(path: Path) -> Path | None:
     """The run folder that a folder or saved file belongs to, None if there is none."""
-    candidates = (path, path.parent, path.parent.parent)
-    return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
+    for folder in (path, path.parent, path.parent.parent):
+        with contextlib.suppress(ValueError, OSError):  # no config.json, or somebody else's
+            read_settings(folder)
+            return folder
+    return None
 
 
 def load_agent(path: Path, device: str = "auto", env: VecEnv | None = None) -> BaseAlgorithm:
     """Load the agent of a run folder or a saved file (see `find_checkpoint`).
 
     Raises:
-        ValueError: if there is none, or it is not one of this library's, or the device is not there.
+        ValueError: if there is none, it is damaged or not one of this library's, it does not fit env, or the device is
+            not there.
     """
     check_device(device)
     file = find_checkpoint(path)
     agent = AGENTS[_agent_name(file)].agent
-    with file.open("rb") as stream:
-        return agent.load(stream, env=env, device=device)
+    try:
+        with file.open("rb") as stream:
+            return agent.load(stream, env=env, device=device)
+    except ValueError as error:  # of Stable-Baselines3: the spaces of env are others
+        raise ValueError(f"{file}: {error}") from error
+    except Exception as error:  # whatever unpickling and incomplete data lead to
+        raise ValueError(f"damaged checkpoint: {file} does not load ({error!r}); {_REMEDY}") from error
 
 
 def check_device(device: str) -> None:
@@ -165,17 +193,19 @@ def check_device(device: str) -> None:
 
 def _agent_name(file: Path) -> str:
     """Name of the agent in a saved file, told by the class of its config."""
-    remedy = f"expected a .zip file saved by {' or '.join(AGENTS)}, or a run folder"
     try:
         with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip() is not None
             data = json.loads(archive.read("data"))
-    except (zipfile.BadZipFile, KeyError, ValueError):
-        raise ValueError(f"no checkpoint: got {file}, which is damaged or something else; {remedy}") from None
-    config = data.get("config")
+    except Exception:  # a flipped bit can name another compression, a password, ...
+        damaged = True
+    if damaged:
+        raise ValueError(f"no checkpoint: got {file}, which is damaged or something else; {_REMEDY}")
+    config = data.get("config") if isinstance(data, dict) else None
     for name, entry in AGENTS.items():
         if isinstance(config, dict) and config.get(":type:") == str(entry.config):
             return name
-    raise ValueError(f"foreign checkpoint: got {file}, which no agent of this library saved; {remedy}")
+    raise ValueError(f"foreign checkpoint: got {file}, which no agent of this library saved; {_REMEDY}")
 
 
 def _provenance() -> dict[str, Any]:

@@ -136,6 +136,7 @@ def test_saved_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([str(run / "final.zip"), "--episodes", "1"]) == 0  # config.json beside it tells the environment
     lone = tmp_path / "lone.zip"
     shutil.copy(run / "final.zip", lone)
+    (tmp_path / "config.json").write_text('{"of": "another program"}')
     assert main([str(lone), "--episodes", "1", "--env", "DriftRLTest/Lengths-v0"]) == 0
     capsys.readouterr()
     assert main([str(lone), "--episodes", "1"]) == 2

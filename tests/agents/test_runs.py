@@ -44,6 +44,23 @@ def test_resumption_is_noted(tmp_path: Path) -> None:
     assert [entry["timesteps"] for entry in json.loads((folder / "config.json").read_text())["resumed"]] == [80]
 
 
+@pytest.mark.parametrize(
+    "change", [{"n_envs": "x"}, {"seed": -1}, {"env_kwargs": []}, {"device": 0}, {"config": None}, {"threads": True}]
+)
+def test_wrong_settings_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    folder = runs.create_run(tmp_path, settings())
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(data | change))
+    with pytest.raises(ValueError, match=f"unreadable run: .*config.json is damaged .*{next(iter(change))}: got"):
+        runs.read_settings(folder)
+
+
+def test_run_folder_is_told_from_others(tmp_path: Path, agent: PolicyFlow) -> None:
+    for content in ("{}", "[]", "no JSON", '{"agent": "policyflow"}'):
+        (tmp_path / "config.json").write_text(content)
+        assert runs.run_folder_of(tmp_path / "lone.zip") is None
+
+
 def test_newest_checkpoint_is_found(tmp_path: Path, agent: PolicyFlow) -> None:
     folder = runs.create_run(tmp_path, settings())
     with pytest.raises(ValueError, match="empty run"):
@@ -79,6 +96,21 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, agent: PolicyFlow) -> 
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("readme", "hello")
     PPO("MlpPolicy", "Pendulum-v1", n_steps=16, batch_size=16, device="cpu").save(tmp_path / "ppo.zip")
+    with zipfile.ZipFile(tmp_path / "whole.zip") as whole:
+        members = {name: whole.read(name) for name in whole.namelist()}
+    for name, changes in {
+        "list.zip": {"data": b"[]"},
+        "weightless.zip": dict.fromkeys((name for name in members if name.endswith(".pth")), None),
+        "no-policy.zip": {"policy.pth": None},
+        "garbage.zip": {"policy.pth": b"hello"},
+    }.items():
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for member, content in (members | changes).items():
+                if content is not None:
+                    archive.writestr(member, content)
+    flipped = bytearray((tmp_path / "whole.zip").read_bytes())
+    flipped[len(flipped) // 2] ^= 255
+    (tmp_path / "flipped.zip").write_bytes(flipped)
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
@@ -87,6 +119,11 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, agent: PolicyFlow) -> 
         "damaged.zip": "no checkpoint",
         "other.zip": "no checkpoint",
         "ppo.zip": "foreign checkpoint",
+        "list.zip": "foreign checkpoint: got .*list.zip",
+        "weightless.zip": "damaged checkpoint: .*weightless.zip",
+        "no-policy.zip": "no-policy.zip: Names of parameters do not match",
+        "garbage.zip": "damaged checkpoint: .*garbage.zip",
+        "flipped.zip": "no checkpoint: got .*flipped.zip",
         "empty": "no run: got .*empty",
         "broken": "unreadable run",
     }
