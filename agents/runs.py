@@ -13,11 +13,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -62,18 +64,20 @@ class RunSettings:
             {
                 "text": "agent env_id",
                 "names with values": "env_kwargs config",
-                "an integer of at least 1": "n_envs",
-                "an integer of 1 .. 2**31 - 1": "total_timesteps checkpoint_interval threads",
+                "an integer of at least 1": "n_envs total_timesteps checkpoint_interval",
+                "an integer of 1 .. 2**31 - 1": "threads",
                 "an integer of 0 .. 2**31 - 1": "seed",
             },
         )
 
 
-def create_run(root: Path, settings: RunSettings) -> Path:
-    """Make the folder of a new run, with its config.json, and return it."""
+@contextlib.contextmanager
+def new_run(root: Path, settings: RunSettings) -> Iterator[Path]:
+    """Make the folder of a new run, with its config.json; leave nothing if the block fails before an agent is saved."""
     environment = settings.env_id.replace("/", "_").replace(":", "_")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-s{settings.seed}"
     folder, number = root / environment / settings.agent / name, 1
+    made = [parent for parent in folder.parents if not parent.exists()]
     while True:
         try:
             folder.mkdir(parents=True)
@@ -81,8 +85,21 @@ def create_run(root: Path, settings: RunSettings) -> Path:
         except FileExistsError:
             number += 1
             folder = folder.with_name(f"{name}-{number}")
-    write_json(folder / "config.json", {**dataclasses.asdict(settings), **_provenance(), "resumed": []})
-    return folder
+    try:
+        write_json(folder / "config.json", {**dataclasses.asdict(settings), **_provenance(), "resumed": []})
+        yield folder
+    except BaseException:
+        if not has_saved(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in made:
+                with contextlib.suppress(OSError):  # other runs lie there
+                    parent.rmdir()
+        raise
+
+
+def has_saved(folder: Path) -> bool:
+    """Whether a run folder holds a saved agent."""
+    return any(folder.rglob("*.zip"))
 
 
 def record_resumption(folder: Path, timesteps: int, total_timesteps: int) -> None:
@@ -239,8 +256,28 @@ class _ProgressFile(CSVOutputFormat):
         self.file.seek(0, os.SEEK_END)
 
 
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Within the block SIGTERM raises KeyboardInterrupt, as SIGINT does: what is open gets closed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def exit_code(interrupt: KeyboardInterrupt) -> int:
+    """Exit code of a process that a signal ended: 130 for SIGINT, 143 for SIGTERM."""
+    number: int = interrupt.args[0] if interrupt.args else signal.SIGINT
+    return 128 + number
+
+
 class StopOnSignal(BaseCallback):
-    """Ends training after the current step on SIGINT or SIGTERM; a second SIGINT ends it at once."""
+    """Ends training after the current step on the first SIGINT or SIGTERM; the next one is handled as outside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -315,13 +352,16 @@ class Progress(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         now, steps = time.monotonic(), self.model.num_timesteps
-        self._bar.set_postfix_str(f"return {_mean_return(self.model):.1f}", refresh=False)
+        mean = f"return {_mean_return(self.model):.1f}" if self.model.ep_info_buffer else "return -"
+        self._bar.set_postfix_str(mean, refresh=False)
         if self._bar.disable and (steps - self._shown >= self._total / 10 or now - self._shown_at >= 30):
             self._shown, self._shown_at = steps, now
             speed = (steps - self._begin) / (now - self._start)
             left = tqdm.format_interval(max(self._total - steps, 0) / speed)
-            share, mean = f"{min(steps / self._total, 1):4.0%}", f"return {_mean_return(self.model):.1f}"
-            print(f"{share}  {steps:,} steps  {speed:,.0f} steps/s  {mean}  {left} left", flush=True)
+            print(
+                f"{min(steps / self._total, 1):4.0%}  {steps:,} steps  {speed:,.0f} steps/s  {mean}  {left} left",
+                flush=True,
+            )
 
     def close(self) -> None:
         """Leave the bar as it is, also where training was cut short."""
@@ -329,6 +369,6 @@ class Progress(BaseCallback):
 
 
 def _mean_return(model: BaseAlgorithm) -> float:
-    """Mean return of the last training episodes, nan before the first."""
+    """Mean return of the last training episodes, of which there is at least one."""
     episodes = model.ep_info_buffer or ()
-    return sum(float(episode["r"]) for episode in episodes) / len(episodes) if episodes else float("nan")
+    return sum(float(episode["r"]) for episode in episodes) / len(episodes)

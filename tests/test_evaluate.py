@@ -10,7 +10,7 @@ from scipy import stats
 
 from driftrl import PolicyFlow, PolicyFlowConfig
 from driftrl import evaluate as evaluate_module
-from driftrl.agents.runs import RunSettings, create_run, save_agent
+from driftrl.agents.runs import RunSettings, new_run, save_agent
 from driftrl.evaluate import bootstrap_interval, evaluate_agent, follow_with_camera, interquartile_mean, main
 
 
@@ -51,8 +51,8 @@ def agent() -> PolicyFlow:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = RunSettings("policyflow", "DriftRLTest/Lengths-v0", {}, 1, 0, 16, 16, "cpu", 1, {})
-    folder = create_run(tmp_path_factory.mktemp("runs"), settings)
-    save_agent(agent(), folder / "final.zip")
+    with new_run(tmp_path_factory.mktemp("runs"), settings) as folder:
+        save_agent(agent(), folder / "final.zip")
     return folder
 
 
