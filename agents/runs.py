@@ -129,21 +129,30 @@ def read_settings(folder: Path) -> RunSettings:
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write JSON, all or nothing."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(data, indent=2) + "\n")
-    partial.replace(path)
+    """Write JSON, all or nothing; a ValueError if a number is not finite, which JSON cannot express."""
+    text = json.dumps(data, indent=2, allow_nan=False)
+    with _all_or_nothing(path) as partial:
+        partial.write_text(text + "\n")
 
 
 def save_agent(agent: BaseAlgorithm, path: Path) -> None:
     """Save an agent, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:
+    with _all_or_nothing(path) as partial, partial.open("wb") as file:
         agent.save(file)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+
+
+@contextlib.contextmanager
+def _all_or_nothing(path: Path) -> Iterator[Path]:
+    """A temporary name to write under, which becomes `path` at the end and goes away if the block fails."""
+    partial = path.with_name(path.name + ".part")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def checkpoint_path(folder: Path, timesteps: int) -> Path:

@@ -113,6 +113,13 @@ def test_failed_save_keeps_the_old_file(tmp_path: Path, agent: PolicyFlow, monke
         runs.save_agent(agent, tmp_path / "final.zip")
     assert (tmp_path / "final.zip").read_bytes() == before
 
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        runs.write_json(tmp_path / "folder", {})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        runs.write_json(tmp_path / "nan.json", float("nan"))
+    assert {path.name for path in tmp_path.iterdir()} == {"final.zip", "folder"}
+
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, agent: PolicyFlow) -> None:
     agent.save(tmp_path / "whole.zip")
