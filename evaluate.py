@@ -96,6 +96,30 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+@dataclass(frozen=True)
+class _Checked:
+    """An agent that refuses to act on observations that are not finite."""
+
+    agent: BaseAlgorithm
+    env_id: str
+
+    def predict(
+        self,
+        observation: NDArray[Any] | dict[str, NDArray[Any]],
+        state: tuple[NDArray[Any], ...] | None = None,
+        episode_start: NDArray[Any] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
+        """The agent's `predict`, with a ValueError for observations that are not finite."""
+        for part in observation.values() if isinstance(observation, dict) else [observation]:
+            if not np.isfinite(part).all():
+                raise ValueError(
+                    f"non-finite observation: got {part[~np.isfinite(part)][0]} from {self.env_id}, expected finite "
+                    "numbers; check the environment"
+                )
+        return self.agent.predict(observation, state, episode_start, deterministic)
+
+
 def evaluate_agent(
     agent: BaseAlgorithm, env_id: str, env_kwargs: dict[str, Any], episodes: int, seed: int, *, sample: bool
 ) -> Evaluation:
@@ -112,10 +136,22 @@ def evaluate_agent(
         sample: sample the actions; otherwise the deterministic ones.
 
     Raises:
-        ValueError: if episodes is below 1, or the agent was trained for other spaces.
+        ValueError: if episodes is below 1, the agent was trained for other spaces, or an observation or a return is
+            not finite.
     """
     if episodes < 1:
         raise ValueError(f"episodes: got {episodes}, expected an integer of at least 1")
+
+    def check_return(progress: dict[str, Any], _: dict[str, Any]) -> None:
+        """Called by evaluate_policy with its local variables, after each step of each environment."""
+        value = progress["info"]["episode"]["r"] if progress["done"] else 0.0
+        if not np.isfinite(value):
+            number = len(progress["episode_rewards"]) + 1
+            raise ValueError(
+                f"non-finite return: got {value} from episode {number} of {env_id}, expected a finite number; check "
+                "the environment's rewards"
+            )
+
     env = make_vec(env_id, min(episodes, _MAX_ENVS), seed, **env_kwargs)
     try:
         for kind in ("observation_space", "action_space"):
@@ -123,7 +159,10 @@ def evaluate_agent(
             if expected != got:
                 raise ValueError(f"{kind} of {env_id}: got {got}, expected {expected} as in training; change --env")
         agent.set_random_seed(seed)
-        results = evaluate_policy(agent, env, episodes, deterministic=not sample, return_episode_rewards=True)
+        model = _Checked(agent, env_id)
+        results = evaluate_policy(
+            model, env, episodes, deterministic=not sample, callback=check_return, return_episode_rewards=True
+        )
     finally:
         env.close()
     returns, lengths = cast(tuple[list[float], list[int]], results)
@@ -161,7 +200,8 @@ def record_video(
     """Write a video of one episode, all or nothing.
 
     Raises:
-        ValueError: if imageio is missing, the environment cannot be rendered here, or the format is not known.
+        ValueError: if imageio is missing, the environment cannot be rendered at all or here, the format is not known,
+            or an observation is not finite.
     """
     try:
         import imageio.v2 as imageio
@@ -171,19 +211,30 @@ def record_video(
         raise ValueError(f"video: {error.name} is not installed; run pip install 'imageio[ffmpeg]'") from error
     if path.suffix not in (".mp4", ".gif"):
         raise ValueError(f"video: got {path}, expected a name that ends in .mp4 or .gif")
-    env: gym.Env[Any, Any] = gym.make(env_id, render_mode="rgb_array", **env_kwargs)
+    env: gym.Env[Any, Any] = gym.make(env_id, **env_kwargs)
+    modes = env.metadata.get("render_modes") or ()
+    env.close()
+    if "rgb_array" not in modes:
+        raise ValueError(
+            f"video: {env_id} has the render modes {', '.join(modes) or 'none'}, expected rgb_array among them; leave "
+            "out --video, or add that mode to the environment"
+        )
+    env = gym.make(env_id, **(env_kwargs | {"render_mode": "rgb_array"}))
     partial = path.with_name(f".part-{path.name}")
     follow_with_camera(env)
+    model = _Checked(agent, env_id)
     try:
         obs, _ = env.reset(seed=seed)
         agent.set_random_seed(seed)
         frame = _render(env)
-        writer: Any = imageio.get_writer(partial, fps=env.metadata.get("render_fps", 30))
+        fps = env.metadata.get("render_fps", 30)
+        speed = {"duration": 1000 / fps} if path.suffix == ".gif" else {"fps": fps}
+        writer: Any = imageio.get_writer(partial, **speed)
         with writer:
             ended = False
             while not ended:
                 writer.append_data(frame)
-                action, _ = agent.predict(obs, deterministic=not sample)
+                action, _ = model.predict(obs, deterministic=not sample)
                 obs, _, terminated, truncated, _ = env.step(action)
                 ended = terminated or truncated
                 frame = _render(env)
@@ -232,6 +283,14 @@ def _no_rendering(error: Exception) -> ValueError:
     )
 
 
+def _check_target(option: str, path: Path) -> None:
+    """Refuse a file that could not be written, before episodes are spent on what it shall hold."""
+    if path.is_dir():
+        raise ValueError(f"{option}: got the folder {path}, expected a file; add a name")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{option}: got {path}, expected a file in an existing folder that can be written to")
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises ValueError, for a one-line error in place of its usage."""
 
@@ -248,19 +307,25 @@ def fail(error: Exception) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, or 2 for bad input."""
-    parser = Parser(prog=Path(sys.argv[0]).name, description="Evaluate a saved policy.")
-    parser.add_argument("path", type=Path, metavar="RUN_OR_FILE", help="run folder or saved .zip file")
+    usage = "%(prog)s RUN_OR_FILE [options]"
+    parser = Parser(prog=Path(sys.argv[0]).name, usage=usage, description="Evaluate a saved policy.")
+    parser.add_argument("path", type=Path, nargs="?", metavar="RUN_OR_FILE", help="run folder or saved .zip file")
     parser.add_argument("--episodes", type=int, default=20, help="episodes per policy, >= 1 (default: %(default)s)")
     parser.add_argument("--sample", action="store_true", help="only the sampled policy, also in the video")
     parser.add_argument("--env", metavar="ID", help="Gymnasium id (default: the one of the run)")
     parser.add_argument("--env-kwargs", nargs="*", metavar="KEY=VALUE", help="its arguments (default: as in the run)")
-    parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help="seed, >= 0 (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help="0 .. 2**31 - 1 (default: %(default)s)")
     parser.add_argument("--video", type=Path, metavar="FILE", help="also write a video of one episode, .mp4 or .gif")
     parser.add_argument("--json", metavar="FILE", help="also write all results as JSON; - for stdout, and nothing else")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
     torch.set_num_threads(1)  # batches are small: more threads wait for each other
     try:
-        return _evaluate(parser.parse_args(argv))
+        args = parser.parse_args(argv)
+        if args.path is None and args.env_kwargs:  # they took all that follows: --env-kwargs KEY=VALUE RUN_OR_FILE
+            args.path = Path(args.env_kwargs.pop())
+        if args.path is None:
+            parser.error("got no RUN_OR_FILE, expected a run folder or saved .zip file")
+        return _evaluate(args)
     except (ValueError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:
@@ -268,8 +333,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    if args.seed < 0:
-        raise ValueError(f"seed: got {args.seed}, expected an integer of at least 0")
+    if not 0 <= args.seed < 2**31:
+        raise ValueError(f"seed: got {args.seed}, expected an integer of 0 .. 2**31 - 1")
+    if args.json not in (None, "-"):
+        _check_target("json", Path(args.json))
+    if args.video:
+        _check_target("video", args.video)
     file = find_checkpoint(args.path)
     folder = run_folder_of(file)
     if folder is None and args.env is None:
@@ -286,7 +355,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     agent = load_agent(file, args.device)
 
     out = sys.stderr if args.json == "-" else sys.stdout
-    print(f"{file}: {agent.num_timesteps:,} steps of training on {env_id}; {args.episodes} episodes each", file=out)
+    episodes = f"{args.episodes} episode{'s' if args.episodes != 1 else ''} each"
+    print(f"{file}: {agent.num_timesteps:,} steps of training on {env_id}; {episodes}", file=out)
     if args.video:
         policy = "sampled" if args.sample else "deterministic"
         print(f"recording an episode of the {policy} policy to {args.video}", file=out, flush=True)
@@ -295,8 +365,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     report = evaluate_modes(agent, env_id, env_kwargs, args.episodes, args.seed, modes)
     print(format_table(report), file=out)
     if args.json == "-":
-        print(json.dumps({"file": str(file), **report}, indent=2))
-    elif args.json:
+        print(json.dumps({"file": str(file), **report}, indent=2, allow_nan=False))
+    elif args.json is not None:
         write_json(Path(args.json), {"file": str(file), **report})
     return 0
 

@@ -9,7 +9,6 @@ import re
 import secrets
 import shlex
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -32,13 +31,16 @@ from driftrl.agents.runs import (
     StopOnSignal,
     check_device,
     checkpoint_path,
-    create_run,
+    exit_code,
     find_checkpoint,
+    has_saved,
     load_agent,
+    new_run,
     open_logger,
     read_settings,
     record_resumption,
     save_agent,
+    sigterm_as_interrupt,
     write_json,
 )
 from driftrl.envs import make_vec, parse_env_kwargs
@@ -77,19 +79,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 2 for bad input, 130 or 143 where a signal ended it."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        if args and args[0] in AGENTS:
-            return _start(args[0], args[1:])
-        if any(arg.split("=")[0] == "--resume" for arg in args):
-            return _resume(args)
+        with sigterm_as_interrupt():
+            if args and args[0] in AGENTS:
+                return _start(args[0], args[1:])
+            if any(arg.split("=")[0] == "--resume" for arg in args):
+                return _resume(args)
         if set(args) & {"-h", "--help"}:
             print(_overview())
             return 0
         raise ValueError(f"got {args[0] if args else 'no agent'}, expected {' or '.join(AGENTS)}, or --resume RUN")
     except (ValueError, OSError) as error:
         return fail(error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return exit_code(interrupt)
 
 
 def _overview() -> str:
@@ -112,10 +115,6 @@ def _start(name: str, args: Sequence[str]) -> int:
     n_envs = preset.pop("n_envs")
     defaults = Arguments(env=preset_id, n_envs=n_envs, config=entry.config(**preset))
     arguments = _parse(name, entry, args, defaults)
-    for field, least in (("total_timesteps", 1), ("checkpoint_interval", 1), ("threads", 1), ("seed", 0)):
-        value = getattr(arguments, field)
-        if value is not None and not least <= value < 2**31:
-            raise ValueError(f"{field}: got {value}, expected an integer of {least} .. 2**31 - 1")
     check_device(arguments.device)
     settings = RunSettings(
         agent=name,
@@ -132,10 +131,10 @@ def _start(name: str, args: Sequence[str]) -> int:
     with contextlib.closing(make_vec(settings.env_id, settings.n_envs, settings.seed, **settings.env_kwargs)) as env:
         policy = "MultiInputPolicy" if isinstance(env.observation_space, spaces.Dict) else "MlpPolicy"
         agent = entry.agent(policy, env, config=arguments.config, seed=settings.seed, device=settings.device)
-        folder = create_run(arguments.run_dir, settings)
-        print(_describe(agent, settings))
-        print(_describe_preset(entry, defaults, arguments))
-        return _train(agent, folder, settings)
+        with new_run(arguments.run_dir, settings) as folder:
+            print(_describe(agent, settings))
+            print(_describe_preset(entry, defaults, arguments))
+            return _train(agent, folder, settings)
 
 
 def _resume(args: Sequence[str]) -> int:
@@ -217,42 +216,58 @@ def _train(agent: BaseAlgorithm, folder: Path, settings: RunSettings) -> int:
     """Train up to the run's total, save, evaluate and say what can be done next."""
     torch.set_num_threads(settings.threads)
     print(f"run folder: {folder}", flush=True)
-    logger = open_logger(folder)
-    agent.set_logger(logger)
-    start, done = time.monotonic(), agent.num_timesteps
-    progress = Progress(done, settings.total_timesteps)
-    checkpoints = Checkpoints(folder, settings.checkpoint_interval, settings.total_timesteps)
+    start, done, total = time.monotonic(), agent.num_timesteps, settings.total_timesteps
     try:
-        with contextlib.closing(logger), contextlib.closing(progress), StopOnSignal() as stop:
-            callbacks = CallbackList([stop, checkpoints, progress])
-            agent.learn(settings.total_timesteps - done, callback=callbacks, reset_num_timesteps=done == 0)
+        _learn(agent, folder, settings)
+        seconds, steps = time.monotonic() - start, agent.num_timesteps - done
+        print(
+            f"trained {steps:,} steps in {tqdm.format_interval(seconds)} ({steps / seconds:,.0f} steps/s)", flush=True
+        )
+        modes = ("deterministic", "sampled")
+        report = evaluate_modes(agent, settings.env_id, settings.env_kwargs, _FINAL_EPISODES, EVALUATION_SEED, modes)
+        write_json(folder / "eval.json", {"file": "final.zip", **report})
     except ValueError as error:
-        if any(folder.rglob("*.zip")):
-            raise ValueError(f"{error}; kept what was saved before, in {folder}") from error
-        shutil.rmtree(folder)
-        for parent in list(folder.parents)[:2]:
-            with contextlib.suppress(OSError):  # other runs lie there
-                parent.rmdir()
-        raise
-    train, evaluate, run = _command("train"), _command("evaluate"), shlex.quote(str(folder))
-    seconds, steps = time.monotonic() - start, agent.num_timesteps - done
-    if stop.signal is not None:
-        file = checkpoint_path(folder, agent.num_timesteps)
-        save_agent(agent, file)
-        print(f"stopped at {agent.num_timesteps:,} of {settings.total_timesteps:,} steps; saved in {file}")
-        print(f"resume:    {train} --resume {run}\nevaluate:  {evaluate} {run} --episodes 20")
-        return 128 + stop.signal
-    save_agent(agent, folder / "final.zip")
-    print(f"trained {steps:,} steps in {tqdm.format_interval(seconds)} ({steps / seconds:,.0f} steps/s)", flush=True)
-    modes = ("deterministic", "sampled")
-    report = evaluate_modes(agent, settings.env_id, settings.env_kwargs, _FINAL_EPISODES, EVALUATION_SEED, modes)
-    write_json(folder / "eval.json", {"file": "final.zip", **report})
+        if not has_saved(folder):
+            raise
+        raise ValueError(f"{error}; kept what was saved before, in {folder}") from error
+    except KeyboardInterrupt as interrupt:
+        if not has_saved(folder):
+            raise
+        print(f"stopped at {agent.num_timesteps:,} of {total:,} steps; last saved in {find_checkpoint(folder)}")
+        print(_describe_commands(agent, folder, total))
+        return exit_code(interrupt)
     print(f"\n{_FINAL_EPISODES} episodes each\n{format_table(report)}\n")
-    print(f"evaluate:  {evaluate} {run} --episodes 20")
-    print(f"watch:     {evaluate} {run} --episodes 1 --video {shlex.quote(str(folder / 'video.mp4'))}")
-    print(f"curves:    {_command('tensorboard')} --logdir {run}")
-    print(f"resume:    {train} --resume {run} --total-timesteps {2 * settings.total_timesteps}")
+    print(_describe_commands(agent, folder, total))
     return 0
+
+
+def _learn(agent: BaseAlgorithm, folder: Path, settings: RunSettings) -> None:
+    """Train and save; raises KeyboardInterrupt after that where a signal ended it early."""
+    done, total = agent.num_timesteps, settings.total_timesteps
+    with (
+        contextlib.closing(open_logger(folder)) as logger,
+        contextlib.closing(Progress(done, total)) as progress,
+        StopOnSignal() as stop,
+    ):
+        agent.set_logger(logger)
+        callbacks = CallbackList([stop, Checkpoints(folder, settings.checkpoint_interval, total), progress])
+        agent.learn(total - done, callback=callbacks, reset_num_timesteps=done == 0)
+        is_complete = stop.signal is None
+        save_agent(agent, folder / "final.zip" if is_complete else checkpoint_path(folder, agent.num_timesteps))
+    if stop.signal is not None:
+        raise KeyboardInterrupt(stop.signal)
+
+
+def _describe_commands(agent: BaseAlgorithm, folder: Path, total_timesteps: int) -> str:
+    """What can be done next with a run that has a saved agent."""
+    evaluate, run = _command("evaluate"), shlex.quote(str(folder))
+    more = f" --total-timesteps {2 * agent.num_timesteps}" if agent.num_timesteps >= total_timesteps else ""
+    return (
+        f"evaluate:  {evaluate} {run} --episodes 20\n"
+        f"watch:     {evaluate} {run} --episodes 1 --video {shlex.quote(str(folder / 'video.mp4'))}\n"
+        f"curves:    {_command('tensorboard')} --logdir {run}\n"
+        f"resume:    {_command('train')} --resume {run}{more}"
+    )
 
 
 def _command(name: str) -> str:

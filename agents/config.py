@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return not isinstance(value, bool) and isinstance(value, Integral)
 
 
 RANGES: dict[str, Callable[[Any], bool]] = {
@@ -23,7 +24,13 @@ RANGES: dict[str, Callable[[Any], bool]] = {
     "a number in [0, 1)": lambda x: _number(x) and 0 <= x < 1,
     "an integer of at least 1": lambda x: _count(x) and x >= 1,
     "an integer of at least 0": lambda x: _count(x) and x >= 0,
-    "positive integers, at least one": lambda x: len(x) > 0 and all(_count(width) and width >= 1 for width in x),
+    "an integer of 1 .. 2**31 - 1": lambda x: _count(x) and 1 <= x < 2**31,
+    "an integer of 0 .. 2**31 - 1": lambda x: _count(x) and 0 <= x < 2**31,
+    "positive integers, at least one": lambda x: (
+        isinstance(x, Collection) and len(x) > 0 and all(_count(width) and width >= 1 for width in x)
+    ),
+    "text": lambda x: isinstance(x, str),
+    "names with values": lambda x: isinstance(x, dict),
     "True or False": lambda x: isinstance(x, bool),
 }
 """Wording of a range -> whether a value lies in it."""

@@ -13,15 +13,17 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -31,12 +33,19 @@ from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
 from .. import __version__
+from .config import validate
 from .registry import AGENTS
+
+_REMEDY = f"expected a .zip file saved by {' or '.join(AGENTS)}, or a run folder"
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What determines a training run; `config` holds every field of the agent's Config."""
+    """What determines a training run; `config` holds every field of the agent's Config.
+
+    Raises:
+        ValueError: if a field is outside its range.
+    """
 
     agent: str
     env_id: str
@@ -45,16 +54,30 @@ class RunSettings:
     seed: int
     total_timesteps: int
     checkpoint_interval: int
-    device: str
+    device: Literal["auto", "cpu", "cuda"]
     threads: int
     config: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        validate(
+            self,
+            {
+                "text": "agent env_id",
+                "names with values": "env_kwargs config",
+                "an integer of at least 1": "n_envs total_timesteps checkpoint_interval",
+                "an integer of 1 .. 2**31 - 1": "threads",
+                "an integer of 0 .. 2**31 - 1": "seed",
+            },
+        )
 
-def create_run(root: Path, settings: RunSettings) -> Path:
-    """Make the folder of a new run, with its config.json, and return it."""
+
+@contextlib.contextmanager
+def new_run(root: Path, settings: RunSettings) -> Iterator[Path]:
+    """Make the folder of a new run, with its config.json; leave nothing if the block fails before an agent is saved."""
     environment = settings.env_id.replace("/", "_").replace(":", "_")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-s{settings.seed}"
     folder, number = root / environment / settings.agent / name, 1
+    made = [parent for parent in folder.parents if not parent.exists()]
     while True:
         try:
             folder.mkdir(parents=True)
@@ -62,15 +85,28 @@ def create_run(root: Path, settings: RunSettings) -> Path:
         except FileExistsError:
             number += 1
             folder = folder.with_name(f"{name}-{number}")
-    write_json(folder / "config.json", {**dataclasses.asdict(settings), **_provenance(), "resumed": []})
-    return folder
+    try:
+        write_json(folder / "config.json", {**dataclasses.asdict(settings), **_provenance(), "resumed": []})
+        yield folder
+    except BaseException:
+        if not has_saved(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in made:
+                with contextlib.suppress(OSError):  # other runs lie there
+                    parent.rmdir()
+        raise
+
+
+def has_saved(folder: Path) -> bool:
+    """Whether a run folder holds a saved agent."""
+    return any(folder.rglob("*.zip"))
 
 
 def record_resumption(folder: Path, timesteps: int, total_timesteps: int) -> None:
     """Note in config.json that training goes on from `timesteps`, up to `total_timesteps`, and on what."""
     data = json.loads((folder / "config.json").read_text())
     data["total_timesteps"] = total_timesteps
-    data["resumed"].append({"timesteps": timesteps, **_provenance()})
+    data["resumed"] = [*data.get("resumed", []), {"timesteps": timesteps, **_provenance()}]
     write_json(folder / "config.json", data)
 
 
@@ -83,9 +119,9 @@ def read_settings(folder: Path) -> RunSettings:
     try:
         data = json.loads((folder / "config.json").read_text())
         settings = RunSettings(**{field.name: data[field.name] for field in dataclasses.fields(RunSettings)})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no run: got {folder}, expected the folder of a run, with a config.json") from None
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"unreadable run: {folder / 'config.json'} is damaged ({error!r}); restore it") from error
     if settings.agent not in AGENTS:
         raise ValueError(f"unknown agent: {folder} is a run of {settings.agent!r}, expected one of {', '.join(AGENTS)}")
@@ -93,21 +129,30 @@ def read_settings(folder: Path) -> RunSettings:
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write JSON, all or nothing."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(data, indent=2) + "\n")
-    partial.replace(path)
+    """Write JSON, all or nothing; a ValueError if a number is not finite, which JSON cannot express."""
+    text = json.dumps(data, indent=2, allow_nan=False)
+    with _all_or_nothing(path) as partial:
+        partial.write_text(text + "\n")
 
 
 def save_agent(agent: BaseAlgorithm, path: Path) -> None:
     """Save an agent, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:
+    with _all_or_nothing(path) as partial, partial.open("wb") as file:
         agent.save(file)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+
+
+@contextlib.contextmanager
+def _all_or_nothing(path: Path) -> Iterator[Path]:
+    """A temporary name to write under, which becomes `path` at the end and goes away if the block fails."""
+    partial = path.with_name(path.name + ".part")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def checkpoint_path(folder: Path, timesteps: int) -> Path:
@@ -140,21 +185,30 @@ def find_checkpoint(path: Path) -> Path:
 
 def run_folder_of(path: Path) -> Path | None:
     """The run folder that a folder or saved file belongs to, None if there is none."""
-    candidates = (path, path.parent, path.parent.parent)
-    return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
+    for folder in (path, path.parent, path.parent.parent):
+        with contextlib.suppress(ValueError, OSError):  # no config.json, or somebody else's
+            read_settings(folder)
+            return folder
+    return None
 
 
 def load_agent(path: Path, device: str = "auto", env: VecEnv | None = None) -> BaseAlgorithm:
     """Load the agent of a run folder or a saved file (see `find_checkpoint`).
 
     Raises:
-        ValueError: if there is none, or it is not one of this library's, or the device is not there.
+        ValueError: if there is none, it is damaged or not one of this library's, it does not fit env, or the device is
+            not there.
     """
     check_device(device)
     file = find_checkpoint(path)
     agent = AGENTS[_agent_name(file)].agent
-    with file.open("rb") as stream:
-        return agent.load(stream, env=env, device=device)
+    try:
+        with file.open("rb") as stream:
+            return agent.load(stream, env=env, device=device)
+    except ValueError as error:  # of Stable-Baselines3: the spaces of env are others
+        raise ValueError(f"{file}: {error}") from error
+    except Exception as error:  # whatever unpickling and incomplete data lead to
+        raise ValueError(f"damaged checkpoint: {file} does not load ({error!r}); {_REMEDY}") from error
 
 
 def check_device(device: str) -> None:
@@ -165,17 +219,19 @@ def check_device(device: str) -> None:
 
 def _agent_name(file: Path) -> str:
     """Name of the agent in a saved file, told by the class of its config."""
-    remedy = f"expected a .zip file saved by {' or '.join(AGENTS)}, or a run folder"
     try:
         with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip() is not None
             data = json.loads(archive.read("data"))
-    except (zipfile.BadZipFile, KeyError, ValueError):
-        raise ValueError(f"no checkpoint: got {file}, which is damaged or something else; {remedy}") from None
-    config = data.get("config")
+    except Exception:  # a flipped bit can name another compression, a password, ...
+        damaged = True
+    if damaged:
+        raise ValueError(f"no checkpoint: got {file}, which is damaged or something else; {_REMEDY}")
+    config = data.get("config") if isinstance(data, dict) else None
     for name, entry in AGENTS.items():
         if isinstance(config, dict) and config.get(":type:") == str(entry.config):
             return name
-    raise ValueError(f"foreign checkpoint: got {file}, which no agent of this library saved; {remedy}")
+    raise ValueError(f"foreign checkpoint: got {file}, which no agent of this library saved; {_REMEDY}")
 
 
 def _provenance() -> dict[str, Any]:
@@ -209,8 +265,28 @@ class _ProgressFile(CSVOutputFormat):
         self.file.seek(0, os.SEEK_END)
 
 
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Within the block SIGTERM raises KeyboardInterrupt, as SIGINT does: what is open gets closed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def exit_code(interrupt: KeyboardInterrupt) -> int:
+    """Exit code of a process that a signal ended: 130 for SIGINT, 143 for SIGTERM."""
+    number: int = interrupt.args[0] if interrupt.args else signal.SIGINT
+    return 128 + number
+
+
 class StopOnSignal(BaseCallback):
-    """Ends training after the current step on SIGINT or SIGTERM; a second SIGINT ends it at once."""
+    """Ends training after the current step on the first SIGINT or SIGTERM; the next one is handled as outside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -285,13 +361,16 @@ class Progress(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         now, steps = time.monotonic(), self.model.num_timesteps
-        self._bar.set_postfix_str(f"return {_mean_return(self.model):.1f}", refresh=False)
+        mean = f"return {_mean_return(self.model):.1f}" if self.model.ep_info_buffer else "return -"
+        self._bar.set_postfix_str(mean, refresh=False)
         if self._bar.disable and (steps - self._shown >= self._total / 10 or now - self._shown_at >= 30):
             self._shown, self._shown_at = steps, now
             speed = (steps - self._begin) / (now - self._start)
             left = tqdm.format_interval(max(self._total - steps, 0) / speed)
-            share, mean = f"{min(steps / self._total, 1):4.0%}", f"return {_mean_return(self.model):.1f}"
-            print(f"{share}  {steps:,} steps  {speed:,.0f} steps/s  {mean}  {left} left", flush=True)
+            print(
+                f"{min(steps / self._total, 1):4.0%}  {steps:,} steps  {speed:,.0f} steps/s  {mean}  {left} left",
+                flush=True,
+            )
 
     def close(self) -> None:
         """Leave the bar as it is, also where training was cut short."""
@@ -299,6 +378,6 @@ class Progress(BaseCallback):
 
 
 def _mean_return(model: BaseAlgorithm) -> float:
-    """Mean return of the last training episodes, nan before the first."""
+    """Mean return of the last training episodes, of which there is at least one."""
     episodes = model.ep_info_buffer or ()
-    return sum(float(episode["r"]) for episode in episodes) / len(episodes) if episodes else float("nan")
+    return sum(float(episode["r"]) for episode in episodes) / len(episodes)

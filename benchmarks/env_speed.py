@@ -97,9 +97,7 @@ def prepare(
         import envpool
 
         # As many threads as cores: its own default would be one per environment.
-        pool = envpool.make_gymnasium(
-            id, num_envs=n_envs, num_threads=available_cores(), seed=0
-        )
+        pool = envpool.make_gymnasium(id, num_envs=n_envs, num_threads=available_cores(), seed=0)
         pool.reset()
         contenders["envpool"] = vector_turn(pool)
 

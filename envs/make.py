@@ -60,16 +60,17 @@ def check_env(id: str, **env_kwargs: Any) -> None:
     """Make the environment once and check that agents of this library can act in it.
 
     Raises:
-        ValueError: if the id is unknown, its package is missing, the arguments do not fit, or the spaces are other than
-            Box actions with finite bounds and Box observations (or a Dict of Boxes) that are no images.
+        ValueError: if the id is unknown, its package is missing, making it fails, or the spaces are other than Box
+            actions with finite bounds and Box observations (or a Dict of Boxes) that are no images.
     """
     try:
         env: gym.Env[Any, Any] = gym.make(id, **env_kwargs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         raise ValueError(f"environment {id!r} needs a package that is not installed: {error}") from error
-    except (TypeError, ValueError, OSError, gym.error.Error) as error:
-        if id.rpartition(":")[2] in gym.registry:
-            raise ValueError(f"environment {id!r} refused the arguments {env_kwargs}: {error}") from error
+    except Exception as error:  # whatever the environment raises
+        if id.rpartition(":")[2] in gym.registry or not isinstance(error, gym.error.Error):
+            message = f"environment {id!r} cannot be made with the arguments {env_kwargs}"
+            raise ValueError(f"{message}: {type(error).__name__}: {error}") from error
         matches = difflib.get_close_matches(id, gym.registry, n=3, cutoff=0.5)
         remedy = f"did you mean {', '.join(matches)}?" if matches else "gymnasium.pprint_registry() lists them"
         raise ValueError(f"unknown environment: got {id!r}, expected a registered Gymnasium id; {remedy}") from error
@@ -120,8 +121,8 @@ def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spac
             f"unsupported observation space: got images, {observation_space}, expected vectors; encode the images to "
             "vectors with a wrapper"
         )
-    if not all(isinstance(part, spaces.Box) for part in parts):
+    if not all(isinstance(part, spaces.Box) and part.shape for part in parts):
         raise ValueError(
-            f"unsupported observation space: got {observation_space}, expected a Box or a Dict of Boxes; flatten it "
-            "with a wrapper such as gymnasium.wrappers.FlattenObservation"
+            f"unsupported observation space: got {observation_space}, expected a Box of one dimension or more, or a "
+            "Dict of them; flatten it with a wrapper such as gymnasium.wrappers.FlattenObservation"
         )

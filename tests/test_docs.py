@@ -1,7 +1,14 @@
+import inspect
 import re
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
+from stable_baselines3 import PPO
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from driftrl import PolicyFlow, PolicyFlowConfig
+from driftrl.agents.runs import open_logger
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,3 +38,40 @@ def test_code_of_the_documentation_runs(page: str, tmp_path: Path, monkeypatch: 
 def test_links_of_the_documentation_exist(page: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
         assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_readme_activates_the_environment_before_it_is_needed() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert 0 < text.find(". .venv/bin/activate") < text.find("python train.py")
+
+
+def test_differences_from_ppo_are_those_documented() -> None:
+    kinds = {name: parameter.kind for name, parameter in inspect.signature(PolicyFlow).parameters.items()}
+    positional = [name for name, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    assert positional == ["policy", "env", "learning_rate"]
+    assert (PolicyFlowConfig().max_grad_norm, inspect.signature(PPO).parameters["max_grad_norm"].default) == (1.0, 0.5)
+    agent = PolicyFlow("MlpPolicy", "Pendulum-v1", n_steps=16, batch_size=16, device="cpu")
+    for name in ("n_epochs", "batch_size", "clip_range", "target_kl"):
+        assert hasattr(agent.config, name)
+        assert not hasattr(agent, name)
+    for name in ("evaluate_actions", "get_distribution"):
+        assert not hasattr(agent.policy, name)
+    with pytest.raises(gym.error.NameNotFound):
+        PolicyFlow("MlpPolicy", "Pendulu-v1")
+
+
+def test_log_is_where_and_what_the_page_says(tmp_path: Path) -> None:
+    for _ in range(2):
+        agent = PolicyFlow("MlpPolicy", "Pendulum-v1", n_steps=16, batch_size=16, n_epochs=1, device="cpu")
+        logger = open_logger(tmp_path)
+        agent.set_logger(logger)
+        agent.learn(32)
+        logger.close()
+    names, *rows = ((tmp_path / "progress.csv").read_text().split("\n")[i].split(",") for i in range(5))
+    assert [row[names.index("time/iterations")] for row in rows] == ["1", "2", "1", "2"]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    left_out = {"time/iterations", "time/time_elapsed", "time/total_timesteps", "train/n_updates"}
+    assert set(names) - set(events.Tags()["scalars"]) == left_out
+    metrics = (ROOT / "docs" / "policyflow.md").read_text().partition("## Metrics")[2]
+    assert all(f"`{name}`" in metrics for name in names)
+    assert all(f"`{name}`" in metrics.partition("All of them are in progress.csv")[2] for name in left_out)

@@ -10,7 +10,7 @@ from scipy import stats
 
 from driftrl import PolicyFlow, PolicyFlowConfig
 from driftrl import evaluate as evaluate_module
-from driftrl.agents.runs import RunSettings, create_run, save_agent
+from driftrl.agents.runs import RunSettings, new_run, save_agent
 from driftrl.evaluate import bootstrap_interval, evaluate_agent, follow_with_camera, interquartile_mean, main
 
 
@@ -20,6 +20,9 @@ class Lengths(gym.Env[np.ndarray, np.ndarray]):
     action_space = spaces.Box(-1, 1, (1,))
     observation_space = spaces.Box(-1, 1, (2,))
 
+    reward = 1.0
+    observation = np.zeros(2, np.float32)
+
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012  as gymnasium declares it
 
     def __init__(self, render_mode: str | None = None, broken: bool = False) -> None:
@@ -28,11 +31,11 @@ class Lengths(gym.Env[np.ndarray, np.ndarray]):
     def reset(self, *, seed: int | None = None, options: object = None) -> tuple[np.ndarray, dict[str, object]]:
         super().reset(seed=seed)
         self.left = int(self.np_random.choice([1, 19]))
-        return np.zeros(2, np.float32), {}
+        return self.observation.copy(), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, object]]:
         self.left -= 1
-        return np.zeros(2, np.float32), 1.0, self.left == 0, False, {}
+        return self.observation.copy(), self.reward, self.left == 0, False, {}
 
     def render(self) -> np.ndarray:
         if self.broken:
@@ -40,7 +43,17 @@ class Lengths(gym.Env[np.ndarray, np.ndarray]):
         return np.full((32, 32, 3), 10 * self.left, np.uint8)
 
 
-gym.register("DriftRLTest/Lengths-v0", lambda **kwargs: Lengths(**kwargs))
+class Unseen(Lengths):
+    """Cannot be rendered."""
+
+    metadata = {"render_modes": []}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+gym.register("DriftRLTest/Lengths-v0", lambda **kwargs: Lengths(**kwargs), disable_env_checker=True)
+gym.register("DriftRLTest/Unseen-v0", lambda **kwargs: Unseen(**kwargs))
 
 
 def agent() -> PolicyFlow:
@@ -51,8 +64,8 @@ def agent() -> PolicyFlow:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = RunSettings("policyflow", "DriftRLTest/Lengths-v0", {}, 1, 0, 16, 16, "cpu", 1, {})
-    folder = create_run(tmp_path_factory.mktemp("runs"), settings)
-    save_agent(agent(), folder / "final.zip")
+    with new_run(tmp_path_factory.mktemp("runs"), settings) as folder:
+        save_agent(agent(), folder / "final.zip")
     return folder
 
 
@@ -136,6 +149,7 @@ def test_saved_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([str(run / "final.zip"), "--episodes", "1"]) == 0  # config.json beside it tells the environment
     lone = tmp_path / "lone.zip"
     shutil.copy(run / "final.zip", lone)
+    (tmp_path / "config.json").write_text('{"of": "another program"}')
     assert main([str(lone), "--episodes", "1", "--env", "DriftRLTest/Lengths-v0"]) == 0
     capsys.readouterr()
     assert main([str(lone), "--episodes", "1"]) == 2
@@ -148,6 +162,12 @@ def test_saved_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--episodes", "0"], "episodes: got 0"),
         (["--episodes", "x"], "invalid int value: 'x'"),
         (["--seed", "-1"], "seed: got -1"),
+        (["--seed", "99999999999"], "seed: got 99999999999, expected an integer of 0 .. 2**31 - 1"),
+        (["--json", "."], "json: got the folder ., expected a file"),
+        (["--json", ""], "json: got the folder ., expected a file"),
+        (["--json", "missing/out.json"], "json: got missing/out.json, expected a file in an existing folder"),
+        (["--video", "missing/out.mp4"], "video: got missing/out.mp4, expected a file in an existing folder"),
+        (["--video", "out.mp4", "--env", "DriftRLTest/Unseen-v0"], "has the render modes none, expected rgb_array"),
         (["--env", "InvertedPendulum-v5"], "expected Box(-1.0, 1.0, (2,)"),
         (["--env", "CartPole-v1"], "unsupported action space"),
         (["--video", "out.avi"], "expected a name that ends in .mp4"),
@@ -161,11 +181,50 @@ def test_bad_input_is_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate_module, "_choose_renderer", lambda: None)
     assert main([str(run), *args]) == 2
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
+    assert "95 % interval" not in out  # before any episode
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("reward", np.nan, "non-finite return: got nan from episode 1 of DriftRLTest/Lengths-v0"),
+        ("reward", -np.inf, "non-finite return: got -inf from episode 1 of DriftRLTest/Lengths-v0"),
+        ("observation", np.array([0, np.inf], np.float32), "non-finite observation: got inf from DriftRLTest/Len"),
+    ],
+)
+@pytest.mark.parametrize("video", [False, True])
+def test_wrong_numbers_end_the_evaluation(
+    run: Path, tmp_path: Path, name: str, value: object, message: str, video: bool,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Lengths, name, value)
+    monkeypatch.setattr(evaluate_module, "_choose_renderer", lambda: None)
+    options = ["--video", str(tmp_path / "out.gif")] if video else []
+    assert main([str(run), "--episodes", "2", "--json", str(tmp_path / "out.json"), *options]) == 2
+    out, error = capsys.readouterr()
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert "nan" not in out
+    assert not list(tmp_path.glob("*.json*"))
+
+
+def test_options_may_come_first(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (
+        ["--episodes", "1", "--env-kwargs", "broken=true", str(run)],
+        ["--env-kwargs", "broken=true", str(run), "--episodes", "1"],
+        ["--env-kwargs", "broken=true", "--episodes", "1", str(run)],
+        ["--episodes", "1", str(run), "--env-kwargs", "broken=true"],
+    ):
+        assert main([*args, "--sample", "--json", str(tmp_path / "out.json")]) == 0
+        assert json.loads((tmp_path / "out.json").read_text())["env_kwargs"] == {"broken": True}
+        assert "; 1 episode each\n" in capsys.readouterr().out
+    assert main(["--episodes", "1"]) == 2
+    assert "got no RUN_OR_FILE" in capsys.readouterr().err
 
 
 def test_missing_and_foreign_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,14 @@
 import csv
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -14,7 +17,8 @@ from gymnasium import spaces
 
 from driftrl import train
 from driftrl.agents.registry import AGENTS
-from driftrl.agents.runs import load_agent
+from driftrl.agents.runs import load_agent, open_logger
+from driftrl.evaluate import evaluate_modes
 from driftrl.evaluate import main as evaluate
 
 TINY = ["--n-envs", "2", "--n-steps", "16", "--batch-size", "16", "--n-epochs", "1", "--device", "cpu"]
@@ -162,27 +166,88 @@ def test_wrong_numbers_end_training(wrong: str, capsys: pytest.CaptureFixture[st
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert not list(Path("runs").iterdir())
+    assert not Path("runs").exists()
 
     assert start("--env-kwargs", wrong, "--checkpoint-interval", "32", env="DriftRLTest/Turning-v0") == 2
     assert str(only_run()) in capsys.readouterr().err
     assert load_agent(only_run(), "cpu").num_timesteps == 32
 
 
+def with_signals(function: Callable[..., Any], signals: dict[int, int]) -> Callable[..., Any]:
+    """The function, with a signal to this process before the calls of the given numbers."""
+    numbers = itertools.count()
+
+    def with_signal(*args: Any, **kwargs: Any) -> Any:
+        if (number := signals.get(next(numbers))) is not None:
+            os.kill(os.getpid(), number)
+        return function(*args, **kwargs)
+
+    return with_signal
+
+
 def test_sigterm_saves(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Turning.step
-
-    def step_with_signal(self: Turning, action: np.ndarray) -> tuple[object, float, bool, bool, dict[str, object]]:
-        if self.steps == 40 and signal.getsignal(signal.SIGTERM) is not before:  # once, not by both environments
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, action)
-
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(Turning, "step", step_with_signal)
+    monkeypatch.setattr(Turning, "step", with_signals(Turning.step, {80: signal.SIGTERM}))
     assert start(env="DriftRLTest/Turning-v0", steps=1000) == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     assert "stopped at 82 of 1,000 steps" in capsys.readouterr().out
     assert load_agent(only_run(), "cpu").num_timesteps == 82
+
+
+def test_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    step = Turning.step
+    monkeypatch.setattr(Turning, "step", with_signals(step, {20: signal.SIGINT, 21: signal.SIGTERM}))
+    assert start(env="DriftRLTest/Turning-v0", steps=1000) == 128 + signal.SIGTERM
+    assert not Path("runs").exists()
+
+    monkeypatch.setattr(Turning, "step", with_signals(step, {80: signal.SIGTERM, 81: signal.SIGTERM}))
+    assert start("--checkpoint-interval", "32", env="DriftRLTest/Turning-v0", steps=1000) == 128 + signal.SIGTERM
+    assert f"saved in {only_run() / 'checkpoints' / 'step_64.zip'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_before_the_first_step_leaves_nothing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "open_logger", with_signals(open_logger, {0: number}))
+    assert start() == 128 + number
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_in_the_final_evaluation_says_what_is_saved(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "evaluate_modes", with_signals(evaluate_modes, {0: number}))
+    assert start() == 128 + number
+    out, folder = capsys.readouterr().out, only_run()
+    assert f"saved in {folder / 'final.zip'}" in out
+    assert f"{folder} --episodes 20" in out
+    assert f"--resume {folder} --total-timesteps 192" in out
+
+
+def test_an_error_of_the_environment_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Turning, action: np.ndarray) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Turning, "step", fail)
+    Path("runs").mkdir()
+    with pytest.raises(RuntimeError, match="broken"):
+        start(env="DriftRLTest/Turning-v0")
+    assert not list(Path("runs").iterdir())
+
+
+def test_resumption_needs_steps_to_train(capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(steps=10) == 0  # a rollout has 32
+    assert "--total-timesteps 64\n" in capsys.readouterr().out
+    for steps in ("0", "-5"):
+        assert train.main(["--resume", str(only_run()), "--total-timesteps", steps]) == 2
+        assert f"total_timesteps: got {steps}, expected" in capsys.readouterr().err
+
+
+def test_progress_before_the_first_episode_has_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(env="Pendulum-v1") == 0
+    out = capsys.readouterr().out
+    assert "return -  " in out
+    assert "nan" not in out
 
 
 def command(*args: str) -> list[str]:

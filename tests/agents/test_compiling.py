@@ -21,7 +21,13 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 def agent(**fields: Any) -> PolicyFlow:
     env = make_vec_env("InvertedPendulum-v5", 2, seed=0)
-    sizes = {"n_steps": 24, "batch_size": 16, "n_epochs": 2, "actor_hidden": (8, 8), "critic_hidden": (8,)}
+    sizes: dict[str, Any] = {
+        "n_steps": 24,
+        "batch_size": 16,
+        "n_epochs": 2,
+        "actor_hidden": (8, 8),
+        "critic_hidden": (8,),
+    }
     return PolicyFlow("MlpPolicy", env, seed=0, device="cpu", **sizes | fields)
 
 
@@ -114,7 +120,7 @@ def test_parameters_stay_views_of_the_optimizers_vector() -> None:
     assert parameters_follow_the_vector(policy)
     policy.to(torch.float32)
     other = agent(ema_decay=0.9)
-    other.set_parameters(learner.get_parameters())
+    other.set_parameters(learner.get_parameters())  # type: ignore[arg-type]  # SB3 means what it returns
     assert parameters_follow_the_vector(other.policy)
     assert torch.equal(other.policy.joined(), policy.joined())
 

@@ -15,6 +15,11 @@ def settings(env_id: str = "Pendulum-v1") -> runs.RunSettings:
     return runs.RunSettings("policyflow", env_id, {"g": 9.0}, 2, 7, 100, 50, "cpu", 1, {"n_steps": 16})
 
 
+def created(root: Path, settings: runs.RunSettings) -> Path:
+    with runs.new_run(root, settings) as folder:
+        return folder
+
+
 @pytest.fixture(scope="module")
 def agent() -> PolicyFlow:
     return PolicyFlow("MlpPolicy", "Pendulum-v1", n_steps=16, batch_size=16, actor_hidden=(8, 8), device="cpu")
@@ -29,7 +34,7 @@ def test_presets_are_valid_configs() -> None:
 
 
 def test_settings_survive_and_folders_are_unique(tmp_path: Path) -> None:
-    first, second = (runs.create_run(tmp_path, settings("module:ns/Name-v0")) for _ in range(2))
+    first, second = (created(tmp_path, settings("module:ns/Name-v0")) for _ in range(2))
     assert first != second
     assert first.parent == tmp_path / "module_ns_Name-v0" / "policyflow"
     assert runs.read_settings(second) == settings("module:ns/Name-v0")
@@ -37,15 +42,51 @@ def test_settings_survive_and_folders_are_unique(tmp_path: Path) -> None:
     assert {"python", "driftrl", "torch", "mujoco", "stable-baselines3"} <= data["versions"].keys()
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_run_without_a_saved_agent_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    for root in (tmp_path / "new" / "root", tmp_path):
+        with pytest.raises(error), runs.new_run(root, settings()) as folder:
+            assert runs.read_settings(folder) == settings()
+            raise error
+        assert not list(tmp_path.iterdir())
+
+    other = created(tmp_path, settings())
+    with pytest.raises(error), runs.new_run(tmp_path, settings()):
+        raise error
+    assert list(tmp_path.glob("*/*/*")) == [other]
+
+    with pytest.raises(error), runs.new_run(tmp_path, settings()) as folder:
+        (folder / "best.zip").touch()
+        raise error
+    assert folder.is_dir()
+
+
 def test_resumption_is_noted(tmp_path: Path) -> None:
-    folder = runs.create_run(tmp_path, settings())
+    folder = created(tmp_path, settings())
     runs.record_resumption(folder, 80, 200)
     assert runs.read_settings(folder).total_timesteps == 200
     assert [entry["timesteps"] for entry in json.loads((folder / "config.json").read_text())["resumed"]] == [80]
 
 
+@pytest.mark.parametrize(
+    "change", [{"n_envs": "x"}, {"seed": -1}, {"env_kwargs": []}, {"device": 0}, {"config": None}, {"threads": True}]
+)
+def test_wrong_settings_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    folder = created(tmp_path, settings())
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(data | change))
+    with pytest.raises(ValueError, match=f"unreadable run: .*config.json is damaged .*{next(iter(change))}: got"):
+        runs.read_settings(folder)
+
+
+def test_run_folder_is_told_from_others(tmp_path: Path, agent: PolicyFlow) -> None:
+    for content in ("{}", "[]", "no JSON", '{"agent": "policyflow"}'):
+        (tmp_path / "config.json").write_text(content)
+        assert runs.run_folder_of(tmp_path / "lone.zip") is None
+
+
 def test_newest_checkpoint_is_found(tmp_path: Path, agent: PolicyFlow) -> None:
-    folder = runs.create_run(tmp_path, settings())
+    folder = created(tmp_path, settings())
     with pytest.raises(ValueError, match="empty run"):
         runs.find_checkpoint(folder)
     for timesteps in (900, 1000):  # in the order of numbers, not of letters
@@ -72,6 +113,13 @@ def test_failed_save_keeps_the_old_file(tmp_path: Path, agent: PolicyFlow, monke
         runs.save_agent(agent, tmp_path / "final.zip")
     assert (tmp_path / "final.zip").read_bytes() == before
 
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        runs.write_json(tmp_path / "folder", {})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        runs.write_json(tmp_path / "nan.json", float("nan"))
+    assert {path.name for path in tmp_path.iterdir()} == {"final.zip", "folder"}
+
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, agent: PolicyFlow) -> None:
     agent.save(tmp_path / "whole.zip")
@@ -79,6 +127,23 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, agent: PolicyFlow) -> 
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("readme", "hello")
     PPO("MlpPolicy", "Pendulum-v1", n_steps=16, batch_size=16, device="cpu").save(tmp_path / "ppo.zip")
+    with zipfile.ZipFile(tmp_path / "whole.zip") as whole:
+        members = {name: whole.read(name) for name in whole.namelist()}
+    without_weights: dict[str, bytes | None] = {name: None for name in members if name.endswith(".pth")}
+    damage: dict[str, dict[str, bytes | None]] = {
+        "list.zip": {"data": b"[]"},
+        "weightless.zip": without_weights,
+        "no-policy.zip": {"policy.pth": None},
+        "garbage.zip": {"policy.pth": b"hello"},
+    }
+    for name, changes in damage.items():
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for member, content in {**members, **changes}.items():
+                if content is not None:
+                    archive.writestr(member, content)
+    flipped = bytearray((tmp_path / "whole.zip").read_bytes())
+    flipped[len(flipped) // 2] ^= 255
+    (tmp_path / "flipped.zip").write_bytes(flipped)
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
@@ -87,6 +152,11 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, agent: PolicyFlow) -> 
         "damaged.zip": "no checkpoint",
         "other.zip": "no checkpoint",
         "ppo.zip": "foreign checkpoint",
+        "list.zip": "foreign checkpoint: got .*list.zip",
+        "weightless.zip": "damaged checkpoint: .*weightless.zip",
+        "no-policy.zip": "no-policy.zip: Names of parameters do not match",
+        "garbage.zip": "damaged checkpoint: .*garbage.zip",
+        "flipped.zip": "no checkpoint: got .*flipped.zip",
         "empty": "no run: got .*empty",
         "broken": "unreadable run",
     }

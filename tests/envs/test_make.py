@@ -12,6 +12,8 @@ from driftrl.envs import check_env, make_vec, parse_env_kwargs
 
 class SpacesOnly(gym.Env[Any, np.ndarray]):
     def __init__(self, kind: str) -> None:
+        if kind == "failing":
+            raise RuntimeError("no licence")
         vector = spaces.Box(-1, 1, (2,))
         image = spaces.Box(0, 255, (32, 32, 3), np.uint8)
         self.action_space = spaces.Box(-np.inf, np.inf, (1,)) if kind == "unbounded" else spaces.Box(-1, 1, (1,))
@@ -21,6 +23,9 @@ class SpacesOnly(gym.Env[Any, np.ndarray]):
             "dict-image": spaces.Dict(a=vector, b=image),
             "tuple": spaces.Tuple((vector, vector)),
             "discrete": spaces.Discrete(3),
+            "scalar": spaces.Box(-1, 1, ()),
+            "dict-scalar": spaces.Dict(a=vector, b=spaces.Box(-1, 1, ())),
+            "dict-discrete": spaces.Dict(a=vector, b=spaces.Discrete(3)),
         }
         self.observation_space = observations.get(kind, vector)
 
@@ -79,6 +84,9 @@ def test_unusable_ids_are_refused(id: str, message: str) -> None:
         ("dict-image", "got images"),
         ("tuple", "unsupported observation space"),
         ("discrete", "unsupported observation space"),
+        ("scalar", "unsupported observation space: got Box.*expected a Box of one dimension or more"),
+        ("dict-scalar", "unsupported observation space"),
+        ("dict-discrete", "unsupported observation space"),
     ],
 )
 def test_unusable_spaces_are_refused(kind: str, message: str) -> None:
@@ -91,8 +99,13 @@ def test_unusable_numbers_and_arguments_are_refused() -> None:
         make_vec("InvertedPendulum-v5", 0, 0)
     with pytest.raises(ValueError, match="backend: got 'threads'"):
         make_vec("InvertedPendulum-v5", 1, 0, "threads")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"refused the arguments \{'foo': 1\}"):
+    with pytest.raises(ValueError, match=r"cannot be made with the arguments \{'foo': 1\}: TypeError"):
         make_vec("InvertedPendulum-v5", 1, 0, foo=1)
+
+
+def test_a_failing_constructor_is_named() -> None:
+    with pytest.raises(ValueError, match=r"SpacesOnly-v0' cannot be made .*'failing'.*: RuntimeError: no licence"):
+        check_env("DriftRLTest/SpacesOnly-v0", kind="failing")
 
 
 def test_env_kwargs_of_the_command_line() -> None:
