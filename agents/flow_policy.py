@@ -97,7 +97,7 @@ class RunningNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise x [B, dim] and clip it to +-clip."""
-        return ((x - self.mean.float()) / self.std).clamp(-self.clip, self.clip)
+        return ((x - self.mean.float()) / self.std).clamp_(-self.clip, self.clip)
 
 
 def join(parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -308,6 +308,12 @@ class FlowPolicy(BasePolicy):
         """Values [B, 1] of a batch of observations, in units of normalised returns."""
         return self.value(self.normalize(self.features(obs))).unsqueeze(-1)
 
+    def set_training_mode(self, mode: bool) -> None:
+        """As `train`, but free when nothing changes: `predict` asks each time."""
+        if self.training != mode:
+            self.train(mode)
+
+    @torch.inference_mode()
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         vector = self.normalize(self.features(observation))
         actor = self.actor if self.averaged_actor is None else self.averaged_actor

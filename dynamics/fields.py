@@ -21,7 +21,7 @@ import abc
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +54,14 @@ class VelocityField(nn.Module, abc.ABC):
     def forward(self, t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Velocity [B, D] at time t and state x [B, D]."""
 
-    def embed(self, cond: Tensor | None) -> Any:
-        """All that depends on ``cond`` alone, computed once per integration.
+    def embed(self, cond: Tensor | None, times: Sequence[float] = ()) -> Any:
+        """All that does not depend on the state, computed once per integration.
 
         Callers hand the result to the ``*_embedded`` methods and do not look into it. The default is ``cond`` itself.
+
+        Args:
+            cond: conditioning, [B, C], or None.
+            times: flow times at which the field will be evaluated; others are allowed, too.
 
         Raises:
             ValueError: if ``cond`` does not fit ``cond_dim``.
@@ -173,13 +177,25 @@ _ACTIVATIONS: dict[str, _Activation] = {
 """Name -> (activation, activation with its first derivative)."""
 
 
+_Layer: TypeAlias = tuple[Tensor, Tensor]  # weight and bias
+
+
+class _Embedding(NamedTuple):
+    """An MLPField for one conditioning: what a solver's stage needs, looked up once."""
+
+    still: Tensor  # first layer without the blocks of time and state
+    by_time: dict[float, Tensor]  # the same with the time's block, for known times
+    x_weight: Tensor
+    rest: list[_Layer]
+
+
 class MLPField(VelocityField):
     """Multilayer perceptron with an additive first layer and a closed-form Jacobian.
 
         a_1 = Wx x + (Wc cond + Wt features(t) + b_1),  h_l = s(a_l),  a_l = W_l h_{l-1} + b_l,  v = W_out h_L + b_out
 
     The first layer is that of an MLP on ``[x, cond, features(t)]``, kept in three blocks because a solver moves x and t
-    but not cond: ``embed(cond) = Wc cond + b_1`` is computed once per integration.
+    but not cond: ``embed`` computes ``Wc cond + b_1``, and the block of the solver's times, once per integration.
 
     ``features(t) = sin(w t + p)`` are random Fourier features (Rahimi and Recht 2007) in sine-cosine pairs, with fixed
     frequencies drawn from N(0, 1) cycles per unit of flow time by a generator of a fixed seed: two fields of equal
@@ -249,12 +265,19 @@ class MLPField(VelocityField):
         self.register_buffer("angular_frequencies", (2 * math.pi * torch.cat([cycles, cycles], 1)).to(self.bias))
         self.register_buffer("phases", torch.cat([shift, shift + math.pi / 2], 1).to(self.bias))
 
-    def embed(self, cond: Tensor | None) -> Tensor:
-        """``Wc cond + b_1``, [B, H_1]; without conditioning b_1 as [1, H_1]."""
+    def embed(self, cond: Tensor | None, times: Sequence[float] = ()) -> _Embedding:
+        """``Wc cond + b_1``, [B, H_1] (without conditioning b_1 as [1, H_1]), also with ``Wt features(t)`` added."""
         self.check_cond(cond)
         if cond is None or self.cond_weight is None:
-            return self.bias.unsqueeze(0)
-        return F.linear(cond, self.cond_weight, self.bias)
+            still = self.bias.unsqueeze(0)
+        else:
+            still = F.linear(cond, self.cond_weight, self.bias)
+        by_time: dict[float, Tensor] = {}
+        if times:
+            moments = torch.tensor(times, dtype=still.dtype, device=still.device)
+            rows = F.linear(torch.sin(self._angles(moments)), self.time_weight)
+            by_time = dict(zip(times, (rows.unsqueeze(1) + still).unbind(), strict=True))
+        return _Embedding(still, by_time, self.x_weight, self._rest())
 
     def forward(self, t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Velocity [B, D] at time t (float or [B]), state x [B, D] and conditioning cond [B, C]."""
@@ -267,20 +290,23 @@ class MLPField(VelocityField):
         if cond is not None and self.cond_weight is not None:
             inputs.append(_rows(cond, x.shape[0]))
             weights.append(self.cond_weight)
-        return self._rest(F.linear(torch.cat(inputs, 1), torch.cat(weights, 1), self.bias))
+        return self._apply_rest(F.linear(torch.cat(inputs, 1), torch.cat(weights, 1), self.bias), self._rest())
 
-    def forward_embedded(self, t: Time, x: Tensor, embedded: Tensor) -> Tensor:
-        """Velocity [B, D]; ``embedded`` [B, H_1] or [1, H_1] comes from ``embed``."""
-        return self._rest(self._first(t, x, embedded))
+    def forward_embedded(self, t: Time, x: Tensor, embedded: _Embedding) -> Tensor:
+        """Velocity [B, D]; ``embedded`` comes from ``embed``."""
+        return self._apply_rest(self._first(t, x, embedded), embedded.rest)
 
-    def _rest(self, a: Tensor) -> Tensor:
+    def _rest(self) -> list[_Layer]:
+        """The layers after the first."""
+        return [(layer.weight, layer.bias) for layer in (*self.layers, self.output)]
+
+    def _apply_rest(self, a: Tensor, rest: list[_Layer]) -> Tensor:
         """Velocity [B, D] from the pre-activations a_1 [B, H_1]."""
-        h = self._activation(a)
-        for layer in self.layers:
-            h = self._activation(layer(h))
-        return F.linear(h, self.output.weight, self.output.bias)
+        for weight, bias in rest:
+            a = F.linear(self._activation(a), weight, bias)
+        return a
 
-    def divergence_embedded(self, t: Time, x: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+    def divergence_embedded(self, t: Time, x: Tensor, embedded: _Embedding) -> tuple[Tensor, Tensor]:
         """Velocity [B, D] and divergence [B], in closed form for one and two hidden layers.
 
         One layer: ``tr J = diag(Wx W_out)^T s'(a_1)``. Two: ``tr J = s'(a_2)^T [W_2 o (Wx W_out)^T] s'(a_1)``, since
@@ -298,7 +324,7 @@ class MLPField(VelocityField):
             trace = (F.linear(slope, coupling) * slope_2).sum(-1)
         return F.linear(h, self.output.weight, self.output.bias), trace
 
-    def jacobian_embedded(self, t: Time, x: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+    def jacobian_embedded(self, t: Time, x: Tensor, embedded: _Embedding) -> tuple[Tensor, Tensor]:
         """Velocity [B, D] and Jacobian [B, D, D] by the chain rule over the layers, about ``D + 1`` field calls."""
         h, slope = self._activation_with_derivative(self._first(t, x, embedded))
         # Row j of `tangents` [B, D, H] is dh/dx_j: with H last, each layer is one matrix product on B * D rows. The
@@ -310,11 +336,14 @@ class MLPField(VelocityField):
         v = F.linear(h, self.output.weight, self.output.bias)
         return v, F.linear(tangents, self.output.weight).transpose(1, 2)
 
-    def _first(self, t: Time, x: Tensor, embedded: Tensor) -> Tensor:
+    def _first(self, t: Time, x: Tensor, embedded: _Embedding) -> Tensor:
         """Pre-activations a_1 [B, H_1] of the first layer."""
         self.check_state(t, x)
-        _rows(embedded, x.shape[0])
-        return torch.addmm(embedded + F.linear(torch.sin(self._angles(t)), self.time_weight), x, self.x_weight.t())
+        _rows(embedded.still, x.shape[0])
+        rest = None if isinstance(t, Tensor) else embedded.by_time.get(t)
+        if rest is None:
+            rest = embedded.still + F.linear(torch.sin(self._angles(t)), self.time_weight)
+        return torch.addmm(rest, x, embedded.x_weight.t())
 
     def _angles(self, t: Time) -> Tensor:
         """Arguments of the time features, [B, 2F]; for one time [1, 2F], whatever the batch."""
@@ -392,11 +421,11 @@ class ResidualField(VelocityField):
         self.known = known
         self.learned = learned
 
-    def embed(self, cond: Tensor | None) -> tuple[Any, Any]:
+    def embed(self, cond: Tensor | None, times: Sequence[float] = ()) -> tuple[Any, Any]:
         """The embeddings of both terms."""
         self.check_cond(cond)
-        known, learned = self.known, self.learned
-        return known.embed(cond if known.cond_dim else None), learned.embed(cond if learned.cond_dim else None)
+        known, learned = (f.embed(cond if f.cond_dim else None, times) for f in (self.known, self.learned))
+        return known, learned
 
     def forward(self, t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Velocity [B, D] at time t (float or [B]), state x [B, D] and conditioning cond [B, C]."""

@@ -6,7 +6,7 @@ the rest of its batch. Gradients are those of the discrete map (discretise, then
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -103,10 +103,15 @@ def time_grid(steps: int, solver: Tableau | str = "midpoint", t0: float = 0.0, t
     return (*(t + c * h for t, h in intervals(steps, t0, t1) for c in fractions), t1)
 
 
-def bind(field: FieldLike, cond: Tensor | None) -> Callable[[Time, Tensor], Tensor]:
-    """``(t, x) -> v`` with cond fixed; a VelocityField embeds cond once, here."""
+def stage_times(tableau: Tableau, steps: list[tuple[float, float]]) -> tuple[float, ...]:
+    """The times at which `advance` calls the field in steps (t, h), each once, in order."""
+    return tuple(dict.fromkeys(t + c * h for t, h in steps for c in tableau.c))
+
+
+def bind(field: FieldLike, cond: Tensor | None, times: Sequence[float] = ()) -> Callable[[Time, Tensor], Tensor]:
+    """``(t, x) -> v`` with cond fixed; a VelocityField embeds cond and the times to come once, here."""
     if isinstance(field, VelocityField):
-        embedded = field.embed(cond)
+        embedded = field.embed(cond, times)
         return lambda t, x: field.forward_embedded(t, x, embedded)
     return lambda t, x: field(t, x, cond)
 
@@ -175,8 +180,9 @@ def odeint(
     """
     tableau = get_tableau(solver)
     check_batch(x)
-    velocity = bind(field, cond)
-    for t, h in intervals(steps, t0, t1):
+    course = intervals(steps, t0, t1)
+    velocity = bind(field, cond, stage_times(tableau, course))
+    for t, h in course:
         x = advance(velocity, tableau, t, h, x)
     return x
 
@@ -198,9 +204,10 @@ def odeint_path(
     """
     tableau = get_tableau(solver)
     check_batch(x)
-    velocity = bind(field, cond)
+    course = intervals(steps, t0, t1)
+    velocity = bind(field, cond, stage_times(tableau, course))
     states = [x]
-    for t, h in intervals(steps, t0, t1):
+    for t, h in course:
         states.append(advance(velocity, tableau, t, h, states[-1]))
     return torch.stack(states)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from driftrl.dynamics.fields import LinearField, MLPField, PotentialField, ResidualField, Time, VelocityField
 
-ACTIVATIONS = {"silu": nn.SiLU(), "mish": nn.Mish(), "tanh": nn.Tanh(), "elu": nn.ELU()}
+ACTIVATIONS = {"silu": nn.SiLU(), "mish": nn.Mish(), "tanh": nn.Tanh(), "elu": nn.ELU(), "relu": nn.ReLU()}
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -98,7 +98,7 @@ def test_activation_slopes_far_from_zero_are_finite_and_exact(activation: str) -
     (expected,) = torch.autograd.grad(reference.sum(), x)
     _, trace = field.divergence(0.0, x)
     torch.testing.assert_close(trace, expected[:, 0], rtol=1e-12, atol=1e-14)
-    (curvature,) = torch.autograd.grad(trace.sum(), x)
+    (curvature,) = torch.autograd.grad(trace.sum(), x, materialize_grads=True, allow_unused=True)  # none of a ReLU's
     assert curvature.isfinite().all()
 
 
@@ -141,9 +141,12 @@ def test_embedding_is_equivalent_and_broadcasts() -> None:
     field = mlp()
     x, cond = rand(4, 3), rand(1, 2, seed=1)
     embedded = field.embed(cond)
-    assert embedded.shape == (1, 7)
+    assert embedded.still.shape == (1, 7)
     torch.testing.assert_close(field.forward_embedded(0.3, x, embedded), field(0.3, x, cond.expand(4, -1)))
-    assert mlp(cond_dim=0).embed(None).shape == (1, 7)
+    ahead = field.embed(cond, (0.3, 0.7))  # of known times, of others and of one per row
+    for t in (0.3, 0.7, 0.5, torch.full((4,), 0.3, dtype=torch.float64)):
+        torch.testing.assert_close(field.forward_embedded(t, x, ahead), field(t, x, cond.expand(4, -1)))
+    assert mlp(cond_dim=0).embed(None).still.shape == (1, 7)
 
 
 def test_float_time_equals_tensor_time() -> None:
@@ -255,7 +258,7 @@ def test_potential_field_is_minus_the_gradient_with_and_without_grad() -> None:
         (lambda: MLPField(1, -1), "cond_dim must be at least 0"),
         (lambda: MLPField(1, hidden=()), "hidden must hold at least one width"),
         (lambda: MLPField(1, hidden=(4, 0)), "hidden must hold at least one width"),
-        (lambda: MLPField(1, activation="relu"), "activation must be one of .*got 'relu'"),
+        (lambda: MLPField(1, activation="gelu"), "activation must be one of .*got 'gelu'"),
         (lambda: MLPField(1, time_features=0), "time_features must be at least 1"),
         (lambda: LinearField(torch.zeros(2, 3)), r"matrix must have shape \[D, D\], got \[2, 3\]"),
         (lambda: LinearField(torch.eye(2), torch.zeros(3)), r"offset must have shape \[2\], got \[3\]"),

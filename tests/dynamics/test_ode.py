@@ -1,5 +1,7 @@
 import math
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -137,10 +139,10 @@ def test_conditioning_is_embedded_once() -> None:
     field, calls = mlp(), 0
     embed = field.embed
 
-    def counted(cond: Tensor | None) -> Tensor:
+    def counted(cond: Tensor | None, times: Sequence[float] = ()) -> Any:
         nonlocal calls
         calls += 1
-        return embed(cond)
+        return embed(cond, times)
 
     field.embed = counted  # type: ignore[method-assign]
     x, cond = rand(4, 3), rand(4, 2)
