@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
@@ -69,14 +70,18 @@ class RunningNorm(nn.Module):
     mean: Tensor
     var: Tensor
     count: Tensor
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, dim: int, clip: float = 10.0) -> None:
         super().__init__()
         self.clip = clip
-        # float64: the statistics run over millions of samples; the cast on use costs one small copy.
+        # float64: the statistics run over millions of samples. What `forward` needs of them is kept in float32.
         self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
         self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
 
     @torch.no_grad()
     def update(self, batch: Tensor) -> None:
@@ -89,15 +94,12 @@ class RunningNorm(nn.Module):
         self.mean += delta * n / total
         self.var.copy_(spread / total)
         self.count.copy_(total)
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviation, [dim], float32; 1 before the first batch."""
-        return (self.var + 1e-8).sqrt().float()
+        self.shift.copy_(self.mean)
+        self.scale.copy_((self.var + 1e-8).rsqrt())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Standardise x [B, dim] and clip it to +-clip."""
-        return ((x - self.mean.float()) / self.std).clamp_(-self.clip, self.clip)
+        """Standardise x [B, dim] and clip it to +-clip; before the first batch only clip it."""
+        return ((x - self.shift) * self.scale).clamp(-self.clip, self.clip)
 
 
 def join(parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -231,7 +233,7 @@ class FlowPolicy(BasePolicy):
             "optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs,
         }  # fmt: skip
         self.obs_dim = get_flattened_obs_dim(observation_space)
-        self.action_dim = get_flattened_obs_dim(action_space)
+        self.action_dim, self._action_shape = get_flattened_obs_dim(action_space), action_space.shape
         self.obs_norm = RunningNorm(self.obs_dim)
         self.return_norm = RunningNorm(1)
         self.normalize_observation = normalize_observation
@@ -313,9 +315,25 @@ class FlowPolicy(BasePolicy):
         if self.training != mode:
             self.train(mode)
 
-    @torch.inference_mode()
+    def predict(
+        self, observation: np.ndarray | dict[str, np.ndarray], state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None, deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:  # fmt: skip
+        """As in Stable-Baselines3, with a short way for one vector: a control loop waits for it."""
+        if not isinstance(observation, np.ndarray) or observation.shape != self.observation_space.shape:
+            return super().predict(observation, state, episode_start, deterministic)
+        self.set_training_mode(False)
+        features = torch.tensor(observation, dtype=torch.float32, device=self.device).view(1, -1)
+        action = self._choose(features, deterministic).cpu().numpy()
+        return self.unscale_action(action.reshape(self._action_shape)), state
+
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
-        vector = self.normalize(self.features(observation))
+        return self._choose(self.features(observation), deterministic)
+
+    @torch.inference_mode()
+    def _choose(self, features: Tensor, deterministic: bool) -> Tensor:
+        """Actions [B, D] in [-1, 1] given raw observation vectors [B, O]."""
+        vector = self.normalize(features)
         actor = self.actor if self.averaged_actor is None else self.averaged_actor
         if deterministic:
             return actor.mode(vector).clamp(-1, 1)

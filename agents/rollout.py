@@ -184,7 +184,7 @@ class FlowRollouts(OnPolicyAlgorithm):
             returns[t] = rewards[t] + self.gamma * self._discounted_return
             self._discounted_return = returns[t] * ~ended[t]
         self.policy.return_norm.update(torch.as_tensor(returns, device=self.device).view(-1, 1))
-        return (rewards / self.policy.return_norm.std.item()).clip(-10, 10)
+        return (rewards * self.policy.return_norm.scale.item()).clip(-10, 10)
 
 
 def observation_vectors(obs: Any, space: spaces.Space[Any]) -> np.ndarray:

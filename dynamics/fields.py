@@ -240,6 +240,7 @@ class MLPField(VelocityField):
         if time_features < 1:
             raise ValueError(f"time_features must be at least 1, got {time_features}")
         self._activation, self._activation_with_derivative = _ACTIVATIONS[activation]
+        self._known_features: dict[Any, Tensor] = {}
 
         width = hidden[0]
         inputs = dim + cond_dim + 2 * time_features
@@ -274,8 +275,7 @@ class MLPField(VelocityField):
             still = F.linear(cond, self.cond_weight, self.bias)
         by_time: dict[float, Tensor] = {}
         if times:
-            moments = torch.tensor(times, dtype=still.dtype, device=still.device)
-            rows = F.linear(torch.sin(self._angles(moments)), self.time_weight)
+            rows = F.linear(self._features(tuple(times)), self.time_weight)
             by_time = dict(zip(times, (rows.unsqueeze(1) + still).unbind(), strict=True))
         return _Embedding(still, by_time, self.x_weight, self._rest())
 
@@ -344,6 +344,17 @@ class MLPField(VelocityField):
         if rest is None:
             rest = embedded.still + F.linear(torch.sin(self._angles(t)), self.time_weight)
         return torch.addmm(rest, x, embedded.x_weight.t())
+
+    def _features(self, times: tuple[float, ...]) -> Tensor:
+        """Time features [S, 2F] of a solver's times. They do not learn, so they are kept."""
+        key = (times, self.phases.dtype, self.phases.device)
+        if torch.compiler.is_compiling() or key not in self._known_features:
+            moments = torch.tensor(times, dtype=self.phases.dtype, device=self.phases.device)
+            features = torch.sin(self._angles(moments))
+            if torch.compiler.is_compiling():
+                return features
+            self._known_features = {key: features}
+        return self._known_features[key]
 
     def _angles(self, t: Time) -> Tensor:
         """Arguments of the time features, [B, 2F]; for one time [1, 2F], whatever the batch."""
