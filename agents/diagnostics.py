@@ -22,7 +22,7 @@ def flow_diagnostics(actor: FlowActor, ratio: Ratio, batch: Batch, clip_range: f
     Args:
         actor: the updated actor.
         ratio: the ratio that the update used.
-        batch: what `ratio.record` returned for the rollout.
+        batch: what the last epoch learned from.
         clip_range: clip range of the update.
 
     Returns:

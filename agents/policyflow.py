@@ -19,7 +19,7 @@ from .compiling import Objective, compiled, compiling_pays
 from .config import require, validate
 from .diagnostics import flow_diagnostics
 from .flow_policy import FlowPolicy
-from .ratios import RATIOS, Ratio, draw_interpolation, interpolate
+from .ratios import RATIOS, Ratio, draw_interpolation, interpolate, record_velocities
 from .rollout import Batch, FlowRollouts
 
 
@@ -321,12 +321,13 @@ class PolicyFlow(FlowRollouts):
             advantages = batch["advantages"]
             batch["advantages"] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
-        # All epochs' references are taken now, while the policy still is the one that acted: no copy of it is needed.
-        epochs = [self._ratio.record(policy.actor, batch, self._generator) for _ in range(config.n_epochs)]
+        # The references are taken now, while the policy still is the one that acted: no copy of it is needed.
+        batch = self._ratio.record(policy.actor, batch)
         if config.brownian_coef > 0 or config.jacobian_coef > 0:
-            epochs = [e if "t" in e else draw_interpolation(policy.actor, e, self._generator) for e in epochs]
+            batch = batch if "v_nodes" in batch else record_velocities(policy.actor, batch)
         passes: list[dict[str, float]] = []
-        for epoch in epochs:
+        for _ in range(config.n_epochs):
+            epoch = draw_interpolation(policy.actor, batch, self._generator) if "v_nodes" in batch else batch
             passes.append(self._fit_once(epoch))
             if config.target_kl is not None and passes[-1]["train/approx_kl"] > 1.5 * config.target_kl:
                 break
@@ -335,7 +336,7 @@ class PolicyFlow(FlowRollouts):
         if self._is_adaptive:
             self._adapt_learning_rate(means["train/approx_kl"])
         if config.diagnostics_interval and self._iteration % config.diagnostics_interval == 0:
-            means |= flow_diagnostics(policy.actor, self._ratio, epochs[-1], config.clip_range)
+            means |= flow_diagnostics(policy.actor, self._ratio, epoch, config.clip_range)
         means["train/explained_variance"] = explained
         means["train/clip_range"] = config.clip_range
         means["train/learning_rate"] = policy.optimizer.param_groups[0]["lr"]

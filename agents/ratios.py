@@ -3,8 +3,8 @@
 All of them condition on z. p(z) is part of the sampled object, so ``E[ratio * advantage]`` over (z, action) is
 unbiased, and a base that is learned contributes its own exact factor ``p(z | s) / p_old(z | s)``.
 
-A ratio is asked twice. `record` runs once for each epoch to come, while the policy still is the one that acted, and
-adds to the batch what only that policy knows. `terms` runs in every minibatch, with gradient.
+A ratio is asked twice. `record` runs once per rollout, while the policy still is the one that acted, and adds to the
+batch what only that policy knows. `terms` runs in every minibatch, with gradient.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class RatioTerms(NamedTuple):
 class Ratio(Protocol):
     """Strategy that compares the policy with the one that acted."""
 
-    def record(self, actor: FlowActor, batch: Batch, generator: torch.Generator) -> Batch:
-        """Add what `terms` needs; called with the weights that acted, once for each epoch to come."""
+    def record(self, actor: FlowActor, batch: Batch) -> Batch:
+        """Add what `terms` needs; called with the weights that acted."""
         ...
 
     def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
@@ -56,21 +56,32 @@ def interpolate(batch: Batch) -> Tensor:
     return torch.lerp(batch["z"], batch["x1"], batch["t"].unsqueeze(-1))
 
 
-def draw_interpolation(actor: FlowActor, batch: Batch, generator: torch.Generator) -> Batch:
-    """Add one flow time t [B] per sample and the acting policy's velocity v_old [B, D] at (t, x_t).
+def quadrature(actor: FlowActor) -> tuple[list[float], list[float]]:
+    """Times ``(k + c_i) / steps`` of the solver's quadrature and weights ``b_i / steps``, without those of weight 0."""
+    tableau, steps = SOLVERS[actor.solver], actor.solver_steps
+    nodes = [(k + c) / steps for k in range(steps) for b, c in zip(tableau.b, tableau.c, strict=True) if b > 0]
+    return nodes, [b / steps for _ in range(steps) for b in tableau.b if b > 0]
 
-    t is drawn from the solver's quadrature: time ``(k + c_i) / steps`` with probability ``b_i / steps``, so that
-    ``E_t[dv]`` is the endpoint's shift to zeroth order in the Jacobian, for any solver.
+
+@torch.no_grad()
+def record_velocities(actor: FlowActor, batch: Batch) -> Batch:
+    """Add the acting policy's velocities at all M times of the quadrature: v_nodes [B, M, D] on the chord."""
+    times = [batch["z"].new_full((len(batch["z"]),), t) for t in quadrature(actor)[0]]
+    return batch | {
+        "v_nodes": torch.stack([actor.field(t, interpolate(batch | {"t": t}), batch["obs"]) for t in times], 1)
+    }
+
+
+def draw_interpolation(actor: FlowActor, batch: Batch, generator: torch.Generator) -> Batch:
+    """Replace the velocities at all times by those at one per sample: flow time t [B] and velocity v_old [B, D].
+
+    t is drawn with the weights of the solver's quadrature, so that ``E_t[dv]`` is the endpoint's shift to zeroth order
+    in the Jacobian, for any solver.
     """
-    tableau, z = SOLVERS[actor.solver], batch["z"]
-    weights, nodes = z.new_tensor(tableau.b), z.new_tensor(tableau.c)
-    stage = torch.multinomial(weights, len(z), replacement=True, generator=generator)
-    step = torch.randint(actor.solver_steps, (len(z),), generator=generator, device=z.device)
-    t = (step + nodes[stage]) / actor.solver_steps
-    batch = batch | {"t": t}
-    with torch.no_grad():
-        v_old = actor.field(t, interpolate(batch), batch["obs"])
-    return batch | {"v_old": v_old}
+    times, weights = (batch["z"].new_tensor(values) for values in quadrature(actor))
+    index = torch.multinomial(weights, len(batch["z"]), replacement=True, generator=generator)
+    v_old = batch["v_nodes"][torch.arange(len(index), device=index.device), index]
+    return {name: value for name, value in batch.items() if name != "v_nodes"} | {"t": times[index], "v_old": v_old}
 
 
 class InterpolationRatio:
@@ -81,9 +92,9 @@ class InterpolationRatio:
     (`docs/policyflow.md`). One field evaluation per minibatch, whatever the solver.
     """
 
-    def record(self, actor: FlowActor, batch: Batch, generator: torch.Generator) -> Batch:
-        """Draw the interpolation point."""
-        return draw_interpolation(actor, batch, generator)
+    def record(self, actor: FlowActor, batch: Batch) -> Batch:
+        """Add the velocities, of which `draw_interpolation` chooses one per sample and epoch."""
+        return record_velocities(actor, batch)
 
     def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
         """Log-ratio and KL at the recorded point."""
@@ -98,9 +109,9 @@ class EndpointRatio:
     evaluations as a rollout step.
     """
 
-    def record(self, actor: FlowActor, batch: Batch, generator: torch.Generator) -> Batch:
+    def record(self, actor: FlowActor, batch: Batch) -> Batch:
         """Nothing to add: z, x1 and the action suffice."""
-        del actor, generator
+        del actor
         return batch
 
     def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:

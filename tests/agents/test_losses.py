@@ -10,7 +10,7 @@ import torch
 
 from driftrl.agents.flow_policy import FlowActor
 from driftrl.agents.policyflow import PolicyFlowConfig, brownian_loss, clipped_surrogate, value_loss
-from driftrl.agents.ratios import draw_interpolation, interpolate
+from driftrl.agents.ratios import draw_interpolation, interpolate, record_velocities
 
 
 def test_surrogate_is_ppos_on_all_four_sides_of_the_band() -> None:
@@ -54,7 +54,7 @@ def spread_after_training(form: str, std: float, base_std: float) -> float:
             sample = actor.sample(obs, torch.randn(2, 512, 1, generator=generator))
             mean, log_std = actor.base(obs)
         batch = {"obs": obs, "z": sample.z, "x1": sample.x1, "base_mean": mean, "base_log_std": log_std}
-        return draw_interpolation(actor, batch, generator)
+        return draw_interpolation(actor, record_velocities(actor, batch), generator)
 
     for _ in range(300):
         batch = draw()

@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from driftrl import PolicyFlow, PolicyFlowConfig
 from driftrl.agents.diagnostics import action_entropy, flow_diagnostics
-from driftrl.agents.ratios import EndpointRatio
+from driftrl.agents.ratios import EndpointRatio, draw_interpolation
 
 PENDULUM = "InvertedPendulum-v5"
 SMALL: dict[str, Any] = {"n_steps": 16, "batch_size": 16, "n_epochs": 2, "device": "cpu", "seed": 0}
@@ -60,7 +60,8 @@ def test_ratio_of_a_stored_rollout_is_one_before_each_update(ratio: str, base: s
         seen: ClassVar[list[float]] = []
 
         def train(self) -> None:
-            batch = self._ratio.record(self.policy.actor, self.batch, torch.Generator())
+            batch = self._ratio.record(self.policy.actor, self.batch)
+            batch = draw_interpolation(self.policy.actor, batch, torch.Generator()) if "v_nodes" in batch else batch
             terms = self._ratio.terms(self.policy.actor, batch)
             self.seen.extend([terms.log_ratio.abs().max().item(), terms.kl.abs().max().item()])
             super().train()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 from driftrl.agents.flow_policy import FlowActor
-from driftrl.agents.ratios import RATIOS, EndpointRatio, InterpolationRatio
+from driftrl.agents.ratios import RATIOS, EndpointRatio, InterpolationRatio, draw_interpolation
 from driftrl.agents.rollout import Batch
 from driftrl.dynamics import LinearField, ResidualField, VelocityField
 
@@ -48,14 +48,20 @@ def roll_out(actor: FlowActor, size: int = 64) -> Batch:
     return {"obs": obs, "z": sample.z, "x1": sample.x1, "action": sample.action} | reference
 
 
+def recorded(name: str, actor: FlowActor, batch: Batch, seed: int = 0) -> Batch:
+    """What a minibatch of the ratio holds."""
+    batch = RATIOS[name]().record(actor, batch)
+    return draw_interpolation(actor, batch, torch.Generator().manual_seed(seed)) if "v_nodes" in batch else batch
+
+
 @pytest.mark.parametrize("name", RATIOS)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("solver", ["euler", "midpoint", "heun", "rk4"])
 def test_ratio_is_exactly_one_and_kl_exactly_zero_for_the_policy_that_acted(name: str, base: str, solver: str) -> None:
-    actor, generator = make_actor(base, solver), torch.Generator().manual_seed(0)
+    actor = make_actor(base, solver)
     batch = roll_out(actor)
-    for _ in range(5):  # other interpolation times each
-        terms = RATIOS[name]().terms(actor, RATIOS[name]().record(actor, batch, generator))
+    for seed in range(5):  # other interpolation times each
+        terms = RATIOS[name]().terms(actor, recorded(name, actor, batch, seed))
         assert torch.equal(terms.log_ratio, torch.zeros(64, dtype=torch.float64))
         assert torch.equal(terms.kl, torch.zeros(64, dtype=torch.float64))
 
@@ -78,7 +84,7 @@ def test_gaussian_ppo_is_recovered_when_the_velocity_depends_on_the_observation_
     with torch.no_grad():
         actor.field.x_weight.zero_()
         actor.field.time_weight.zero_()
-    batch = RATIOS[name]().record(actor, roll_out(actor), torch.Generator().manual_seed(0))
+    batch = recorded(name, actor, roll_out(actor))
 
     def distributions() -> tuple[Distribution, Distribution]:
         with torch.no_grad():
@@ -109,7 +115,7 @@ def test_ratio_has_mean_one_over_the_action_noise_given_z(name: str) -> None:
     batch = {key: value.expand(size, -1).clone() for key, value in one.items()}
     noise = torch.randn(size, ACTION_DIM, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     batch["action"] = batch["x1"] + batch["log_std"].exp() * noise
-    batch = RATIOS[name]().record(actor, batch, torch.Generator().manual_seed(5))
+    batch = recorded(name, actor, batch)
     # z is held fixed: only the parameters of the field and of the action noise move.
     perturb(actor.field, 0.02, seed=6)  # small: the tails of the ratio must be sampled
     with torch.no_grad():
@@ -157,7 +163,7 @@ def test_shift_of_a_linear_flow_and_its_approximation(rate: float) -> None:
         with torch.no_grad():
             constant.offset.zero_()
         batch = roll_out(actor)
-        batch = ratio.record(actor, batch, torch.Generator().manual_seed(0))
+        batch = recorded(name, actor, batch)
         with torch.no_grad():
             constant.offset.copy_(d)
         batch["action"].requires_grad_()
@@ -169,7 +175,7 @@ def test_shift_of_a_linear_flow_and_its_approximation(rate: float) -> None:
 
 def test_no_gradient_reaches_the_velocity_of_the_policy_that_acted() -> None:
     actor = make_actor()
-    batch = InterpolationRatio().record(actor, roll_out(actor), torch.Generator().manual_seed(0))
+    batch = recorded("interpolation", actor, roll_out(actor))
     assert not batch["v_old"].requires_grad
     # At the policy that acted log rho = n . dv / var to first order, so d(log rho)/d(v) is n / var: had the second
     # velocity a gradient too, the two would cancel.
@@ -185,7 +191,7 @@ def test_no_gradient_reaches_the_velocity_of_the_policy_that_acted() -> None:
 )
 def test_interpolation_times_are_the_solvers_quadrature_nodes(solver: str, times: set[float]) -> None:
     actor = make_actor(solver=solver, steps=4)
-    batch = InterpolationRatio().record(actor, roll_out(actor, 4000), torch.Generator().manual_seed(0))
+    batch = recorded("interpolation", actor, roll_out(actor, 4000))
     drawn, counts = batch["t"].unique(return_counts=True)
     assert set(drawn.tolist()) == times
     assert counts.float() / 4000 == pytest.approx([0.25] * 4, abs=0.03)
