@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -43,8 +44,14 @@ def compiled(function: Function, device: torch.device) -> Function:
     A replay overwrites what the one before returned: callers copy what they keep and call
     ``torch.compiler.cudagraph_mark_step_begin`` before the next.
     """
+
+    def call(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    # A code object of its own: PyTorch limits compilations per code object, which all agents of a process share.
+    own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
     mode = "reduce-overhead" if device.type == "cuda" else None
-    result: Function = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)  # type: ignore[assignment]
+    result: Function = torch.compile(own, fullgraph=True, dynamic=False, mode=mode)  # type: ignore[assignment]
     return result
 
 

@@ -96,7 +96,7 @@ def preset(env_id: str, **overrides: Any) -> tuple[int, Any]:
 def sb3_preset(run: Run) -> tuple[Any, dict[str, Any]]:
     """SB3's PPO with the hyperparameters of our preset, VecNormalize in place of our normalisers.
 
-    The KL-adaptive learning rate, which SB3 lacks, is added: here once per iteration, in ours after each epoch.
+    The KL-adaptive learning rate, which SB3 lacks, is added.
     """
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
@@ -252,11 +252,11 @@ def load(env: str, arm: str, total_timesteps: int) -> list[dict[str, Any]]:
 
 
 def table(envs: Sequence[str], arms: Sequence[str], total_timesteps: int) -> str:
-    """Markdown: IQM over seeds with a 95 % bootstrap interval, every seed's value, median steps per second."""
+    """Markdown: IQM over seeds with a 95 % bootstrap interval, every seed's value, median steps per CPU second."""
     from driftrl.evaluate import bootstrap_interval, interquartile_mean
 
     lines = [
-        "| task | agent | IQM [95 %] | sampled | each seed | steps/s |",
+        "| task | agent | IQM [95 %] | sampled | each seed | steps / CPU s |",
         "|---|---|---|---|---|---|",
     ]
     for env in envs:
@@ -269,11 +269,38 @@ def table(envs: Sequence[str], arms: Sequence[str], total_timesteps: int) -> str
                 for mode in ("deterministic", "sampled")
             )
             low, high = bootstrap_interval(scores, interquartile_mean, rng=np.random.default_rng(0))
-            rates = [r["total_timesteps"] / r["seconds"] for r in results if r["seconds"]]  # None: was suspended
+            # Processor time: it does not count what else the machine did. The first runs did not record it.
+            rates = [r["total_timesteps"] / r["cpu_seconds"] for r in results if r.get("cpu_seconds")]
             rate = f"{statistics.median(rates):.0f}" if rates else "-"
             lines.append(
                 f"| {env} | {LABELS.get(arm, arm)} | **{interquartile_mean(scores):.0f}** [{low:.0f}, {high:.0f}] "
                 f"| {interquartile_mean(sampled):.0f} | {', '.join(f'{score:.0f}' for score in scores)} | {rate} |"
+            )
+    return "\n".join(lines)
+
+
+def time_table(envs: Sequence[str], arms: Sequence[str], total_timesteps: int, reference: str = "sb3-zoo") -> str:
+    """Markdown: when the training return first reaches what the reference has in the end, in steps and CPU seconds."""
+    lines = [
+        f"| task | agent | steps to the final return of {LABELS.get(reference, reference)} | CPU s | of its CPU s |",
+        "|---|---|---|---|---|",
+    ]
+    for env in envs:
+        peers = [r for r in load(env, reference, total_timesteps) if r.get("cpu_seconds")]
+        if not peers:
+            continue
+        goal = float(np.mean([r["curve"][-1][1] for r in load(env, reference, total_timesteps)]))
+        peer_seconds = statistics.median(r["cpu_seconds"] for r in peers)
+        for arm in arms:
+            results = [r for r in load(env, arm, total_timesteps) if r.get("cpu_seconds")]
+            reached = [next((s for s, value in r["curve"] if value >= goal), math.nan) for r in results]
+            if arm == reference or not results:
+                continue
+            seconds = [s / r["total_timesteps"] * r["cpu_seconds"] for s, r in zip(reached, results, strict=True)]
+            steps, middle = float(np.median(reached)), float(np.median(seconds))  # nan where one never does
+            lines.append(
+                f"| {env} | {LABELS.get(arm, arm)} | {steps:,.0f} to {goal:.0f} | {middle:.0f} | "
+                f"{middle / peer_seconds:.2f} |"
             )
     return "\n".join(lines)
 
@@ -347,6 +374,7 @@ def main(
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             list(pool.map(launch, missing))
     print(table(envs, arms, total_timesteps))
+    print("\n" + time_table(envs, arms, total_timesteps))
     plot(envs, arms, total_timesteps, figure)
 
 

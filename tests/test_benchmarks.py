@@ -35,6 +35,8 @@ def test_kept_results_make_the_table(learning: ModuleType, tmp_path: Path) -> No
     assert [int(steps) // 500 for steps, _ in result["curve"]] == [1, 2, 3, 4]
     table = learning.table(("InvertedPendulum-v5",), arms, 2048).splitlines()
     assert len(table) == 4
+    times = learning.time_table(("InvertedPendulum-v5",), arms, 2048, reference="sb3-preset").splitlines()
+    assert len(times) == 3
     learning.plot(("InvertedPendulum-v5",), arms, 2048, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 

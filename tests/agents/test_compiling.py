@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from driftrl import PolicyFlow
 from driftrl.agents import compiling
-from driftrl.agents.compiling import PAYS_AFTER, Objective, compiling_pays
+from driftrl.agents.compiling import PAYS_AFTER, Objective, compiled, compiling_pays
 from driftrl.agents.flow_policy import FlowPolicy
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -35,13 +35,13 @@ def agent(**fields: Any) -> PolicyFlow:
 @pytest.mark.parametrize("ratio", ["interpolation", "endpoint"])
 def test_compiled_training_equals_eager_training_up_to_rounding(ratio: str) -> None:
     fields = {"ratio": ratio, "base": "gaussian", "brownian_coef": 0.01, "jacobian_coef": 0.01, "ema_decay": 0.9}
-    compiled, eager = (agent(compile=choice, **fields) for choice in ("on", "off"))
+    quick, eager = (agent(compile=choice, **fields) for choice in ("on", "off"))
     start = copy.deepcopy(eager.policy.state_dict())
-    for each in (compiled, eager):
+    for each in (quick, eager):
         each.learn(48 * 2)
-    assert compiled._is_compiled and not eager._is_compiled
+    assert quick._is_compiled and not eager._is_compiled
     for name, weights in eager.policy.state_dict().items():
-        torch.testing.assert_close(compiled.policy.state_dict()[name], weights, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(quick.policy.state_dict()[name], weights, rtol=1e-3, atol=1e-5, msg=name)
     assert not torch.equal(eager.policy.actor.field.output.weight, start["actor.field.output.weight"])
 
 
@@ -75,6 +75,14 @@ def test_gradient_of_a_quadratic_is_known_and_clipped(how: str) -> None:
         expected = torch.tensor([12.0, 2.0, -4.0])  # 4 b, 2 a
         torch.testing.assert_close(vector, expected * min(1.0, max_norm / expected.norm().item()))
         assert {name: term.item() for name, term in terms.items()} == {"loss": 23.0, "other": -1.0}
+
+
+def test_any_number_of_agents_can_be_compiled_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    for size in (2, 3, 4):  # a study of hyperparameters, say
+        layer = nn.Linear(size, 1)
+        x = torch.randn(5, size)
+        torch.testing.assert_close(compiled(layer.forward, CPU)(x), layer(x))
 
 
 def test_short_runs_and_machines_without_a_compiler_stay_eager(monkeypatch: pytest.MonkeyPatch) -> None:
