@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .flow_policy import FlowActor, gaussian_log_prob
+from .flow_policy import FlowActor
+from .networks import gaussian_log_prob
 from .ratios import EndpointRatio, Ratio, interpolate
 from .rollout import Batch
 

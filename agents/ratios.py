@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..dynamics.ode import SOLVERS
-from .flow_policy import FlowActor, gaussian_kl, gaussian_log_prob
+from .flow_policy import FlowActor
+from .networks import gaussian_kl, gaussian_log_prob
 from .rollout import Batch
 
 

@@ -346,13 +346,13 @@ class MLPField(VelocityField):
         return torch.addmm(rest, x, embedded.x_weight.t())
 
     def _features(self, times: tuple[float, ...]) -> Tensor:
-        """Time features [S, 2F] of a solver's times. They do not learn, so they are kept."""
+        """Time features [S, 2F] of a solver's times. They do not learn: outside a compiled graph they are kept."""
         key = (times, self.phases.dtype, self.phases.device)
-        if torch.compiler.is_compiling() or key not in self._known_features:
-            moments = torch.tensor(times, dtype=self.phases.dtype, device=self.phases.device)
-            features = torch.sin(self._angles(moments))
-            if torch.compiler.is_compiling():
-                return features
+        if torch.compiler.is_compiling():
+            return torch.sin(self._angles(torch.tensor(times, dtype=key[1], device=key[2])))
+        if key not in self._known_features:
+            with torch.inference_mode(False):  # they may be differentiated through later
+                features = torch.sin(self._angles(torch.tensor(times, dtype=key[1], device=key[2])))
             self._known_features = {key: features}
         return self._known_features[key]
 

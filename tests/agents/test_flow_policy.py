@@ -12,7 +12,8 @@ from gymnasium import spaces
 from torch import nn
 from torch.distributions import Independent, Normal
 
-from driftrl.agents.flow_policy import FlowActor, FlowPolicy, FlowSample, RunningNorm, gaussian_kl, gaussian_log_prob
+from driftrl.agents.flow_policy import FlowActor, FlowPolicy, FlowSample
+from driftrl.agents.networks import RunningNorm, gaussian_kl, gaussian_log_prob
 from driftrl.dynamics.ode import odeint
 
 BOX = spaces.Box(-np.inf, np.inf, (3,))

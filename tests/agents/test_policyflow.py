@@ -72,6 +72,12 @@ def test_ratio_of_a_stored_rollout_is_one_before_each_update(ratio: str, base: s
     assert max(FirstRatios.seen) < 1e-5
 
 
+def test_training_goes_on_after_a_prediction() -> None:
+    agent = PolicyFlow("MlpPolicy", pendulum(), **SMALL | {"ratio": "endpoint"})
+    agent.predict(np.zeros(4, np.float32))  # what it keeps for the next call must not be without gradients
+    agent.learn(32)
+
+
 def test_measuring_does_not_change_training() -> None:
     def train(interval: int) -> dict[str, torch.Tensor]:
         agent = PolicyFlow("MlpPolicy", pendulum(), diagnostics_interval=interval, **SMALL)
