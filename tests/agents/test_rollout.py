@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from driftrl.agents.policyflow import PolicyFlow
 from driftrl.agents.rollout import generalized_advantage
+from driftrl.envs.mujoco_batch import MujocoVecEnv
 
 
 class Counter(gym.Env[np.ndarray, np.ndarray]):
@@ -135,3 +136,16 @@ def test_what_is_not_finite_is_named_with_its_environment(reward: float, observa
     agent = PolicyFlow("MlpPolicy", env, n_steps=4, batch_size=8, device="cpu")
     with pytest.raises(ValueError, match=f"non-finite {message}: got .* environment 1"):
         agent.learn(8)
+
+
+def test_an_unstable_simulation_is_counted_and_its_rollout_learned_from(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its warning into the current folder
+    env = MujocoVecEnv("HalfCheetah-v5", 2)
+    agent = PolicyFlow("MlpPolicy", env, n_steps=4, batch_size=8, seed=0, device="cpu")
+    _, callback = agent._setup_learn(8)
+    env.simulators.datas[1].qvel[0] = np.nan
+    assert agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, 4)  # type: ignore[arg-type]
+    assert agent.logger.name_to_value["rollout/simulations_diverged"] == 1
+    assert all(values.isfinite().all() for values in agent.batch.values())
