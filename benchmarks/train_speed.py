@@ -5,8 +5,8 @@
 Same environments, rollout size, epochs, minibatch size and widths (those of our preset); VecNormalize in place of our
 normalisers. Every contender lives in a process of its own, because threads and peak memory belong to a process. They
 take turns, one iteration (rollout and update) at a time, and only one of them runs. Compilation is finished before the
-first turn; its time is printed. The ratio is the peer's time over ours: median and quartiles over the turns. Children that
-have ended are the C++ compiler's, at most; Stable-Baselines3's workers live on and are not in their figure.
+first turn; its time is printed. The ratio is the peer's time over ours: median and quartiles over the turns. The child
+in the figure of memory is the C++ compiler; Stable-Baselines3's workers live on and are not in it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def make_agent(contender: str, env_id: str, n_envs: int, threads: int) -> Any:
 
 
 def serve(connection: Connection, contender: str, env_id: str, n_envs: int, threads: int, warmup: int) -> None:
-    """One iteration for each request; the answer: seconds of rollout and of update, peak MB of itself and of a child."""
+    """One iteration for each request; answers: seconds of rollout and of update, peak MB of itself and of a child."""
     agent = make_agent(contender, env_id, n_envs, threads)
     iteration, times = agent.n_steps * n_envs, dict.fromkeys(("collect_rollouts", "train"), 0.0)
 
@@ -104,7 +104,7 @@ def main(
     report: dict[str, Any] = {"machine": machine(*packages), "env_id": env_id, "threads": threads, "n_envs": {}}
     print(report["machine"])
     print(
-        "| envs | contender | steps/s | its time / driftrl compiled | rollout ms | update ms | peak MB | of a child | warm-up s |"
+        "| envs | contender | steps/s | time / driftrl compiled | rollout ms | update ms | peak MB | of a child | warm-up s |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for n in n_envs:
