@@ -104,7 +104,7 @@ def main(
     report: dict[str, Any] = {"machine": machine(*packages), "env_id": env_id, "threads": threads, "n_envs": {}}
     print(report["machine"])
     print(
-        "| envs | contender | steps/s | time / driftrl compiled | rollout ms | update ms | MB | of a child | warm-up s |"
+        "| envs | contender | steps/s | time / driftrl compiled | rollout ms | update ms | MB | child MB | warm-up s |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for n in n_envs:
