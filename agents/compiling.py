@@ -6,13 +6,12 @@ import os
 import shutil
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 Batch: TypeAlias = dict[str, Tensor]
-Function = TypeVar("Function", bound=Callable[..., object])
 
 PAYS_AFTER = 25_000
 """Gradient updates after which a compiled run has caught up with an eager one (benchmarks/train_speed.py)."""
@@ -38,21 +37,41 @@ def compiling_pays(wanted: str, updates: int, device: torch.device) -> bool:
     return found and (wanted == "on" or updates >= PAYS_AFTER)
 
 
-def compiled(function: Function, device: torch.device) -> Function:
-    """One graph of the function for each shape of its tensors; on CUDA replayed as a CUDA graph.
+class Compiled:
+    """A function of tensors, or of dicts of them, as one graph for each of their shapes; on CUDA a CUDA graph.
 
-    A replay overwrites what the one before returned: callers copy what they keep and call
-    ``torch.compiler.cudagraph_mark_step_begin`` before the next.
+    A replay of a CUDA graph overwrites what the one before returned: callers copy what they keep.
+
+    Args:
+        function: what to compile.
+        device: where it runs.
     """
 
-    def call(*arguments: Any) -> Any:
-        return function(*arguments)
+    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
+        def call(*arguments: Any) -> Any:
+            return function(*arguments)
 
-    # A code object of its own: PyTorch limits compilations per code object, which all agents of a process share.
-    own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
-    mode = "reduce-overhead" if device.type == "cuda" else None
-    result: Function = torch.compile(own, fullgraph=True, dynamic=False, mode=mode)  # type: ignore[assignment]
-    return result
+        # A code object of its own: PyTorch limits compilations per code object, which all agents of a process share.
+        own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+        if device.type == "cuda":
+            self._function = torch.compile(own, fullgraph=True, dynamic=False, mode="reduce-overhead")
+        else:
+            self._function = torch.compile(own, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+        self._seen: set[tuple[torch.Size, ...]] = set()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call it. For shapes seen before only these are checked, not everything that the graph was made of."""
+        leaves = [leaf for each in arguments for leaf in (each.values() if isinstance(each, dict) else (each,))]
+        shapes = tuple(leaf.shape for leaf in leaves)
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=shapes in self._seen):
+            result = self._function(*arguments)
+        self._seen.add(shapes)
+        return result
+
+    def check_again(self) -> None:
+        """Look at everything once more at the next call: somebody may have changed the networks."""
+        self._seen.clear()
 
 
 class Objective(nn.Module):

@@ -15,7 +15,7 @@ from stable_baselines3.common.utils import LinearSchedule, explained_variance, u
 from torch import Tensor
 
 from ..dynamics.regularize import jacobian_penalty
-from .compiling import Objective, compiled, compiling_pays
+from .compiling import Compiled, Objective, compiling_pays
 from .config import require, validate
 from .diagnostics import flow_diagnostics
 from .flow_policy import FlowPolicy
@@ -285,7 +285,6 @@ class PolicyFlow(FlowRollouts):
         self._act = self.policy.act
         terms = partial(losses, ratio=self._ratio, config=config)
         self._gradient = Objective(self.policy, terms, "train/loss", config.max_grad_norm).gradient
-        self._is_compiled = False
         self._setup_rollout()
 
     def _take_arguments_of_load(self) -> None:
@@ -306,9 +305,12 @@ class PolicyFlow(FlowRollouts):
             ValueError: if an observation or a reward is not finite, or compile="on" finds no compiler.
         """
         updates = total_timesteps * self.config.n_epochs // self.config.batch_size
-        if not self._is_compiled and compiling_pays(self.config.compile, updates, self.device):
-            self._act, self._gradient = compiled(self._act, self.device), compiled(self._gradient, self.device)
-            self._is_compiled = True
+        for name in ("_act", "_gradient"):
+            function = getattr(self, name)
+            if isinstance(function, Compiled):
+                function.check_again()
+            elif compiling_pays(self.config.compile, updates, self.device):
+                setattr(self, name, Compiled(function, self.device))
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def train(self) -> None:
@@ -358,7 +360,6 @@ class PolicyFlow(FlowRollouts):
         metrics = []
         for start in range(0, len(order), config.batch_size):
             minibatch = {name: tensor[start : start + config.batch_size] for name, tensor in shuffled.items()}
-            torch.compiler.cudagraph_mark_step_begin()
             vector.grad, terms = self._gradient(minibatch)
             policy.optimizer.step()
             policy.average(vector.detach())

@@ -99,7 +99,6 @@ class FlowRollouts(OnPolicyAlgorithm):
         reached: list[Tensor] = []  # raw features of truncated steps, in the order of np.nonzero(truncated)
         features[0] = self._checked_features(self._last_obs)
         for step in range(n_rollout_steps):
-            torch.compiler.cudagraph_mark_step_begin()
             sample[step] = self._act(features[step], noise[step])
             actions = sample[step, 2].cpu().numpy().reshape(-1, *self._action_shape)
             clipped_actions = policy.unscale_action(actions.clip(-1, 1))

@@ -24,7 +24,7 @@ from paired import machine, ratio, spread, take_turns, write
 from torch.utils.flop_counter import FlopCounterMode
 
 from driftrl import PolicyFlow
-from driftrl.agents.compiling import Objective
+from driftrl.agents.compiling import Compiled, Objective
 from driftrl.agents.policyflow import losses
 from driftrl.agents.ratios import draw_interpolation
 from driftrl.envs.mujoco_batch import MujocoVecEnv
@@ -46,6 +46,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 PARTS = ("simulator", "rest of step", "policy", "rest of rollout", "gradient", "optimizer", "rest of update")
 
 
+class Timed(Compiled):
+    """A compiled function whose calls are timed."""
+
+    def __init__(self, function: Compiled, profiled: Profiled, name: str) -> None:
+        self.function, self.profiled, self.name = function, profiled, name
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.profiled.timed(self.name, self.function, *arguments)
+
+    def check_again(self) -> None:
+        self.function.check_again()
+
+
 class Profiled:
     """An agent whose parts are timed."""
 
@@ -61,14 +74,15 @@ class Profiled:
         self.seconds: dict[str, float] = defaultdict(float)
         self.history: list[dict[str, float]] = []
         agent: Any = self.agent
+        agent._act, agent._gradient = Timed(agent._act, self, "_act"), Timed(agent._gradient, self, "_gradient")
         watched = (
-            (self.env, "_simulate"), (self.env, "step_wait"), (agent, "_act"), (agent, "collect_rollouts"),
-            (agent, "_gradient"), (agent.policy.optimizer, "step"), (agent.policy, "average"), (agent, "train"),
+            (self.env, "_simulate"), (self.env, "step_wait"), (agent, "collect_rollouts"),
+            (agent.policy.optimizer, "step"), (agent.policy, "average"), (agent, "train"),
         )  # fmt: skip
         for owner, name in watched:
-            setattr(owner, name, partial(self._timed, name, getattr(owner, name)))
+            setattr(owner, name, partial(self.timed, name, getattr(owner, name)))
 
-    def _timed(self, name: str, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    def timed(self, name: str, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         start = time.perf_counter()
         result = function(*arguments, **keywords)
         self.seconds[name] += time.perf_counter() - start

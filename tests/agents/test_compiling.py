@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from driftrl import PolicyFlow
 from driftrl.agents import compiling
-from driftrl.agents.compiling import PAYS_AFTER, Objective, compiled, compiling_pays
+from driftrl.agents.compiling import PAYS_AFTER, Compiled, Objective, compiling_pays
 from driftrl.agents.flow_policy import FlowPolicy
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -39,7 +39,7 @@ def test_compiled_training_equals_eager_training_up_to_rounding(ratio: str) -> N
     start = copy.deepcopy(eager.policy.state_dict())
     for each in (quick, eager):
         each.learn(48 * 2)
-    assert quick._is_compiled and not eager._is_compiled
+    assert isinstance(quick._gradient, Compiled) and not isinstance(eager._gradient, Compiled)
     for name, weights in eager.policy.state_dict().items():
         torch.testing.assert_close(quick.policy.state_dict()[name], weights, rtol=1e-3, atol=1e-5, msg=name)
     assert not torch.equal(eager.policy.actor.field.output.weight, start["actor.field.output.weight"])
@@ -77,12 +77,26 @@ def test_gradient_of_a_quadratic_is_known_and_clipped(how: str) -> None:
         assert {name: term.item() for name, term in terms.items()} == {"loss": 23.0, "other": -1.0}
 
 
-def test_any_number_of_agents_can_be_compiled_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    for size in (2, 3, 4):  # a study of hyperparameters, say
-        layer = nn.Linear(size, 1)
-        x = torch.randn(5, size)
-        torch.testing.assert_close(compiled(layer.forward, CPU)(x), layer(x))
+def test_any_number_of_agents_can_be_compiled_in_a_process() -> None:
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for size in (2, 3, 4):  # a study of hyperparameters, say
+            layer = nn.Linear(size, 1)
+            x = torch.randn(5, size)
+            torch.testing.assert_close(Compiled(layer.forward, CPU)(x), layer(x))
+
+
+def test_compiled_functions_tell_shapes_apart_and_notice_new_networks_when_asked() -> None:
+    layer = nn.Linear(3, 1)
+    function = Compiled(lambda batch: layer(batch["x"]), CPU)
+    long, short = ({"x": torch.randn(n, 3)} for n in (8, 5))
+    for batch in (long, short, long, short, long):
+        torch.testing.assert_close(function(batch), layer(batch["x"]))
+    with torch.no_grad():
+        layer.weight.add_(1)  # as an optimizer does
+    torch.testing.assert_close(function(short), layer(short["x"]))
+    layer.weight = nn.Parameter(2 * layer.weight.detach())
+    function.check_again()
+    torch.testing.assert_close(function(long), layer(long["x"]))
 
 
 def test_short_runs_and_machines_without_a_compiler_stay_eager(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,11 +114,11 @@ def test_short_runs_and_machines_without_a_compiler_stay_eager(monkeypatch: pyte
 
 def test_learning_decides_by_the_length_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "PAYS_AFTER", 12)  # 96 steps in minibatches of 16, twice
-    monkeypatch.setattr("driftrl.agents.policyflow.compiled", lambda function, device: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     for total_timesteps, expected in ((95, False), (96, True)):
         learner = agent()
         learner.learn(total_timesteps)
-        assert learner._is_compiled == expected
+        assert isinstance(learner._act, Compiled) == isinstance(learner._gradient, Compiled) == expected
 
 
 def parameters_follow_the_vector(policy: FlowPolicy) -> bool:
