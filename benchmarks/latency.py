@@ -9,6 +9,7 @@ is the 99th percentile of single calls; the ratio is our time over PPO's, block 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,15 +60,11 @@ def main(
         obs = agents["PPO"].observation_space.sample()
         for deterministic in (True, False):
             single: dict[str, list[float]] = {name: [] for name in agents}
-
-            def block(name: str, single: dict[str, list[float]] = single, deterministic: bool = deterministic) -> None:
-                predict = agents[name].predict  # noqa: B023  called before the next width
-                for _ in range(calls):
-                    start = time.perf_counter()
-                    predict(obs, deterministic=deterministic)  # noqa: B023
-                    single[name].append(time.perf_counter() - start)
-
-            seconds = take_turns({name: partial(block, name) for name in agents}, rounds)
+            blocks = {
+                name: partial(block, partial(agent.predict, obs, deterministic=deterministic), calls, single[name])
+                for name, agent in agents.items()
+            }
+            seconds = take_turns(blocks, rounds)
             mode = "deterministic" if deterministic else "sampled"
             for name in agents:
                 median, late = (1e6 * float(np.quantile(single[name], q)) for q in (0.5, 0.99))
@@ -76,6 +73,14 @@ def main(
                 report["rows"].append(row)
                 print(f"| {width} | {mode} | {name} | {median:.0f} | {late:.0f} | {row['over_ppo']} |", flush=True)
     write(output, report)
+
+
+def block(predict: Callable[[], object], calls: int, seconds: list[float]) -> None:
+    """Call predict; the time of each call goes to seconds."""
+    for _ in range(calls):
+        start = time.perf_counter()
+        predict()
+        seconds.append(time.perf_counter() - start)
 
 
 if __name__ == "__main__":

@@ -301,9 +301,9 @@ def test_policy_arguments_take_precedence() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("ratio", ["interpolation", "endpoint"])
-def test_training_on_cuda_keeps_everything_there(ratio: str) -> None:
-    fields = SMALL | {"device": "cuda", "ratio": ratio, "ema_decay": 0.9}
+@pytest.mark.parametrize(("ratio", "compile"), [("interpolation", "off"), ("endpoint", "off"), ("interpolation", "on")])
+def test_training_on_cuda_keeps_everything_there(ratio: str, compile: str) -> None:
+    fields = SMALL | {"device": "cuda", "ratio": ratio, "ema_decay": 0.9, "compile": compile}
     agent = PolicyFlow("MlpPolicy", pendulum(), **fields).learn(96)
     tensors = [*agent.policy.state_dict().values(), *agent.rollout_buffer.values(), *agent.batch.values()]
     assert all(tensor.is_cuda for tensor in tensors)
