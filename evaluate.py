@@ -259,19 +259,15 @@ def follow_with_camera(env: gym.Env[Any, Any]) -> None:
 
 
 def _choose_renderer() -> None:
-    """Render with EGL where Linux has no display; MuJoCo loads what MUJOCO_GL names when it is first imported."""
+    """Render with EGL where Linux has no display: Gymnasium asks MUJOCO_GL when it makes a renderer."""
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         os.environ.setdefault("MUJOCO_GL", "egl")
-    try:
-        importlib.import_module("mujoco")
-    except Exception as error:  # every OpenGL library fails in its own way
-        raise _no_rendering(error) from error
 
 
 def _render(env: gym.Env[Any, Any]) -> NDArray[np.uint8]:
     try:
         return cast(NDArray[np.uint8], env.render())
-    except Exception as error:  # as above
+    except Exception as error:  # every OpenGL library fails in its own way
         raise _no_rendering(error) from error
 
 
