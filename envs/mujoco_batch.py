@@ -532,7 +532,6 @@ class MujocoVecEnv(VecEnv):
         for row, data in zip(state["physics"], s.datas, strict=True):
             mujoco.mj_setState(s.model, data, row, _STATE)
             mujoco.mj_forward(s.model, data)  # what is shown and read follows from the state
-            mujoco.mj_setState(s.model, data, row, _STATE)  # but the solver's warm start does not
         s.forget()
         if self._task.point is not None:
             s.before = state["before"].copy()
@@ -540,9 +539,9 @@ class MujocoVecEnv(VecEnv):
         self._elapsed, self.diverged = state["elapsed"].copy(), state["diverged"].copy()
         self._rewards = [list(rewards) for rewards in state["rewards"]]
         for i, random in enumerate(state["random"]):
-            self._rngs[i] = None if random is None else np.random.Generator(np.random.PCG64())
-            if random is not None:
-                self._rngs[i].bit_generator.state = random  # type: ignore[union-attr]
+            generator = np.random.Generator(np.random.PCG64())
+            generator.bit_generator.state = random or generator.bit_generator.state
+            self._rngs[i] = generator if random else None
         return self._obs.copy()
 
     def close(self) -> None:
