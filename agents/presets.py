@@ -13,7 +13,7 @@ DEFAULT: dict[str, Any] = {"n_envs": 16, "n_steps": 128, "batch_size": 256}
 WIDE: dict[str, Any] = {"actor_hidden": (128, 128), "critic_hidden": (128, 128)}
 
 POLICYFLOW: dict[str, dict[str, Any]] = {
-    "HalfCheetah-v5": DEFAULT | WIDE | {"gamma": 0.98, "gae_lambda": 0.92, "ema_decay": 0.995},
+    "HalfCheetah-v5": DEFAULT | WIDE | {"gamma": 0.98, "gae_lambda": 0.92, "ema_decay": 0.995, "desired_kl": 0.02},
     "Hopper-v5": DEFAULT | WIDE | {"ema_decay": 0.995, "clip_range_vf": None},
     "Walker2d-v5": DEFAULT | WIDE | {"ema_decay": 0.995, "clip_range_vf": None},
     "Ant-v5": DEFAULT | WIDE | {"gamma": 0.98, "gae_lambda": 0.92, "ema_decay": 0.995},

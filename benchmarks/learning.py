@@ -165,11 +165,16 @@ ARMS: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "sb3-zoo": sb3_zoo,
 }
 LABELS = {
-    "policyflow": "PolicyFlow, interpolation ratio",
+    "policyflow:ratio=interpolation": "PolicyFlow, interpolation ratio",
     "policyflow:ratio=endpoint": "PolicyFlow, endpoint ratio",
+    "policyflow:compile=off": "PolicyFlow, interpolation ratio, eager",
+    "policyflow:ratio=endpoint,compile=off": "PolicyFlow, endpoint ratio, eager",
     "sb3-preset": "SB3 PPO, our preset's hyperparameters",
     "sb3-zoo": "SB3 PPO, rl_zoo3's tuned hyperparameters",
 }
+
+
+COMPARED = ("policyflow:ratio=interpolation", "policyflow:ratio=endpoint", "sb3-preset", "sb3-zoo")
 
 
 def build(run: Run) -> tuple[Any, dict[str, Any]]:
@@ -334,7 +339,7 @@ def plot(envs: Sequence[str], arms: Sequence[str], total_timesteps: int, path: P
 
 def main(
     envs: tuple[str, ...] = ("HalfCheetah-v5", "Hopper-v5"),
-    arms: tuple[str, ...] = tuple(LABELS),
+    arms: tuple[str, ...] = COMPARED,
     seeds: tuple[int, ...] = (0, 1, 2),
     total_timesteps: int = 1_000_000,
     jobs: int = 2,
