@@ -93,7 +93,7 @@ def preset(env_id: str, **overrides: Any) -> tuple[int, Any]:
     return fields.pop("n_envs"), PolicyFlowConfig(**fields)
 
 
-def sb3_preset(run: Run) -> tuple[Any, dict[str, Any]]:
+def sb3_preset(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     """SB3's PPO with the hyperparameters of our preset, VecNormalize in place of our normalisers.
 
     The KL-adaptive learning rate, which SB3 lacks, is added.
@@ -103,7 +103,7 @@ def sb3_preset(run: Run) -> tuple[Any, dict[str, Any]]:
     from stable_baselines3.common.vec_env import VecNormalize
     from torch import nn
 
-    n_envs, config = preset(run.env)
+    n_envs, config = preset(run.env, **overrides)
 
     class AdaptivePPO(PPO):
         """PPO whose learning rate keeps the KL within a factor of 2 of desired_kl."""
@@ -167,18 +167,13 @@ ARMS: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
 LABELS = {
     "policyflow:ratio=interpolation": "PolicyFlow, interpolation ratio",
     "policyflow:ratio=endpoint": "PolicyFlow, endpoint ratio",
-    "policyflow:compile=off": "PolicyFlow, interpolation ratio, eager",
-    "policyflow:ratio=endpoint,compile=off": "PolicyFlow, endpoint ratio, eager",
     "sb3-preset": "SB3 PPO, our preset's hyperparameters",
     "sb3-zoo": "SB3 PPO, rl_zoo3's tuned hyperparameters",
 }
 
 
-COMPARED = ("policyflow:ratio=interpolation", "policyflow:ratio=endpoint", "sb3-preset", "sb3-zoo")
-
-
 def build(run: Run) -> tuple[Any, dict[str, Any]]:
-    """The agent of an arm, "name" or "policyflow:field=value,field=value", and the settings to keep."""
+    """The agent of an arm, "name" or "name:field=value,field=value", and the settings to keep."""
     name, _, overrides = run.arm.partition(":")
     fields = dict(pair.split("=", 1) for pair in overrides.split(",") if pair)
     return ARMS[name](run, **{key: _value(text) for key, text in fields.items()})
@@ -339,7 +334,7 @@ def plot(envs: Sequence[str], arms: Sequence[str], total_timesteps: int, path: P
 
 def main(
     envs: tuple[str, ...] = ("HalfCheetah-v5", "Hopper-v5"),
-    arms: tuple[str, ...] = COMPARED,
+    arms: tuple[str, ...] = tuple(LABELS),
     seeds: tuple[int, ...] = (0, 1, 2),
     total_timesteps: int = 1_000_000,
     jobs: int = 2,
