@@ -293,11 +293,11 @@ def time_table(envs: Sequence[str], arms: Sequence[str], total_timesteps: int, r
         peer_seconds = statistics.median(r["cpu_seconds"] for r in peers)
         for arm in arms:
             results = [r for r in load(env, arm, total_timesteps) if r.get("cpu_seconds")]
-            reached = [next((s for s, value in r["curve"] if value >= goal), math.nan) for r in results]
+            reached = [next((s for s, value in r["curve"] if value >= goal), math.inf) for r in results]
             if arm == reference or not results:
                 continue
             seconds = [s / r["total_timesteps"] * r["cpu_seconds"] for s, r in zip(reached, results, strict=True)]
-            steps, middle = float(np.median(reached)), float(np.median(seconds))  # nan where one never does
+            steps, middle = float(np.median(reached)), float(np.median(seconds))  # inf: half never do
             lines.append(
                 f"| {env} | {LABELS.get(arm, arm)} | {steps:,.0f} to {goal:.0f} | {middle:.0f} | "
                 f"{middle / peer_seconds:.2f} |"
