@@ -286,10 +286,11 @@ def time_table(envs: Sequence[str], arms: Sequence[str], total_timesteps: int, r
         "|---|---|---|---|---|",
     ]
     for env in envs:
-        peers = [r for r in load(env, reference, total_timesteps) if r.get("cpu_seconds")]
+        references = load(env, reference, total_timesteps)
+        peers = [r for r in references if r.get("cpu_seconds")]
         if not peers:
             continue
-        goal = float(np.mean([r["curve"][-1][1] for r in load(env, reference, total_timesteps)]))
+        goal = float(np.mean([r["curve"][-1][1] for r in references]))
         peer_seconds = statistics.median(r["cpu_seconds"] for r in peers)
         for arm in arms:
             results = [r for r in load(env, arm, total_timesteps) if r.get("cpu_seconds")]
