@@ -16,18 +16,15 @@ import copy
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import get_flattened_obs_dim, preprocess_obs
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from ..dynamics.fields import MLPField
 from ..dynamics.ode import odeint
-from ..envs.make import check_spaces
-from .networks import ACTIVATIONS, RunningNorm, gaussian_log_prob, join, mlp
+from .joined_policy import JoinedPolicy
+from .networks import ACTIVATIONS, RunningNorm, gaussian_log_prob, mlp
 
 LOG_STD_RANGE = (-5.0, 2.0)
 
@@ -99,7 +96,7 @@ class FlowActor(nn.Module):
         return base + gaussian_log_prob(sample.action, sample.x1, self.noise_log_std())
 
 
-class FlowPolicy(BasePolicy):
+class FlowPolicy(JoinedPolicy):
     """Actor, critic and normalisers as a Stable-Baselines3 policy for Box actions and vector observations.
 
     Args:
@@ -118,6 +115,8 @@ class FlowPolicy(BasePolicy):
         ValueError: if a space or an argument is not supported.
     """
 
+    followed, follower = "actor", "averaged_actor"
+
     def __init__(
         self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], lr_schedule: Schedule, *,
         net_arch: list[int] | dict[str, list[int]] | None = None, activation_fn: str | type[nn.Module] = "silu",
@@ -126,14 +125,7 @@ class FlowPolicy(BasePolicy):
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        check_spaces(observation_space, action_space)
-        super().__init__(
-            observation_space,
-            action_space,
-            squash_output=True,  # predict() maps our [-1, 1] to the bounds
-            optimizer_class=optimizer_class,
-            optimizer_kwargs=optimizer_kwargs,
-        )
+        super().__init__(observation_space, action_space, optimizer_class, optimizer_kwargs)
         if not isinstance(net_arch, dict):
             net_arch = dict.fromkeys(("pi", "vf"), [64, 64] if net_arch is None else net_arch)
         net_arch = {"pi": [], "vf": []} | net_arch
@@ -150,8 +142,6 @@ class FlowPolicy(BasePolicy):
             "normalize_observation": normalize_observation, "ema_decay": ema_decay,
             "optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs,
         }  # fmt: skip
-        self.obs_dim = get_flattened_obs_dim(observation_space)
-        self.action_dim, self._action_shape = get_flattened_obs_dim(action_space), action_space.shape
         self.obs_norm = RunningNorm(self.obs_dim)
         self.return_norm = RunningNorm(1)
         self.normalize_observation = normalize_observation
@@ -160,44 +150,11 @@ class FlowPolicy(BasePolicy):
             base_std=base_std, log_std_init=log_std_init, solver=solver, solver_steps=solver_steps,
         )  # fmt: skip
         self.critic = mlp([self.obs_dim, *net_arch["vf"], 1], activation, 1.0)
-        self.ema_decay = ema_decay
+        self.averaging = 1 - ema_decay
         self.averaged_actor = copy.deepcopy(self.actor).requires_grad_(False) if ema_decay else None
-        self._average: Tensor | None = None
         vector = nn.Parameter(torch.empty(0))
         self.optimizer = optimizer_class([vector], lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
         self.joined()
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn, by name: the actor's first, the larger before the smaller for their alignment."""
-        named = [item for item in self.named_parameters() if item[1].requires_grad]
-        return dict(sorted(named, key=lambda item: (not item[0].startswith("actor."), -item[1].numel())))
-
-    def joined(self) -> nn.Parameter:
-        """The optimizer's one parameter, of which all `trained` ones are views.
-
-        A move to another device or a deep copy leaves them on their own; then they are joined anew.
-        """
-        vector: nn.Parameter = self.optimizer.param_groups[0]["params"][0]
-        parameters = self.trained()
-        if next(iter(parameters.values())).data_ptr() != vector.data_ptr():
-            vector.data = join(list(parameters.values()))
-            if self.averaged_actor is not None:
-                actors = [name.removeprefix("actor.") for name in parameters if name.startswith("actor.")]
-                self._average = join([self.averaged_actor.get_parameter(name) for name in actors])
-        return vector
-
-    def average(self, vector: Tensor) -> None:
-        """Move the averaged actor towards the actor, which the `joined` vector begins with, by 1 - ema_decay."""
-        if self._average is not None:
-            self._average.lerp_(vector[: len(self._average)], 1 - self.ema_decay)
-
-    def features(self, obs: PyTorchObs) -> Tensor:
-        """Flatten a batch of observations to raw vectors [B, O] (Dict entries in the order of their space)."""
-        encoded = preprocess_obs(obs, self.observation_space, normalize_images=False)
-        if isinstance(encoded, dict):
-            assert isinstance(self.observation_space, spaces.Dict)
-            return torch.cat([encoded[key].flatten(1) for key in self.observation_space.spaces], dim=1)
-        return encoded.flatten(1)
 
     def normalize(self, features: Tensor) -> Tensor:
         """Standardise raw observation vectors [B, O] with the policy's own statistics."""
@@ -227,26 +184,6 @@ class FlowPolicy(BasePolicy):
     def predict_values(self, obs: PyTorchObs) -> Tensor:
         """Values [B, 1] of a batch of observations, in units of normalised returns."""
         return self.value(self.normalize(self.features(obs))).unsqueeze(-1)
-
-    def set_training_mode(self, mode: bool) -> None:
-        """As `train`, but free when nothing changes: `predict` asks each time."""
-        if self.training != mode:
-            self.train(mode)
-
-    def predict(
-        self, observation: np.ndarray | dict[str, np.ndarray], state: tuple[np.ndarray, ...] | None = None,
-        episode_start: np.ndarray | None = None, deterministic: bool = False,
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:  # fmt: skip
-        """As in Stable-Baselines3, with a short way for one vector: a control loop waits for it."""
-        if not isinstance(observation, np.ndarray) or observation.shape != self.observation_space.shape:
-            return super().predict(observation, state, episode_start, deterministic)
-        self.set_training_mode(False)
-        features = torch.tensor(observation, dtype=torch.float32, device=self.device).view(1, -1)
-        action = self._choose(features, deterministic).cpu().numpy()
-        return self.unscale_action(action.reshape(self._action_shape)), state
-
-    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
-        return self._choose(self.features(observation), deterministic)
 
     @torch.inference_mode()
     def _choose(self, features: Tensor, deterministic: bool) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -78,11 +77,3 @@ class RunningNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Standardise x [B, dim] and clip it to +-clip; before the first batch only clip it."""
         return ((x - self.shift) * self.scale).clamp(-self.clip, self.clip)
-
-
-def join(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Make the parameters views of one vector, which is returned: what is done to it is done to all of them at once."""
-    vector = torch.cat([parameter.detach().flatten() for parameter in parameters])
-    for parameter, part in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
-        parameter.data = part.view_as(parameter)
-    return vector
