@@ -121,7 +121,7 @@ class FlowPolicy(JoinedPolicy):
         self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], lr_schedule: Schedule, *,
         net_arch: list[int] | dict[str, list[int]] | None = None, activation_fn: str | type[nn.Module] = "silu",
         base: str = "learned", base_std: float = 0.1, log_std_init: float = math.log(0.5), solver: str = "euler",
-        solver_steps: int = 4, normalize_observation: bool = True, ema_decay: float = 0.0,
+        solver_steps: int = 2, normalize_observation: bool = True, ema_decay: float = 0.0,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip

@@ -71,7 +71,7 @@ class PolicyFlowConfig:
     """Importance ratio: the paper's approximation, or the exact one given z (as many field calls as a rollout step)."""
     solver: Literal["euler", "midpoint", "heun", "rk4"] = "euler"
     """ODE solver of the flow."""
-    solver_steps: int = 4
+    solver_steps: int = 2
     """Fixed steps of the solver from flow time 0 to 1, >= 1."""
     base: Literal["standard", "learned", "gaussian"] = "learned"
     """Base distribution of z: standard N(0, base_std^2) fixed; learned N(0, s^2), s learned from base_std;
