@@ -59,7 +59,7 @@ class BrownianGrid:
         levy: bool = True,
         dtype: torch.dtype | None = None,
     ) -> BrownianGrid:
-        """Draw a grid of shape (B, D) on the generator's device, with Levy areas or without; dtype None for the default.
+        """Draw a grid of ``shape`` (B, D) on the generator's device, in ``dtype`` (None: torch's default).
 
         Raises:
             ValueError: if ``steps`` is below 1 or ``dt`` not positive.
@@ -354,7 +354,7 @@ class FractionalNoise(nn.Module):
 
     @staticmethod
     def step(y: Tensor, noise: Tensor, transition: tuple[Tensor, Tensor]) -> Tensor:
-        """State [B, D, K] after a step, exact in law. ``noise`` is standard normal, [B, D, K], ``transition`` the step's.
+        """State [B, D, K] after a step of the ``transition``, exact in law; ``noise`` [B, D, K] is standard normal.
 
         The noise is K per element, because dW alone does not fix its K convolutions with ``e^(-r_k s)``.
 
