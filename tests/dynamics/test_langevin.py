@@ -102,6 +102,15 @@ def test_frictionless_limit_conserves_energy_to_second_order(scheme: Scheme) -> 
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_friction_slows_a_free_particle_exponentially(scheme: Scheme) -> None:
+    """p' = -g p: exactly e^(-g t), whatever the step, and per dimension where friction is a tensor."""
+    x, g = torch.zeros(1, 2, dtype=F64), torch.tensor([0.5, 3.0], dtype=F64)
+    zero = torch.zeros(4 if scheme == "baoab" else 8, 1, 2, dtype=F64)
+    _, p = kinetic(lambda t, x, cond: 0 * x, x, x + 1, zero, step=0.3, friction=g, scheme=scheme)
+    torch.testing.assert_close(p, torch.exp(-1.2 * g)[None], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_several_steps_are_single_steps(scheme: Scheme) -> None:
     x, p, noise = rand(5, 2), rand(5, 2, seed=1), rand(6, 5, 2, seed=2)
     options: dict[str, Any] = {"step": 0.1, "friction": 1.5, "scheme": scheme}
@@ -173,9 +182,13 @@ def test_metropolis_refuses_what_has_no_finite_energy() -> None:
     def box(x: Tensor, cond: Tensor | None) -> Tensor:
         return torch.where(x.abs() < 1, 0.0, math.inf).sum(1) + 0 * x.sum(1)
 
-    x, probability = mala(box, torch.zeros(3, 1), torch.full((1, 3, 1), 5.0), torch.zeros(1, 3), step=1.0)
-    assert torch.equal(probability, torch.zeros(1, 3))
-    assert torch.equal(x, torch.zeros(3, 1))
+    def barrier(x: Tensor, cond: Tensor | None) -> Tensor:
+        return -torch.log(1 - x * x).sum(1)  # not a number outside
+
+    for energy in (box, barrier):
+        x, probability = mala(energy, torch.zeros(3, 1), torch.full((1, 3, 1), 5.0), torch.zeros(1, 3), step=1.0)
+        assert torch.equal(probability, torch.zeros(1, 3))
+        assert torch.equal(x, torch.zeros(3, 1))
 
 
 class Quartic(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from scipy import integrate, stats
 from torch import Tensor
 
-from driftrl.dynamics.noise import BrownianGrid, BrownianTree, FractionalNoise, OrnsteinUhlenbeck
+from driftrl.dynamics.noise import _GOLDEN, BrownianGrid, BrownianTree, FractionalNoise, OrnsteinUhlenbeck, _hash
 
 F64 = torch.float64
 N = 40_000
@@ -104,6 +104,19 @@ def test_tree_gives_the_same_path_whatever_the_order_of_queries() -> None:
     assert not torch.equal(BrownianTree(4, (4, 2), dtype=F64)(0.1), forwards[0.1])
     assert torch.equal(BrownianTree(3 + 2**64, (4, 2), dtype=F64)(0.1), forwards[0.1])
     assert torch.equal(forwards[0.0], torch.zeros(4, 2, dtype=F64))
+
+
+def test_tree_draws_from_splitmix64() -> None:
+    """The published test vector: the first outputs of the generator for the seed 1234567."""
+    state = 1234567 + torch.arange(1, 6) * _GOLDEN
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert [value % 2**64 for value in _hash(state).tolist()] == expected
 
 
 def test_tree_rows_do_not_depend_on_the_batch() -> None:

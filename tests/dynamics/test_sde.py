@@ -162,6 +162,16 @@ def test_sra1_needs_its_area() -> None:
     assert right < 0.6 * wrong
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_sra1_integrates_a_linear_noise_level_exactly(steps: int) -> None:
+    """The integral of 1 + 3 t against dW over [0, 1] is w + 3 (w / 2 - h), by parts."""
+    noise, sde = grid(steps, 5, 2), LangevinSDE(lambda t, x, cond: torch.zeros_like(x), lambda t: 1 + 3 * t)
+    whole = noise.coarsen(steps)
+    assert whole.h is not None
+    end = sdeint(sde, torch.zeros(5, 2, dtype=F64), steps=steps, solver="sra1", noise=noise)
+    torch.testing.assert_close(end, whole.w[0] + 3 * (0.5 * whole.w[0] - whole.h[0]), rtol=0, atol=1e-13)
+
+
 def test_solvers_without_noise_are_those_of_the_ode() -> None:
     field, x, cond = mlp(), rand(4, 3), rand(4, 2, seed=1)
     noise = BrownianGrid(0.2, torch.zeros(5, 4, 3, dtype=F64), torch.zeros(5, 4, 3, dtype=F64))
