@@ -77,7 +77,7 @@ def mala(
     """``overdamped`` steps with Metropolis' adjustment, row by row: p is stationary exactly, for any step.
 
     MALA (Roberts and Tweedie 1996); most efficient where about 0.57 of the steps are accepted. Energy and force are
-    carried along: one evaluation per step and one more. Other arguments as in ``overdamped``.
+    carried along: one evaluation per step and one more.
 
     Args:
         energy: U, ``(x [B, D], cond) -> [B]``.
@@ -252,10 +252,9 @@ class KineticTransition(nn.Module):
 
 def _check(x: Tensor, noise: Tensor, step: float, temperature: float, preconditioner: Tensor | None) -> None:
     check_batch(x)
-    if not step > 0:
-        raise ValueError(f"step must be positive, got {step}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    for name, value in (("step", step), ("temperature", temperature)):
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
     if noise.ndim != 3 or noise.shape[0] < 1 or noise.shape[1:] != x.shape:
         raise ValueError(f"noise must have shape [steps, {x.shape[0]}, {x.shape[1]}], got {list(noise.shape)}")
     if (noise.dtype, noise.device) != (x.dtype, x.device):

@@ -237,10 +237,10 @@ MILSTEIN = SDESolver("milstein", 1.0, (0.0,), _milstein_step)
 """One drift call per step and the derivative of g (Milstein 1974)."""
 
 STOCHASTIC_HEUN = SDESolver("stochastic_heun", 1.0, (0.0, 1.0), _heun_step, stratonovich=True)
-"""Two drift calls per step, no derivative of g if it is linear; order 2 in the absence of noise (Ruemelin 1982)."""
+"""Two drift calls per step and, for Ito's drift, the derivative of g; order 2 without noise (Ruemelin 1982)."""
 
 REVERSIBLE_HEUN = SDESolver("reversible_heun", 0.5, (0.0, 1.0), _reversible_step, _reversible_start, stratonovich=True)
-"""One drift call per step; algebraically reversible (Kidger et al., arXiv 2105.13493); order 1 for additive noise."""
+"""One drift call per step and one more; algebraically reversible (Kidger et al., arXiv 2105.13493); g as Heun's."""
 
 SRA1 = SDESolver("sra1", 1.5, (0.0, 0.75), _sra1_step, additive_only=True, levy=True)
 """Two drift calls per step, additive noise, with the space-time Levy area (Roessler 2010)."""
