@@ -22,7 +22,15 @@ from .ode import (
     time_grid,
 )
 from .paths import BROWNIAN_BRIDGE, LINEAR, TRIG, Path, brownian_bridge, flow_matching_loss, score_from_velocity
-from .regularize import jacobian_penalty
+from .regularize import (
+    adversarial_states,
+    fokker_planck_residual,
+    jacobian_penalty,
+    local_error_penalty,
+    spectral_bound_,
+    spectral_norms,
+    stiffness_penalty,
+)
 
 __all__ = [
     "BROWNIAN_BRIDGE",
@@ -43,17 +51,23 @@ __all__ = [
     "Status",
     "Tableau",
     "VelocityField",
+    "adversarial_states",
     "brownian_bridge",
     "flow_log_prob",
     "flow_matching_loss",
     "flow_push",
+    "fokker_planck_residual",
     "jacobian_penalty",
+    "local_error_penalty",
     "odeint",
     "odeint_adaptive",
     "odeint_path",
     "odeint_reversible",
     "rk_step",
     "score_from_velocity",
+    "spectral_bound_",
+    "spectral_norms",
     "standard_normal_log_prob",
+    "stiffness_penalty",
     "time_grid",
 ]

@@ -250,7 +250,7 @@ def _first_step(
 
 
 def _coarse(h: Tensor) -> Tensor:
-    """h to ten binary digits (Veltkamp's splitting): last bits, which depend on the batch, do not reach the steps."""
+    """Size h to ten binary digits (Veltkamp's splitting): last bits, which depend on the batch, get no say."""
     split = h * (1 / (512 * torch.finfo(h.dtype).eps) + 1)
     return split - (split - h)
 

@@ -117,6 +117,14 @@ def test_any_span_against_the_matrix_exponential(span: tuple[float, float]) -> N
     assert (result.t == span[1]).all()
 
 
+def test_end_time_is_exact_whatever_the_rounding() -> None:
+    ends = [k / 7 for k in range(1, 30) if -1 / 3 + (k / 7 + 1 / 3) != k / 7]
+    assert ends
+    for t1 in ends:
+        result = odeint_adaptive(riccati, STARTS[:3], rtol=1.0, atol=100.0, t0=-1 / 3, t1=t1)
+        assert (result.t == t1).all()
+
+
 def test_other_pairs_work() -> None:
     result = odeint_adaptive(riccati, STARTS, rtol=1e-4, atol=1e-4, solver=HEUN)
     assert (result.checked() - ENDS).abs().max() < 1e-4  # Euler's error is controlled, Heun's is smaller
