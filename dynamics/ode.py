@@ -1,7 +1,10 @@
-"""Explicit Runge-Kutta integration of ``dx/dt = v(t, x, cond)`` with a fixed number of equal steps.
+"""Explicit Runge-Kutta integration of ``dx/dt = v(t, x, cond)``.
 
-The loops run over Python ints, so ``torch.compile(fullgraph=True)`` unrolls them, and a row's result does not depend on
-the rest of its batch. Gradients are those of the discrete map (discretise, then differentiate).
+    ``odeint``            equal steps. Python ints drive the loop, so ``torch.compile(fullgraph=True)`` unrolls it
+    ``odeint_reversible`` equal steps of a reversible method: the memory of a gradient does not grow with the steps
+
+Step sizes chosen by the error are in ``adaptive``. A row's result does not depend on the rest of its batch. Gradients
+are those of the discrete map (discretise, then differentiate).
 """
 
 from __future__ import annotations
@@ -9,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .fields import Time, VelocityField
 
@@ -32,6 +36,8 @@ class Tableau:
         a: s rows; row i holds the i coefficients of the stages before it.
         b: s weights, sum 1.
         c: s stage times as fractions of a step, in [0, 1], the first 0.
+        error: weights of the slopes in the embedded error estimate ``h sum_i error_i k_i``, the step minus one of lower
+            order; s weights, or s + 1 where the last belongs to the slope at the end of the step. Empty for none.
     """
 
     name: str
@@ -39,6 +45,7 @@ class Tableau:
     a: tuple[tuple[float, ...], ...]
     b: tuple[float, ...]
     c: tuple[float, ...]
+    error: tuple[float, ...] = ()
 
 
 EULER = Tableau("euler", 1, a=((),), b=(1.0,), c=(0.0,))
@@ -47,8 +54,10 @@ EULER = Tableau("euler", 1, a=((),), b=(1.0,), c=(0.0,))
 MIDPOINT = Tableau("midpoint", 2, a=((), (0.5,)), b=(0.0, 1.0), c=(0.0, 0.5))
 """Order 2, two field calls per step (Runge 1895). The solver of PolicyFlow (arXiv 2602.01156)."""
 
-HEUN = Tableau("heun", 2, a=((), (1.0,)), b=(0.5, 0.5), c=(0.0, 1.0))
-"""Order 2, two field calls per step, both at step boundaries: explicit trapezoidal rule (Heun 1900)."""
+HEUN = Tableau("heun", 2, a=((), (1.0,)), b=(0.5, 0.5), c=(0.0, 1.0), error=(-0.5, 0.5))
+"""Order 2, two field calls per step, both at step boundaries: explicit trapezoidal rule (Heun 1900).
+
+Embedded: Euler."""
 
 RK4 = Tableau(
     "rk4",
@@ -58,6 +67,24 @@ RK4 = Tableau(
     c=(0.0, 0.5, 0.5, 1.0),
 )
 """Order 4, four field calls per step (Kutta 1901)."""
+
+DOPRI5 = Tableau(
+    "dopri5",
+    5,
+    a=(
+        (),
+        (1 / 5,),
+        (3 / 40, 9 / 40),
+        (44 / 45, -56 / 15, 32 / 9),
+        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    ),
+    b=(35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+    c=(0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0),
+    error=(71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
+)
+"""Order 5, embedded order 4, six field calls per step (Dormand and Prince 1980). The seventh slope of the error
+estimate is the first of the next step. Not among ``SOLVERS``: a negative weight makes b no distribution of times."""
 
 SOLVERS: dict[str, Tableau] = {tableau.name: tableau for tableau in (EULER, MIDPOINT, HEUN, RK4)}
 """The named solvers, for configurations and command lines."""
@@ -116,20 +143,35 @@ def bind(field: FieldLike, cond: Tensor | None, times: Sequence[float] = ()) -> 
     return lambda t, x: field(t, x, cond)
 
 
-def advance(velocity: Callable[[Time, Tensor], Tensor], tableau: Tableau, t: float, h: float, x: Tensor) -> Tensor:
+def advance(velocity: Callable[[Time, Tensor], Tensor], tableau: Tableau, t: Time, h: Time, x: Tensor) -> Tensor:
     """``rk_step`` of a bound field. A zero coefficient costs nothing, so Euler is one call and one addition."""
+    return combine(x, h, tableau.b, stage_slopes(velocity, tableau, t, h, x))
+
+
+def stage_slopes(
+    velocity: Callable[[Time, Tensor], Tensor], tableau: Tableau, t: Time, h: Time, x: Tensor
+) -> list[Tensor]:
+    """The slopes ``k_i`` of a step, s times [B, D]; t and h numbers, or one per row."""
     slopes: list[Tensor] = []
     for row, c in zip(tableau.a, tableau.c, strict=True):
         slopes.append(velocity(t + c * h, combine(x, h, row, slopes)))
-    return combine(x, h, tableau.b, slopes)
+    return slopes
 
 
-def combine(x: Tensor, h: float, weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
-    """``x + h sum_i weights_i slopes_i``, skipping zero weights."""
+def combine(x: Tensor, h: Time, weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+    """``x + h sum_i weights_i slopes_i``, skipping zero weights; h a number, or one per row, [B]."""
     for weight, slope in zip(weights, slopes, strict=True):
         if weight != 0.0:
-            x = torch.add(x, slope, alpha=h * weight)
+            if isinstance(h, Tensor):
+                x = torch.addcmul(x, h.unsqueeze(-1), slope, value=weight)
+            else:
+                x = torch.add(x, slope, alpha=h * weight)
     return x
+
+
+def error_estimate(tableau: Tableau, h: Time, slopes: list[Tensor]) -> Tensor:
+    """``h sum_i error_i k_i``, [B, D], from the slopes of the stages and, for an error of s + 1 weights, of the end."""
+    return combine(torch.zeros_like(slopes[0]), h, tableau.error, slopes[: len(tableau.error)])
 
 
 def rk_step(field: FieldLike, tableau: Tableau, t: float, h: float, x: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -210,6 +252,123 @@ def odeint_path(
     for t, h in course:
         states.append(advance(velocity, tableau, t, h, states[-1]))
     return torch.stack(states)
+
+
+def odeint_reversible(
+    field: VelocityField,
+    x: Tensor,
+    *,
+    steps: int,
+    solver: Tableau | str = "midpoint",
+    cond: Tensor | None = None,
+    t0: float = 0.0,
+    t1: float = 1.0,
+    coupling: float = 0.99,
+    gradient: Literal["reversible", "direct"] = "reversible",
+) -> Tensor:
+    """``odeint`` by a method that can be run backwards, so that a gradient needs no memory per step.
+
+    The reversible form of any one-step method ``x + psi_h(t, x)`` (McCallum and Foster, arXiv 2410.11648), of the same
+    order and at twice its field calls, with y = z = x at t0 and c the coupling:
+
+        y' = c y + (1 - c) z + psi_h(t, z),    z' = z - psi_-h(t + h, y')
+
+    The backward pass recovers the states from the last pair. Its gradient is that of this discrete map, to rounding
+    that grows as ``coupling^-steps``; first derivatives only.
+
+    Args:
+        field: velocity field, whose parameters and buffers get gradients.
+        x: state at t0, [B, D].
+        steps: number of steps, at least 1.
+        solver: a tableau or a key of ``SOLVERS``.
+        cond: conditioning, [B, C], or None.
+        t0: start time.
+        t1: end time; below t0 to integrate backwards.
+        coupling: c, in (0, 1]. Below 1 it keeps y and z together; 1 is least stable and reverses best.
+        gradient: "direct" for plain automatic differentiation of the same map, which allows higher derivatives.
+
+    Returns:
+        State y at t1, [B, D], differentiable in x, cond and the field's parameters.
+
+    Raises:
+        ValueError: if ``steps`` is below 1, the solver or gradient unknown, the coupling outside (0, 1], x not [B, D],
+            or the field not a VelocityField.
+    """
+    if not isinstance(field, VelocityField):
+        raise ValueError(f"field must be a VelocityField, for its parameters to be known, got {type(field).__name__}")
+    if not 0 < coupling <= 1:
+        raise ValueError(f"coupling must lie in (0, 1], got {coupling}")
+    if gradient not in ("reversible", "direct"):
+        raise ValueError(f"gradient must be 'reversible' or 'direct', got {gradient!r}")
+    check_batch(x)
+    method = _Coupled(field, get_tableau(solver), intervals(steps, t0, t1), coupling)
+    if gradient == "direct":
+        return method.run(x, cond)[0]
+    weights = [w for w in (*field.parameters(), *field.buffers()) if w.requires_grad]
+    end: Tensor = _ReversibleGradient.apply(method, x, cond, *weights)  # type: ignore[no-untyped-call]
+    return end
+
+
+@dataclass(frozen=True)
+class _Coupled:
+    """The method of ``odeint_reversible``."""
+
+    field: VelocityField
+    tableau: Tableau
+    course: list[tuple[float, float]]
+    coupling: float
+
+    def run(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Both states at the end."""
+        there, back = self.course, [(t + h, -h) for t, h in self.course]
+        velocity = bind(self.field, cond, stage_times(self.tableau, there + back))
+        y = z = x
+        for t, h in self.course:
+            y = torch.lerp(z, y, self.coupling) + self.increment(velocity, t, h, z)
+            z = z - self.increment(velocity, t + h, -h, y)
+        return y, z
+
+    def increment(self, velocity: Callable[[Time, Tensor], Tensor], t: float, h: float, x: Tensor) -> Tensor:
+        """psi_h(t, x), [B, D]."""
+        return combine(torch.zeros_like(x), h, self.tableau.b, stage_slopes(velocity, self.tableau, t, h, x))
+
+
+class _ReversibleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, method: _Coupled, x: Tensor, cond: Tensor | None, *weights: Tensor) -> Tensor:
+        y, z = method.run(x, cond)
+        ctx.method = method
+        ctx.save_for_backward(y, z, cond, *weights)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        method: _Coupled = ctx.method
+        y, z, cond, *weights = ctx.saved_tensors
+        if cond is not None:
+            cond = cond.detach().requires_grad_(ctx.needs_input_grad[2])
+        inputs = [w for w in (cond, *weights) if w is not None and w.requires_grad]
+        sums = [torch.zeros_like(w) for w in inputs]
+
+        def pull_back(t: float, h: float, state: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+            """psi_h(t, state) and the gradient on state; that on the inputs is added to their sums."""
+            with torch.enable_grad():
+                state = state.detach().requires_grad_()
+                increment = method.increment(bind(method.field, cond), t, h, state)
+            grads = torch.autograd.grad(increment, [state, *inputs], gradient, materialize_grads=True)
+            for total, grad in zip(sums, grads[1:], strict=True):
+                total.add_(grad)
+            return increment.detach(), grads[0]
+
+        c, grad_z = method.coupling, torch.zeros_like(grad_y)
+        for t, h in reversed(method.course):
+            increment, grad = pull_back(t + h, -h, y, -grad_z)
+            z, grad_y = z + increment, grad_y + grad
+            increment, grad = pull_back(t, h, z, grad_y)
+            y, grad_z, grad_y = (y - (1 - c) * z - increment) / c, grad_z + (1 - c) * grad_y + grad, c * grad_y
+        by_input = dict(zip(map(id, inputs), sums, strict=True))
+        return (None, grad_y + grad_z, *(by_input.get(id(w)) for w in (cond, *weights)))
 
 
 def check_batch(x: Tensor) -> None:

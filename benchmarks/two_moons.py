@@ -1,0 +1,97 @@
+"""The pictures of docs/dynamics.md: a flow fitted to two moons, its paths and its density.
+
+    OMP_NUM_THREADS=1 python benchmarks/two_moons.py
+
+Takes a minute. Needs matplotlib (a dev dependency).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import matplotlib
+import torch
+import tyro
+from torch import Tensor
+
+from driftrl.dynamics import (
+    LINEAR,
+    MLPField,
+    flow_log_prob,
+    flow_matching_loss,
+    odeint,
+    odeint_path,
+    standard_normal_log_prob,
+)
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+LIMITS = (-2.6, 2.6)
+
+
+def two_moons(n: int, generator: torch.Generator) -> Tensor:
+    """N points on two half circles with noise of standard deviation 0.1, [n, 2], centred."""
+    angle = math.pi * torch.rand(n, generator=generator)
+    side = torch.where(torch.rand(n, generator=generator) < 0.5, 1.0, -1.0)
+    points = torch.stack([side * (torch.cos(angle) - 0.5), side * (torch.sin(angle) - 0.25)], 1)
+    return 1.4 * points + 0.1 * torch.randn(n, 2, generator=generator)
+
+
+def fit(iterations: int, generator: torch.Generator) -> MLPField:
+    torch.manual_seed(0)
+    field = MLPField(dim=2, hidden=(128, 128, 128))
+    optimizer = torch.optim.Adam(field.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    for _ in range(iterations):
+        data = two_moons(512, generator)
+        z, t = torch.randn(512, 2, generator=generator), torch.rand(512, generator=generator)
+        loss = flow_matching_loss(field, LINEAR, z, data, t).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return field
+
+
+@torch.no_grad()
+def main(iterations: int = 3000, folder: Path = IMAGES) -> None:
+    """Fit and draw.
+
+    Args:
+        iterations: minibatches of 512.
+        folder: where the pictures go.
+    """
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        field = fit(iterations, generator)
+    z = torch.randn(2000, 2, generator=generator)
+    samples = odeint(field, z, steps=20)
+    held_out = two_moons(2000, generator)
+    log_prob = flow_log_prob(field, held_out, base_log_prob=standard_normal_log_prob, steps=40)
+    print(f"mean log-likelihood of held-out points: {log_prob.mean():.3f} nats")
+
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.1), layout="constrained")
+    axes[0].scatter(*held_out.T, s=2, alpha=0.4, color="tab:gray", linewidths=0)
+    axes[0].set_title("data")
+    axes[1].scatter(*samples.T, s=2, alpha=0.4, linewidths=0)
+    axes[1].plot(*odeint_path(field, z[:40], steps=40).permute(2, 0, 1), color="tab:orange", lw=0.6)
+    axes[1].set_title("samples, and the paths of 40")
+    ticks = torch.linspace(*LIMITS, 160)
+    grid = torch.cartesian_prod(ticks, ticks)
+    density = flow_log_prob(field, grid, base_log_prob=standard_normal_log_prob, steps=40).exp().reshape(160, 160)
+    axes[2].imshow(density.T, origin="lower", extent=(*LIMITS, *LIMITS), cmap="magma")
+    cell = (LIMITS[1] - LIMITS[0]) ** 2 / 159**2
+    axes[2].set_title(f"density (sum over the grid: {density.sum() * cell:.3f})")
+    print(f"integral of the density over the picture: {density.sum() * cell:.4f}")
+    for ax in axes:
+        ax.set(xlim=LIMITS, ylim=LIMITS, aspect="equal", xticks=[], yticks=[])
+    figure.savefig(folder / "two_moons.png", dpi=110)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
