@@ -91,7 +91,7 @@ def main(run: tyro.conf.Positional[Path], output: Path | None = None) -> None:
         integrate(256, solver, steps).sum().backward()
 
     rows = []
-    print("| solver | steps | endpoint error | rollout step, x 4 Euler steps | endpoint-ratio minibatch, x 4 Euler steps |")
+    print("| solver | steps | endpoint error | rollout step, x Euler 4 | endpoint-ratio minibatch, x Euler 4 |")
     print("|---|---|---|---|---|")
     for solver, steps in CASES:
         with torch.no_grad():

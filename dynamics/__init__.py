@@ -1,4 +1,4 @@
-"""Flows as neural ODEs: velocity fields, probability paths, solvers, likelihoods and regularizers.
+"""Neural ODEs and SDEs: velocity fields, paths, noise, solvers, Langevin samplers, likelihoods and regularizers.
 
 Needs torch only and knows nothing of agents or environments. Shapes: ``x [B, D]``, ``t`` a float or ``[B]``, ``cond
 [B, C]`` or None.
@@ -6,7 +6,9 @@ Needs torch only and knows nothing of agents or environments. Shapes: ``x [B, D]
 
 from .adaptive import AdaptiveResult, Status, odeint_adaptive
 from .fields import LinearField, MLPField, PotentialField, ResidualField, VelocityField
+from .langevin import KineticTransition, OscillatorField, kinetic, mala, overdamped
 from .likelihood import flow_log_prob, flow_push, standard_normal_log_prob
+from .noise import BrownianGrid, BrownianTree, FractionalNoise, OrnsteinUhlenbeck
 from .ode import (
     DOPRI5,
     EULER,
@@ -31,20 +33,53 @@ from .regularize import (
     spectral_norms,
     stiffness_penalty,
 )
+from .sde import (
+    EULER_MARUYAMA,
+    MILSTEIN,
+    REVERSIBLE_HEUN,
+    SDE,
+    SDE_SOLVERS,
+    SRA1,
+    STOCHASTIC_HEUN,
+    GeometricSDE,
+    LangevinSDE,
+    LinearNoiseSDE,
+    girsanov_kl,
+    interpolant_sde,
+    sdeint,
+    sdeint_path,
+    transition_log_prob,
+)
 
 __all__ = [
     "BROWNIAN_BRIDGE",
     "DOPRI5",
     "EULER",
+    "EULER_MARUYAMA",
     "HEUN",
     "LINEAR",
     "MIDPOINT",
+    "MILSTEIN",
+    "REVERSIBLE_HEUN",
     "RK4",
+    "SDE",
+    "SDE_SOLVERS",
     "SOLVERS",
+    "SRA1",
+    "STOCHASTIC_HEUN",
     "TRIG",
     "AdaptiveResult",
+    "BrownianGrid",
+    "BrownianTree",
+    "FractionalNoise",
+    "GeometricSDE",
+    "KineticTransition",
+    "LangevinSDE",
     "LinearField",
+    "LinearNoiseSDE",
     "MLPField",
+    "OrnsteinUhlenbeck",
+    "OscillatorField",
     "Path",
     "PotentialField",
     "ResidualField",
@@ -57,17 +92,25 @@ __all__ = [
     "flow_matching_loss",
     "flow_push",
     "fokker_planck_residual",
+    "girsanov_kl",
+    "interpolant_sde",
     "jacobian_penalty",
+    "kinetic",
     "local_error_penalty",
+    "mala",
     "odeint",
     "odeint_adaptive",
     "odeint_path",
     "odeint_reversible",
+    "overdamped",
     "rk_step",
     "score_from_velocity",
+    "sdeint",
+    "sdeint_path",
     "spectral_bound_",
     "spectral_norms",
     "standard_normal_log_prob",
     "stiffness_penalty",
     "time_grid",
+    "transition_log_prob",
 ]

@@ -5,7 +5,7 @@ All penalties are per row, [B], not averaged, and differentiable in x, cond and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -116,19 +116,19 @@ def adversarial_states(
     steps: int = 1,
     step_size: float = 1.0,
     temperature: float | None = None,
-    random_start: bool = False,
-    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
+    noise: Sequence[Tensor] = (),
 ) -> Tensor:
     """States near x at which a loss is high, within ``|x' - x| <= radius`` in every dimension.
 
-    With u = (x' - x) / radius in [-1, 1]^D, from u = 0 or uniform, and h the step size:
+    With u = (x' - x) / radius in [-1, 1]^D, from u = ``start``, and h the step size:
 
         ``temperature=None``  ``u <- clip(u + h sign(dL/du))``: FGSM for one step of size 1 (Goodfellow et al., arXiv
                               1412.6572), PGD for more (Madry et al., arXiv 1706.06083; h = 0.25, say)
         ``temperature=T``     ``u <- reflect(u + h dL/du + sqrt(2 h T) noise)``: Langevin ascent, for many small steps
                               samples of the density ``exp(L / T)`` in the ball. Keep ``h |dL/du|`` well below 1
 
-    Where the loss compares x' with x its gradient at x is zero: use ``random_start``.
+    Where the loss compares x' with x its gradient at x is zero: start elsewhere. Compiles with ``fullgraph=True``.
 
     Args:
         loss: states [B, D] -> loss per row, [B], each of its own row only. Called with gradients enabled, ``steps``
@@ -138,39 +138,41 @@ def adversarial_states(
         steps: at least 1.
         step_size: h, positive, as a fraction of the radius.
         temperature: T, positive, in units of the loss; None for sign steps.
-        random_start: begin at uniform points of the ball.
-        generator: source of randomness, on the device of x; exactly for a temperature or a random start.
+        start: u to begin with, [B, D] in [-1, 1], uniform random numbers for example; None for zero.
+        noise: standard normal, one [B, D] per step; exactly for a temperature.
 
     Returns:
         States, [B, D], detached.
 
     Raises:
-        ValueError: if an argument is out of range, the generator missing or superfluous, or the loss not [B].
+        ValueError: if an argument is out of range or another shape, noise missing or superfluous, or the loss not [B].
     """
     check_batch(x)
     if steps < 1 or not step_size > 0 or not (temperature is None or temperature > 0):
         given = f"{steps}, {step_size} and {temperature}"
         raise ValueError(f"steps must be at least 1, step_size positive, temperature positive or None, got {given}")
-    if (generator is not None) != (random_start or temperature is not None):
-        given = f"{generator} with temperature={temperature} and random_start={random_start}"
-        raise ValueError(f"generator must be given exactly for a temperature or a random start, got {given}")
+    wanted = 0 if temperature is None else steps
+    if len(noise) != wanted:
+        raise ValueError(f"noise must hold {wanted} tensors for temperature={temperature}, got {len(noise)}")
+    for name, value in [("start", start), *(("noise", each) for each in noise)]:
+        if value is not None and value.shape != x.shape:
+            raise ValueError(f"{name} must have the shape of x, {list(x.shape)}, got {list(value.shape)}")
     x = x.detach()
-    u = torch.zeros_like(x)
-    if random_start:
-        u = u.uniform_(-1, 1, generator=generator)
-    for _ in range(steps):
-        with torch.enable_grad():
-            u.requires_grad_()
-            value = loss(x + radius * u)
-            if value.shape != x.shape[:1]:
-                raise ValueError(f"loss must return shape [{len(x)}], got {list(value.shape)}; one value per row")
-            (slope,) = torch.autograd.grad(value.sum(), u)
-        u = u.detach()
+
+    def total(u: Tensor) -> Tensor:
+        value = loss(x + radius * u)
+        if value.shape != x.shape[:1]:
+            raise ValueError(f"loss must return shape [{len(x)}], got {list(value.shape)}; one value per row")
+        return value.sum()
+
+    u = torch.zeros_like(x) if start is None else start
+    for step in range(steps):
+        with torch.no_grad():  # no graph of what the loss closes over
+            slope: Tensor = torch.func.grad(total)(u)
         if temperature is None:
             u = (u + step_size * slope.sign()).clamp(-1, 1)
         else:
-            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-            u = u + step_size * slope + (2 * step_size * temperature) ** 0.5 * noise
+            u = u + step_size * slope + (2 * step_size * temperature) ** 0.5 * noise[step]
             u = 1 - ((u + 1).remainder(4) - 2).abs()  # reflected at both ends, as often as needed
     return x + radius * u
 

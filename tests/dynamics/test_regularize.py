@@ -164,9 +164,12 @@ WAYS: dict[str, dict[str, object]] = {
 
 
 def attack(loss: object, x: Tensor, way: str, radius: float | Tensor, seed: int = 0) -> Tensor:
-    options = WAYS[way]
-    generator = torch.Generator().manual_seed(seed) if {"temperature", "random_start"} & set(options) else None
-    return adversarial_states(loss, x, radius=radius, generator=generator, **options)  # type: ignore[arg-type]
+    options, generator = dict(WAYS[way]), torch.Generator().manual_seed(seed)
+    if options.pop("random_start", False):
+        options["start"] = torch.empty_like(x).uniform_(-1, 1, generator=generator)
+    if "temperature" in options:
+        options["noise"] = torch.randn(options["steps"], *x.shape, dtype=x.dtype, generator=generator)  # type: ignore[call-overload]
+    return adversarial_states(loss, x, radius=radius, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
@@ -218,8 +221,9 @@ def test_langevin_ascent_samples_the_density_it_claims() -> None:
     # second moment 1 - 2 T/a mean. Reflection is of weak order 1/2 to 1 in the step: bias about 0.01 at h = 0.002.
     generator = torch.Generator().manual_seed(0)
     x = torch.zeros(4000, 1, dtype=F64)
+    noise = torch.randn(800, 4000, 1, dtype=F64, generator=generator)
     u = adversarial_states(
-        lambda s: 3 * s[:, 0], x, radius=1.0, steps=800, step_size=0.002, temperature=1.5, generator=generator
+        lambda s: 3 * s[:, 0], x, radius=1.0, steps=800, step_size=0.002, temperature=1.5, noise=noise.unbind()
     )
     ratio = 3 / 1.5
     mean = 1 / math.tanh(ratio) - 1 / ratio
@@ -237,13 +241,15 @@ def test_adversary_is_repeatable_and_radius_may_differ_by_row() -> None:
 
 
 def test_bad_arguments_of_the_adversary_are_refused() -> None:
-    x, generator = torch.zeros(4, 2), torch.Generator()
+    x = torch.zeros(4, 2)
     for options in ({"steps": 0}, {"step_size": 0.0}, {"temperature": -1.0}):
         with pytest.raises(ValueError, match="steps must be at least 1, step_size positive, temperature positive or N"):
             adversarial_states(lambda s: s.sum(-1), x, radius=1.0, **options)
-    for more in ({"generator": generator}, {"temperature": 1.0}, {"random_start": True}):
-        with pytest.raises(ValueError, match="generator must be given exactly for a temperature or a random start"):
+    for more, wanted in (({"noise": [x]}, 0), ({"temperature": 1.0, "steps": 2}, 2)):
+        with pytest.raises(ValueError, match=f"noise must hold {wanted} tensors"):
             adversarial_states(lambda s: s.sum(-1), x, radius=1.0, **more)
+    with pytest.raises(ValueError, match=r"start must have the shape of x, \[4, 2\], got \[2\]"):
+        adversarial_states(lambda s: s.sum(-1), x, radius=1.0, start=x[0])
     with pytest.raises(ValueError, match=r"loss must return shape \[4\], got \[\]"):
         adversarial_states(lambda s: s.sum(), x, radius=1.0)
     with pytest.raises(ValueError, match=r"x must have shape \[B, D\], got \[2\]"):
