@@ -1,0 +1,434 @@
+"""Stochastic flows ``dx = f(t, x, cond) dt + g(t, x) dW`` with diagonal noise: equations, solvers, likelihoods.
+
+Every equation here is meant in Ito's sense, whatever the solver. Two of the solvers converge to the Stratonovich
+solution; they are given the drift ``f - (g dg/dx) / 2`` of the same process. For a Stratonovich equation, add
+``(g dg/dx) / 2`` to its drift. With additive noise the two senses coincide.
+
+As in ``ode``, loops run over Python ints and compile with ``torch.compile(fullgraph=True)`` (pass ``noise``: torch does
+not trace a generator), rows do not depend on their batch, and gradients are those of the discrete map.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .fields import Time
+from .noise import BrownianGrid
+from .ode import FieldLike, bind, check_batch, intervals
+from .paths import LINEAR, Path, score_from_velocity
+
+Drift: TypeAlias = Callable[[Time, Tensor], Tensor]
+Scale: TypeAlias = float | Tensor | Callable[[float], float | Tensor]
+"""A noise level s(t): a constant or a function of time, in units of x / sqrt(time); a number or [D]."""
+
+
+class SDE(nn.Module, abc.ABC):
+    """An Ito equation with diagonal noise: component i of x is driven by component i of W alone.
+
+    Attributes:
+        additive: g does not depend on x. It may then be a number or [D].
+    """
+
+    additive: bool = False
+
+    @abc.abstractmethod
+    def bind(self, cond: Tensor | None, times: Sequence[float] = ()) -> Drift:
+        """The drift ``(t, x [B, D]) -> f [B, D]`` for a conditioning, which is embedded here, once."""
+
+    @abc.abstractmethod
+    def diffusion(self, t: float, x: Tensor) -> float | Tensor:
+        """The noise level g, broadcastable to [B, D]; ``g_i`` depends on ``x_i`` only."""
+
+    def correction(self, t: float, x: Tensor) -> Tensor:
+        """``g_i dg_i/dx_i``, [B, D]: by a backward pass here, in closed form in the subclasses that have one."""
+        g, pull_back, *_ = torch.func.vjp(lambda y: self.diffusion(t, y), x)
+        product: Tensor = pull_back(g)[0]
+        return product
+
+
+class LangevinSDE(SDE):
+    """``dx = drift dt + s(t) dW``: the Langevin-type class of Stable Neural SDEs (arXiv 2402.14989).
+
+    Args:
+        drift: field or callable ``(t, x, cond) -> [B, D]``; the paper's does not depend on t, this one may.
+        scale: s.
+    """
+
+    additive = True
+
+    def __init__(self, drift: FieldLike, scale: Scale) -> None:
+        super().__init__()
+        self.drift, self.scale = drift, scale
+
+    def bind(self, cond: Tensor | None, times: Sequence[float] = ()) -> Drift:
+        """The drift with cond embedded."""
+        return bind(self.drift, cond, times)
+
+    def diffusion(self, t: float, x: Tensor) -> float | Tensor:
+        """``s(t)``."""
+        return self.scale(t) if callable(self.scale) else self.scale
+
+
+class LinearNoiseSDE(LangevinSDE):
+    """``dx = drift dt + s(t) x dW``: noise that vanishes at the origin (arXiv 2402.14989). Arguments as there."""
+
+    additive = False
+
+    def diffusion(self, t: float, x: Tensor) -> Tensor:
+        """``s(t) x``, [B, D]."""
+        return super().diffusion(t, x) * x
+
+    def correction(self, t: float, x: Tensor) -> Tensor:
+        """``s(t)^2 x``, [B, D]."""
+        return super().diffusion(t, x) ** 2 * x
+
+
+class GeometricSDE(LinearNoiseSDE):
+    """``dx / x = drift dt + s(t) dW``: a start above 0 stays there in continuous time (arXiv 2402.14989)."""
+
+    def bind(self, cond: Tensor | None, times: Sequence[float] = ()) -> Drift:
+        """``x drift``, with cond embedded."""
+        relative = super().bind(cond, times)
+        return lambda t, x: x * relative(t, x)
+
+
+class _InterpolantSDE(SDE):
+    additive = True
+
+    def __init__(self, field: FieldLike, eps: float | Callable[[float], float], path: Path) -> None:
+        super().__init__()
+        self.field, self.eps, self.path = field, eps, path
+
+    def _level(self, t: float) -> float:
+        return self.eps(t) if callable(self.eps) else self.eps
+
+    def bind(self, cond: Tensor | None, times: Sequence[float] = ()) -> Drift:
+        if any(t >= 1 and self._level(t) for t in times):
+            raise ValueError("the score is singular at t = 1; use a solver without a stage there or t1 below 1")
+        velocity = bind(self.field, cond, times)
+
+        def drift(t: Time, x: Tensor) -> Tensor:
+            v, eps = velocity(t, x), self._level(float(t))
+            return torch.add(v, score_from_velocity(self.path, t, x, v), alpha=eps) if eps else v
+
+        return drift
+
+    def diffusion(self, t: float, x: Tensor) -> float:
+        return math.sqrt(2 * self._level(t))
+
+
+def interpolant_sde(field: FieldLike, eps: float | Callable[[float], float], path: Path = LINEAR) -> SDE:
+    """``dx = (v + eps s) dt + sqrt(2 eps) dW``: the flow's marginals at every t, whatever eps (arXiv 2303.08797).
+
+    s is the score that follows from the velocity, for a source N(0, I). It is singular at t = 1: solve with
+    "euler_maruyama" or "sra1", or end earlier.
+
+    Args:
+        field: the flow's marginal velocity ``(t, x, cond) -> v``, such as a trained field.
+        eps: noise level in units of x^2 / time, at least 0 (0: the flow itself), or a function of time.
+        path: a path without noise term.
+
+    Raises:
+        ValueError: if eps is negative.
+    """
+    if not callable(eps) and not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    return _InterpolantSDE(field, eps, path)
+
+
+class _Bound(NamedTuple):
+    """An equation for one conditioning, in the sense (Ito or Stratonovich) that the solver integrates."""
+
+    drift: Drift
+    diffusion: Callable[[float, Tensor], float | Tensor]
+    correction: Callable[[float, Tensor], Tensor] | None  # None: additive noise
+
+
+_Carry: TypeAlias = tuple[Tensor, ...]  # the state x, then what a solver hands to its next step
+_Step: TypeAlias = Callable[[_Bound, float, float, _Carry, Tensor, Tensor | None], _Carry]
+
+
+def _add_noise(x: Tensor, g: float | Tensor, w: Tensor) -> Tensor:
+    return torch.addcmul(x, g, w) if isinstance(g, Tensor) else torch.add(x, w, alpha=g)
+
+
+def _start(eq: _Bound, t: float, x: Tensor) -> _Carry:
+    return (x,)
+
+
+def _euler_step(eq: _Bound, t: float, h: float, carry: _Carry, w: Tensor, levy: Tensor | None) -> _Carry:
+    (x,) = carry
+    return (_add_noise(torch.add(x, eq.drift(t, x), alpha=h), eq.diffusion(t, x), w),)
+
+
+def _milstein_step(eq: _Bound, t: float, h: float, carry: _Carry, w: Tensor, levy: Tensor | None) -> _Carry:
+    (x,) = _euler_step(eq, t, h, carry, w, levy)
+    return (x if eq.correction is None else torch.addcmul(x, eq.correction(t, carry[0]), w * w - h, value=0.5),)
+
+
+def _heun_step(eq: _Bound, t: float, h: float, carry: _Carry, w: Tensor, levy: Tensor | None) -> _Carry:
+    (x,) = carry
+    f, g = eq.drift(t, x), eq.diffusion(t, x)
+    guess = _add_noise(torch.add(x, f, alpha=h), g, w)
+    f, g = f + eq.drift(t + h, guess), g + eq.diffusion(t + h, guess)
+    return (_add_noise(torch.add(x, f, alpha=0.5 * h), 0.5 * g, w),)
+
+
+def _reversible_start(eq: _Bound, t: float, x: Tensor) -> _Carry:
+    return x, x, eq.drift(t, x), torch.as_tensor(eq.diffusion(t, x), dtype=x.dtype, device=x.device)
+
+
+def _reversible_step(eq: _Bound, t: float, h: float, carry: _Carry, w: Tensor, levy: Tensor | None) -> _Carry:
+    x, twin, f, g = carry
+    twin = _add_noise(torch.add(2 * x - twin, f, alpha=h), g, w)
+    f_next = eq.drift(t + h, twin)
+    g_next = torch.as_tensor(eq.diffusion(t + h, twin), dtype=x.dtype, device=x.device)
+    x = torch.addcmul(torch.add(x, f + f_next, alpha=0.5 * h), g + g_next, w, value=0.5)
+    return x, twin, f_next, g_next
+
+
+def _sra1_step(eq: _Bound, t: float, h: float, carry: _Carry, w: Tensor, levy: Tensor | None) -> _Carry:
+    assert levy is not None
+    (x,) = carry
+    mean = torch.add(levy, w, alpha=0.5)  # of W - W_t over the step
+    g, g_end = eq.diffusion(t, x), eq.diffusion(t + h, x)
+    f = eq.drift(t, x)
+    f_late = eq.drift(t + 0.75 * h, _add_noise(torch.add(x, f, alpha=0.75 * h), 1.5 * g_end, mean))
+    x = torch.add(torch.add(x, f, alpha=h / 3), f_late, alpha=2 * h / 3)
+    return (_add_noise(_add_noise(x, g_end, w), g - g_end, mean),)
+
+
+@dataclass(frozen=True)
+class SDESolver:
+    """A fixed-step scheme.
+
+    Attributes:
+        name: key in ``SDE_SOLVERS``.
+        order: strong order for diagonal noise, or for additive noise where the scheme takes that only.
+        c: the times at which it calls the drift, as fractions of a step.
+        step: ``(equation, t, h, carry, w, levy area) -> carry``; ``carry[0]`` is the state.
+        start: ``(equation, t, x) -> carry``.
+        stratonovich: it converges to the Stratonovich solution (``sdeint`` converts the drift).
+        additive_only: it takes equations with additive noise only.
+        levy: it needs the space-time Levy area.
+    """
+
+    name: str
+    order: float
+    c: tuple[float, ...]
+    step: _Step
+    start: Callable[[_Bound, float, Tensor], _Carry] = _start
+    stratonovich: bool = False
+    additive_only: bool = False
+    levy: bool = False
+
+
+EULER_MARUYAMA = SDESolver("euler_maruyama", 0.5, (0.0,), _euler_step)
+"""One drift call per step; order 1 for additive noise (Maruyama 1955)."""
+
+MILSTEIN = SDESolver("milstein", 1.0, (0.0,), _milstein_step)
+"""One drift call per step and the derivative of g (Milstein 1974)."""
+
+STOCHASTIC_HEUN = SDESolver("stochastic_heun", 1.0, (0.0, 1.0), _heun_step, stratonovich=True)
+"""Two drift calls per step and, for Ito's drift, the derivative of g; order 2 without noise (Ruemelin 1982)."""
+
+REVERSIBLE_HEUN = SDESolver("reversible_heun", 0.5, (0.0, 1.0), _reversible_step, _reversible_start, stratonovich=True)
+"""One drift call per step and one more; algebraically reversible (Kidger et al., arXiv 2105.13493); g as Heun's."""
+
+SRA1 = SDESolver("sra1", 1.5, (0.0, 0.75), _sra1_step, additive_only=True, levy=True)
+"""Two drift calls per step, additive noise, with the space-time Levy area (Roessler 2010)."""
+
+SDE_SOLVERS: dict[str, SDESolver] = {
+    solver.name: solver for solver in (EULER_MARUYAMA, MILSTEIN, STOCHASTIC_HEUN, REVERSIBLE_HEUN, SRA1)
+}
+"""The named solvers, for configurations and command lines."""
+
+
+def sdeint(
+    sde: SDE,
+    x: Tensor,
+    *,
+    steps: int,
+    solver: SDESolver | str = "euler_maruyama",
+    noise: BrownianGrid | None = None,
+    generator: torch.Generator | None = None,
+    cond: Tensor | None = None,
+    t0: float = 0.0,
+    t1: float = 1.0,
+) -> Tensor:
+    """Integrate an Ito equation from t0 to t1 in equal steps.
+
+    Args:
+        sde: the equation.
+        x: state at t0, [B, D].
+        steps: number of steps, at least 1.
+        solver: a scheme or a key of ``SDE_SOLVERS``.
+        noise: Brownian increments [steps, B, D], of x's dtype and device; or
+        generator: a source of them. Exactly one of the two.
+        cond: conditioning, [B, C], or None.
+        t0: start time.
+        t1: end time, above t0.
+
+    Returns:
+        State at t1, [B, D], differentiable in x, the noise, cond and the parameters.
+
+    Raises:
+        ValueError: if steps, times, solver or x are not as above, the noise does not fit or lacks the Levy area that
+            the solver needs, or the solver does not take the equation.
+    """
+    return _integrate(sde, x, steps, solver, noise, generator, cond, t0, t1, keep=False)[-1]
+
+
+def sdeint_path(
+    sde: SDE,
+    x: Tensor,
+    *,
+    steps: int,
+    solver: SDESolver | str = "euler_maruyama",
+    noise: BrownianGrid | None = None,
+    generator: torch.Generator | None = None,
+    cond: Tensor | None = None,
+    t0: float = 0.0,
+    t1: float = 1.0,
+) -> Tensor:
+    """``sdeint`` with the states it passes through, [steps + 1, B, D], the first of them x."""
+    return torch.stack(_integrate(sde, x, steps, solver, noise, generator, cond, t0, t1, keep=True))
+
+
+def _integrate(
+    sde: SDE,
+    x: Tensor,
+    steps: int,
+    solver: SDESolver | str,
+    noise: BrownianGrid | None,
+    generator: torch.Generator | None,
+    cond: Tensor | None,
+    t0: float,
+    t1: float,
+    *,
+    keep: bool,
+) -> list[Tensor]:
+    if isinstance(solver, str):
+        if solver not in SDE_SOLVERS:
+            raise ValueError(f"solver must be one of {sorted(SDE_SOLVERS)} or an SDESolver, got {solver!r}")
+        solver = SDE_SOLVERS[solver]
+    check_batch(x)
+    course = intervals(steps, t0, t1)
+    if not t1 > t0:
+        raise ValueError(f"t1 must be above t0, got t0={t0} and t1={t1}; noise has no backward direction")
+    if solver.additive_only and not sde.additive:
+        raise ValueError(f"solver {solver.name!r} needs additive noise, got {type(sde).__name__}; use 'milstein'")
+    noise = _noise(x, steps, (t1 - t0) / steps, solver, noise, generator)
+
+    drift = sde.bind(cond, tuple(dict.fromkeys(t + c * h for t, h in course for c in solver.c)))
+    correction = None if sde.additive else sde.correction
+    if solver.stratonovich and not sde.additive:
+        ito = drift
+
+        def drift(t: Time, y: Tensor) -> Tensor:
+            return torch.sub(ito(t, y), sde.correction(float(t), y), alpha=0.5)
+
+    equation = _Bound(drift, sde.diffusion, correction)
+    areas = noise.h.unbind() if solver.levy and noise.h is not None else [None] * steps
+    carry = solver.start(equation, t0, x)
+    states = [x]
+    for (t, h), w, area in zip(course, noise.w.unbind(), areas, strict=True):
+        carry = solver.step(equation, t, h, carry, w, area)
+        if keep:
+            states.append(carry[0])
+        else:
+            states = [carry[0]]
+    return states
+
+
+def _noise(
+    x: Tensor, steps: int, dt: float, solver: SDESolver, noise: BrownianGrid | None, generator: torch.Generator | None
+) -> BrownianGrid:
+    """The noise given or drawn, checked."""
+    if (noise is None) == (generator is None):
+        raise ValueError("pass exactly one of noise and generator, got " + ("neither" if noise is None else "both"))
+    if generator is not None:
+        batch, dim = x.shape
+        noise = BrownianGrid.sample(steps, (batch, dim), dt=dt, generator=generator, levy=solver.levy, dtype=x.dtype)
+    assert noise is not None
+    expected, got = ([steps, *x.shape], x.dtype, x.device), (list(noise.w.shape), noise.w.dtype, noise.w.device)
+    if got != expected:
+        raise ValueError(f"noise must be {expected}, got {got}")
+    if not math.isclose(noise.dt, dt, rel_tol=1e-9):
+        raise ValueError(f"noise must have dt = (t1 - t0) / steps = {dt}, got {noise.dt}")
+    if solver.levy and noise.h is None:
+        raise ValueError(f"solver {solver.name!r} needs the Levy area, got noise without h; sample it with levy=True")
+    return noise
+
+
+def transition_log_prob(
+    sde: SDE, x: Tensor, x_next: Tensor, *, t: float, dt: float, cond: Tensor | None = None
+) -> Tensor:
+    """Log density of the Euler-Maruyama transition, ``N(x + f dt, g^2 dt)``.
+
+    Args:
+        sde: the equation, with g nowhere 0.
+        x: state at t, [B, D].
+        x_next: state at ``t + dt``, [B, D].
+        t: time.
+        dt: size of the step, positive.
+        cond: conditioning, [B, C], or None.
+
+    Returns:
+        Log density [B], in nats, differentiable.
+
+    Raises:
+        ValueError: if dt is not positive or the shapes are not as above.
+    """
+    check_batch(x)
+    if not dt > 0 or x_next.shape != x.shape:
+        raise ValueError(
+            f"dt must be positive and x_next have the shape of x, {list(x.shape)}, got dt={dt} and {list(x_next.shape)}"
+        )
+    deviation = torch.as_tensor(sde.diffusion(t, x), dtype=x.dtype, device=x.device).abs() * math.sqrt(dt)
+    z = (x_next - torch.add(x, sde.bind(cond, (t,))(t, x), alpha=dt)) / deviation
+    return -(0.5 * z.square() + deviation.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def girsanov_kl(
+    sde: SDE, other_drift: FieldLike, path: Tensor, *, cond: Tensor | None = None, t0: float = 0.0, t1: float = 1.0
+) -> Tensor:
+    """Per path, ``1/2 integral |(f - f_other) / g|^2 dt``: its mean over paths of ``sde`` is a KL divergence.
+
+    Namely that of the law of ``sde`` from the law with ``other_drift`` and the *same diffusion* and start (Girsanov's
+    theorem; with another diffusion it is infinite). On Euler-Maruyama paths this is exactly the KL between the two
+    chains. It is the latent cost of a neural SDE, and tells how far two drifts carry a model apart.
+
+    Args:
+        sde: the equation that made the paths, with g nowhere 0.
+        other_drift: field or callable ``(t, x, cond) -> [B, D]``.
+        path: states at equal steps from t0 to t1, [steps + 1, B, D], as from ``sdeint_path``.
+        cond: conditioning of both drifts, [B, C], or None.
+        t0: start time.
+        t1: end time.
+
+    Returns:
+        [B], in nats, differentiable.
+
+    Raises:
+        ValueError: if path is not [steps + 1, B, D] with at least one step, or t1 not above t0.
+    """
+    if path.ndim != 3 or path.shape[0] < 2 or not t1 > t0:
+        raise ValueError(
+            f"path must have shape [steps + 1, B, D] and t1 be above t0, got {list(path.shape)}, t0={t0}, t1={t1}"
+        )
+    course = intervals(path.shape[0] - 1, t0, t1)
+    times = [t for t, _ in course]
+    drift, other = sde.bind(cond, times), bind(other_drift, cond, times)
+    total = path.new_zeros(path.shape[1])
+    for (t, h), x in zip(course, path[:-1].unbind(), strict=True):
+        ratio = (drift(t, x) - other(t, x)) / sde.diffusion(t, x)
+        total = torch.add(total, ratio.square().sum(-1), alpha=0.5 * h)
+    return total
