@@ -160,7 +160,11 @@ class TransitionModel(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def _predict(self, x: Tensor) -> Tensor:
-        """Each member's prediction without noise, [M, B, T]; early stopping looks at its mean square error."""
+        """Each member's prediction without noise, [M, B, T]."""
+
+    def _score(self, x: Tensor, y: Tensor, noise: Sequence[Tensor]) -> Tensor:
+        """What early stopping minimises, [M], positive: the mean square error of ``_predict``, or a subclass's own."""
+        return (self._predict(x) - y).square().mean((1, 2))
 
     @abc.abstractmethod
     def _sample(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -201,7 +205,7 @@ class TransitionModel(nn.Module, abc.ABC):
         Raises:
             ValueError: on other shapes, or if the model has no terminal head.
         """
-        return self._terminal_logit(self._x(obs, action), self._after(next_obs)) > 0
+        return self._terminal_logit(self._x(obs, action), self._after(next_obs, len(obs))) > 0
 
     @cached_property
     def optimizer(self) -> torch.optim.Adam:
@@ -265,7 +269,9 @@ class TransitionModel(nn.Module, abc.ABC):
         if self.terminal_net is not None:
             parts |= {p: slice(self.members, None) for p in self.terminal_net.parameters()}
         # The weights at the start are no candidates: where the mean is as good as it gets, the variance is not yet.
-        best = torch.full_like(self._scores(data), math.inf)
+        held = self.holdout_rows.expand(self.members, -1)
+        noise = self._noise(data.x[held], generator)  # the same for all epochs
+        best = torch.full_like(self._scores(data, noise), math.inf)
         reference = best[: self.members]
         weights = {p: p.detach() for p in parts}
         epoch, stale, train_loss = 0, 0, math.nan
@@ -273,7 +279,7 @@ class TransitionModel(nn.Module, abc.ABC):
             order = self.member_rows[:, self._permutation(self.member_rows.shape[1], generator)]
             batches = order.split(self.settings.batch_size, 1)
             train_loss = torch.stack([self._step(data, rows, generator) for rows in batches]).mean().item()
-            scores = self._scores(data)
+            scores = self._scores(data, noise)
             if not (math.isfinite(train_loss) and scores.isfinite().all()):
                 raise ValueError(
                     f"the model diverged in epoch {epoch}: got training loss {train_loss:.3g} and hold-out errors "
@@ -293,7 +299,9 @@ class TransitionModel(nn.Module, abc.ABC):
             for p, value in weights.items():
                 p.copy_(value)
         self.elite_members.copy_(best[: self.members].argsort(stable=True)[: len(self.elite_members)])
-        errors = {"model/holdout_mse": best[self.elite_members].mean().item()}
+        with torch.no_grad():
+            mse = (self._predict(data.x[held]) - data.y[held]).square().mean((1, 2))[self.elite_members].mean()
+        errors = {"model/holdout_mse": mse.item()}
         if self.terminal_net is not None:
             errors["model/terminal_loss"] = best[-1].item()
         return {"model/train_loss": train_loss, "model/epochs": float(epoch)} | errors
@@ -311,10 +319,10 @@ class TransitionModel(nn.Module, abc.ABC):
         return losses.detach().mean()
 
     @torch.no_grad()
-    def _scores(self, data: _Data) -> Tensor:
-        """Errors on the hold-out: each member's mean square [M], then that of a terminal head."""
-        x, y = data.x[self.holdout_rows], data.y[self.holdout_rows]
-        scores = (self._predict(x.expand(self.members, -1, -1)) - y).square().mean((1, 2))
+    def _scores(self, data: _Data, noise: Sequence[Tensor]) -> Tensor:
+        """Errors on the hold-out: each member's [M], then that of a terminal head."""
+        rows = self.holdout_rows.expand(self.members, -1)
+        scores = self._score(data.x[rows], data.y[rows], noise)
         if data.terminated is None:
             return scores
         return torch.cat([scores, self._terminal_loss(data, self.holdout_rows).view(1)])
@@ -361,7 +369,7 @@ class TransitionModel(nn.Module, abc.ABC):
         self.low.copy_(seen.amin(0))
         self.high.copy_(seen.amax(0))
         flags = None if terminated is None else terminated.to(self.low)
-        return _Data(self.inputs(inputs), self.targets(target), self._after(next_obs), flags)
+        return _Data(self.inputs(inputs), self.targets(target), self._after(next_obs, n), flags)
 
     def _divide(self, n: int, generator: torch.Generator) -> None:
         """Add rows up to n to the hold-out and to the members' samples.
@@ -396,7 +404,9 @@ class TransitionModel(nn.Module, abc.ABC):
         x: Tensor = self.inputs(self._join(obs, action))
         return x
 
-    def _after(self, next_obs: Tensor) -> Tensor:
+    def _after(self, next_obs: Tensor, rows: int) -> Tensor:
+        if next_obs.shape != (rows, self.obs_dim):
+            raise ValueError(f"next_obs: got {list(next_obs.shape)}, expected {[rows, self.obs_dim]}")
         return (next_obs.to(self.low) - self.inputs.mean[: self.obs_dim]) / self.inputs.scale[: self.obs_dim]
 
     def _target(self, obs: Tensor, reward: Tensor, next_obs: Tensor) -> Tensor:
