@@ -1,0 +1,456 @@
+"""What every learned model of an environment's step shares: normalisation, hold-out, early stopping, clipping.
+
+    ====== ========= =========================================================================
+    symbol shape     meaning
+    ====== ========= =========================================================================
+    x      [M, B, I] normalised (obs, action), I = O + A, one slice per member of an ensemble
+    y      [M, B, T] normalised target (reward, next_obs - obs) or (reward, next_obs), T = 1 + O
+    ====== ========= =========================================================================
+
+A new model says how y follows from x: a loss, a prediction, a sampler and a density. All else is `TransitionModel`'s.
+Randomness comes from the generators passed in, on the data's device; only initial weights from torch's global one.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+HOLDOUT_FRACTION, MAX_HOLDOUT = 0.2, 5000
+"""Part of the rows that is held out, and how many at most (MBPO)."""
+
+
+class Normalizer(nn.Module):
+    """Shift and scale to mean 0 and standard deviation 1 per column; the identity before ``fit``."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+
+    def fit(self, data: Tensor) -> None:
+        """Take mean and standard deviation of data [N, D]; a constant column keeps its unit."""
+        std, mean = torch.std_mean(data.double(), 0, correction=0)
+        self.mean.copy_(mean)
+        self.scale.copy_(torch.where(std > 1e-6 * mean.abs() + 1e-12, std, 1.0))
+
+    def forward(self, data: Tensor) -> Tensor:
+        """Normalise [..., D]."""
+        return (data - self.mean) / self.scale
+
+    def inverse(self, normalised: Tensor) -> Tensor:
+        """Undo ``forward``."""
+        return torch.addcmul(self.mean, normalised, self.scale)
+
+
+@dataclass(frozen=True)
+class TransitionSettings:
+    """What all models share; defaults from MBPO (arXiv 1906.08253) but for ``normalize_targets``.
+
+    Args:
+        residual: predict next_obs - obs rather than next_obs.
+        normalize_targets: the targets, too. MBPO does not, and fails on badly scaled states.
+        terminal_head: learn which transitions terminate, for environments whose rule is unknown.
+        learning_rate: of Adam, > 0.
+        weight_decay: of the weight matrices, L2, >= 0. MBPO has 2.5e-5 in the first layer to 1e-4 in the last.
+        batch_size: rows per gradient step, >= 1.
+        patience: epochs without a gain after which a fit ends, >= 1.
+        min_gain: relative fall of the hold-out error that counts as a gain, in [0, 1).
+    """
+
+    residual: bool = True
+    normalize_targets: bool = True
+    terminal_head: bool = False
+    learning_rate: float = 1e-3
+    weight_decay: float = 5e-5
+    batch_size: int = 256
+    patience: int = 5
+    min_gain: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Raise ValueError on values out of range."""
+        for name, holds, expected in (
+            ("learning_rate", self.learning_rate > 0, "> 0"),
+            ("weight_decay", self.weight_decay >= 0, ">= 0"),
+            ("batch_size", self.batch_size >= 1, ">= 1"),
+            ("patience", self.patience >= 1, ">= 1"),
+            ("min_gain", 0 <= self.min_gain < 1, "in [0, 1)"),
+        ):
+            if not holds:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected {expected}")
+
+
+class _Data(NamedTuple):
+    """The rows of a fit: x [N, I], y [N, T]; for a terminal head the normalised next_obs [N, O] and 0 or 1 [N]."""
+
+    x: Tensor
+    y: Tensor
+    after: Tensor
+    terminated: Tensor | None
+
+
+class TransitionModel(nn.Module, abc.ABC):
+    """A distribution of (next_obs, reward) given (obs, action), fitted with early stopping.
+
+    Every parameter of an ensemble has the members as its first axis: each trains and is restored by itself.
+
+    Args:
+        obs_dim: O, at least 1.
+        action_dim: A, at least 1.
+        settings: None for the defaults of `TransitionSettings`.
+        members: M, at least 1.
+        elites: the members that predict, those of least hold-out error; 1 to M.
+
+    Raises:
+        ValueError: on sizes out of range.
+    """
+
+    low: Tensor
+    high: Tensor
+    elite_members: Tensor
+    member_rows: Tensor
+    holdout_rows: Tensor
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        settings: TransitionSettings | None = None,
+        members: int = 1,
+        elites: int = 1,
+    ) -> None:
+        super().__init__()
+        if obs_dim < 1 or action_dim < 1:
+            raise ValueError(f"obs_dim and action_dim must be at least 1, got {obs_dim} and {action_dim}")
+        if not 1 <= elites <= members:
+            raise ValueError(f"elites must be between 1 and members, got {elites} of {members}")
+        self.obs_dim, self.action_dim, self.members = obs_dim, action_dim, members
+        self.settings = settings or TransitionSettings()
+        self.inputs, self.targets = Normalizer(obs_dim + action_dim), Normalizer(1 + obs_dim)
+        self.terminal_net = None
+        if self.settings.terminal_head:
+            self.terminal_net = Members(1, (2 * obs_dim + action_dim, 128, 128, 1))
+        self.register_buffer("low", torch.full((1 + obs_dim,), -math.inf))
+        self.register_buffer("high", torch.full((1 + obs_dim,), math.inf))
+        self.register_buffer("elite_members", torch.arange(elites))
+        self.register_buffer("member_rows", torch.empty(members, 0, dtype=torch.long))
+        self.register_buffer("holdout_rows", torch.empty(0, dtype=torch.long))
+
+    @abc.abstractmethod
+    def _loss(self, x: Tensor, y: Tensor, noise: Sequence[Tensor]) -> Tensor:
+        """Training loss of each member, [M]; a pure function of tensors."""
+
+    def _noise(self, x: Tensor, generator: torch.Generator) -> Sequence[Tensor]:
+        """What ``_loss`` needs of randomness."""
+        return ()
+
+    @abc.abstractmethod
+    def _predict(self, x: Tensor) -> Tensor:
+        """Each member's prediction without noise, [M, B, T]."""
+
+    def _score(self, x: Tensor, y: Tensor, noise: Sequence[Tensor]) -> Tensor:
+        """What early stopping minimises, [M], positive: the mean square error of ``_predict``, or a subclass's own."""
+        return (self._predict(x) - y).square().mean((1, 2))
+
+    @abc.abstractmethod
+    def _sample(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw y [B, T] for x [B, I]."""
+
+    @abc.abstractmethod
+    def _log_density(self, x: Tensor, y: Tensor) -> Tensor:
+        """Log density [B] of y [B, T] for x [B, I]."""
+
+    @torch.no_grad()
+    def sample(self, obs: Tensor, action: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw next_obs [B, O] and reward [B] for obs [B, O] and action [B, A], clipped to the range of the data.
+
+        Raises:
+            ValueError: on other shapes.
+        """
+        return self._outcome(obs, self._sample(self._x(obs, action), generator))
+
+    @torch.no_grad()
+    def predict(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """``sample`` without noise: what the elites predict, averaged."""
+        x = self._x(obs, action).expand(self.members, -1, -1)
+        return self._outcome(obs, self._predict(x)[self.elite_members].mean(0))
+
+    def log_prob(self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor) -> Tensor:
+        """Log density [B] of reward [B] and next_obs [B, O], in nats and the data's units, without the clipping.
+
+        Raises:
+            ValueError: on other shapes, or if the model has no density.
+        """
+        y = self.targets(self._target(obs, reward, next_obs))
+        return self._log_density(self._x(obs, action), y) - self.targets.scale.log().sum()
+
+    @torch.no_grad()
+    def terminal(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        """Whether a transition terminates with a probability above one half, bool [B].
+
+        Raises:
+            ValueError: on other shapes, or if the model has no terminal head.
+        """
+        return self._terminal_logit(self._x(obs, action), self._after(next_obs, len(obs))) > 0
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Adam:
+        """Adam in one kernel. Checkpoints need its state: it is not part of the module's ``state_dict``."""
+        groups = [
+            {"params": [p for name, p in self.named_parameters() if ("weight" in name) == decay], "weight_decay": rate}
+            for decay, rate in ((True, self.settings.weight_decay), (False, 0.0))
+        ]
+        return torch.optim.Adam(groups, self.settings.learning_rate, fused=True)
+
+    def fit(
+        self,
+        obs: Tensor,
+        action: Tensor,
+        reward: Tensor,
+        next_obs: Tensor,
+        terminated: Tensor | None = None,
+        *,
+        generator: torch.Generator,
+        max_epochs: int = 1000,
+        max_seconds: float = math.inf,
+    ) -> dict[str, float]:
+        """Train until no member's hold-out error falls any more, then restore each member's best weights.
+
+        Goes on from the present weights and optimizer state. Rows are known by their position: those of the former fit
+        stay in the hold-out or in a member's bootstrap sample, new ones are added; fewer rows begin afresh. The
+        hold-out is a uniform sample of all rows, never trained on before; MBPO draws it anew in each fit.
+
+        Args:
+            obs: [N, O], N at least 2.
+            action: [N, A].
+            reward: [N].
+            next_obs: [N, O], the states reached, before any reset.
+            terminated: bool [N], for a terminal head.
+            generator: source of all randomness.
+            max_epochs: at least 1.
+            max_seconds: no epoch but the first begins later than that.
+
+        Returns:
+            "model/train_loss" of the last epoch; "model/holdout_mse", the elites' mean, in units of the normalised
+            target; "model/epochs"; and "model/terminal_loss", the cross entropy of a terminal head on the hold-out.
+
+        Raises:
+            ValueError: on other shapes, on data that are not finite, or when loss or predictions stop being finite:
+                model and optimizer are then as before.
+        """
+        if max_epochs < 1:
+            raise ValueError(f"max_epochs must be at least 1, got {max_epochs}")
+        deadline = time.monotonic() + max_seconds
+        before = copy.deepcopy((self.state_dict(), self.optimizer.state_dict()))
+        try:
+            data = self._prepare(obs, action, reward, next_obs, terminated, generator)
+            return self._train(data, generator, max_epochs, deadline)
+        except BaseException:  # nor may an interrupt leave a half-trained model
+            self.load_state_dict(before[0])
+            self.optimizer.load_state_dict(before[1])
+            raise
+
+    def _train(self, data: _Data, generator: torch.Generator, max_epochs: int, deadline: float) -> dict[str, float]:
+        parts = {p: slice(None, self.members) for p in self.parameters()}  # of the scores, for each parameter
+        if self.terminal_net is not None:
+            parts |= {p: slice(self.members, None) for p in self.terminal_net.parameters()}
+        # The weights at the start are no candidates: where the mean is as good as it gets, the variance is not yet.
+        held = self.holdout_rows.expand(self.members, -1)
+        noise = self._noise(data.x[held], generator)  # the same for all epochs
+        best = torch.full_like(self._scores(data, noise), math.inf)
+        reference = best[: self.members]
+        weights = {p: p.detach() for p in parts}
+        epoch, stale, train_loss = 0, 0, math.nan
+        for epoch in range(1, max_epochs + 1):
+            order = self.member_rows[:, self._permutation(self.member_rows.shape[1], generator)]
+            batches = order.split(self.settings.batch_size, 1)
+            train_loss = torch.stack([self._step(data, rows, generator) for rows in batches]).mean().item()
+            scores = self._scores(data, noise)
+            if not (math.isfinite(train_loss) and scores.isfinite().all()):
+                raise ValueError(
+                    f"the model diverged in epoch {epoch}: got training loss {train_loss:.3g} and hold-out errors "
+                    f"{scores.tolist()}, expected finite values; its weights are those before this fit. Look for "
+                    "outliers in the data, or lower the learning rate"
+                )
+            better = scores < best
+            best = torch.where(better, scores, best)
+            for p, part in parts.items():
+                weights[p] = torch.where(better[part].view(-1, *[1] * (p.ndim - 1)), p.detach(), weights[p])
+            gained = scores[: self.members] < (1 - self.settings.min_gain) * reference
+            reference = torch.where(gained, scores[: self.members], reference)
+            stale = 0 if gained.any() else stale + 1
+            if stale == self.settings.patience or time.monotonic() > deadline:
+                break
+        with torch.no_grad():
+            for p, value in weights.items():
+                p.copy_(value)
+        self.elite_members.copy_(best[: self.members].argsort(stable=True)[: len(self.elite_members)])
+        with torch.no_grad():
+            mse = (self._predict(data.x[held]) - data.y[held]).square().mean((1, 2))[self.elite_members].mean()
+        errors = {"model/holdout_mse": mse.item()}
+        if self.terminal_net is not None:
+            errors["model/terminal_loss"] = best[-1].item()
+        return {"model/train_loss": train_loss, "model/epochs": float(epoch)} | errors
+
+    def _step(self, data: _Data, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Gradient step on rows [M, B]; returns the members' mean loss, a tensor."""
+        x, y = data.x[rows], data.y[rows]
+        losses = self._loss(x, y, self._noise(x, generator))
+        total = losses.sum()
+        if data.terminated is not None:
+            total = total + self._terminal_loss(data, rows[0])
+        self.optimizer.zero_grad()
+        total.backward()
+        self.optimizer.step()
+        return losses.detach().mean()
+
+    @torch.no_grad()
+    def _scores(self, data: _Data, noise: Sequence[Tensor]) -> Tensor:
+        """Errors on the hold-out: each member's [M], then that of a terminal head."""
+        rows = self.holdout_rows.expand(self.members, -1)
+        scores = self._score(data.x[rows], data.y[rows], noise)
+        if data.terminated is None:
+            return scores
+        return torch.cat([scores, self._terminal_loss(data, self.holdout_rows).view(1)])
+
+    def _terminal_loss(self, data: _Data, rows: Tensor) -> Tensor:
+        assert data.terminated is not None
+        logit = self._terminal_logit(data.x[rows], data.after[rows])
+        return F.binary_cross_entropy_with_logits(logit, data.terminated[rows])
+
+    def _terminal_logit(self, x: Tensor, after: Tensor) -> Tensor:
+        if self.terminal_net is None:
+            raise ValueError("the model has no terminal head; build it with TransitionSettings(terminal_head=True)")
+        logit: Tensor = self.terminal_net(torch.cat([x, after], -1)[None])
+        return logit[0, :, 0]
+
+    def _prepare(
+        self,
+        obs: Tensor,
+        action: Tensor,
+        reward: Tensor,
+        next_obs: Tensor,
+        terminated: Tensor | None,
+        generator: torch.Generator,
+    ) -> _Data:
+        """Check the data, divide its rows, and fit normalisers and ranges."""
+        if (terminated is not None) != (self.terminal_net is not None):
+            got, expected = ("None", "bool [N]") if terminated is None else (list(terminated.shape), "None")
+            raise ValueError(f"terminated: got {got}, expected {expected}; settings.terminal_head decides")
+        n = len(obs)
+        target, inputs = self._target(obs, reward, next_obs), self._join(obs, action)
+        if n < 2 or (terminated is not None and terminated.shape != (n,)):
+            shape = None if terminated is None else list(terminated.shape)
+            raise ValueError(f"at least 2 rows, and terminated [N], are needed; got N = {n} and terminated {shape}")
+        for name, tensor in (("obs", obs), ("action", action), ("reward", reward), ("next_obs", next_obs)):
+            bad = n - int(tensor.view(n, -1).isfinite().all(1).sum())
+            if bad:
+                raise ValueError(f"{name}: got {bad} of {n} rows with nan or infinity, expected finite data")
+        self._divide(n, generator)
+        training = torch.ones(n, dtype=torch.bool, device=obs.device).index_fill(0, self.holdout_rows, False)
+        self.inputs.fit(inputs[training])
+        if self.settings.normalize_targets:
+            self.targets.fit(target[training])
+        seen = torch.cat([reward[:, None], next_obs], 1)
+        self.low.copy_(seen.amin(0))
+        self.high.copy_(seen.amax(0))
+        flags = None if terminated is None else terminated.to(self.low)
+        return _Data(self.inputs(inputs), self.targets(target), self._after(next_obs, n), flags)
+
+    def _divide(self, n: int, generator: torch.Generator) -> None:
+        """Add rows up to n to the hold-out and to the members' samples.
+
+        As many new rows enter the hold-out as are its share, and chosen at random from it, old ones leave for training
+        where it would grow beyond its size: so it stays a uniform sample.
+        """
+        known = self.holdout_rows.numel() + self.member_rows.shape[1]
+        if n < known:
+            self.holdout_rows, self.member_rows, known = self.holdout_rows[:0], self.member_rows[:, :0], 0
+        size = max(1, min(int(HOLDOUT_FRACTION * n), MAX_HOLDOUT))
+        stay = min(self.holdout_rows.numel(), size * known // n)
+        held = self.holdout_rows[self._permutation(self.holdout_rows.numel(), generator)]
+        new = known + self._permutation(n - known, generator)
+        self.holdout_rows = torch.cat([held[:stay], new[: size - stay]])
+        added = torch.cat([held[stay:], new[size - stay :]])
+        choice = torch.arange(len(added), device=added.device).expand(self.members, -1)
+        if self.members > 1 and len(added):
+            choice = torch.randint(len(added), choice.shape, generator=generator, device=added.device)
+        self.member_rows = torch.cat([self.member_rows, added[choice]], 1)
+
+    def _permutation(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randperm(n, generator=generator, device=self.low.device)
+
+    def _join(self, obs: Tensor, action: Tensor) -> Tensor:
+        expected = ([len(obs), self.obs_dim], [len(obs), self.action_dim])
+        if (list(obs.shape), list(action.shape)) != expected:
+            raise ValueError(f"obs and action: got {list(obs.shape)} and {list(action.shape)}, expected {expected}")
+        return torch.cat([obs, action], 1).to(self.low)
+
+    def _x(self, obs: Tensor, action: Tensor) -> Tensor:
+        x: Tensor = self.inputs(self._join(obs, action))
+        return x
+
+    def _after(self, next_obs: Tensor, rows: int) -> Tensor:
+        if next_obs.shape != (rows, self.obs_dim):
+            raise ValueError(f"next_obs: got {list(next_obs.shape)}, expected {[rows, self.obs_dim]}")
+        return (next_obs.to(self.low) - self.inputs.mean[: self.obs_dim]) / self.inputs.scale[: self.obs_dim]
+
+    def _target(self, obs: Tensor, reward: Tensor, next_obs: Tensor) -> Tensor:
+        expected = ([len(obs)], [len(obs), self.obs_dim])
+        if (list(reward.shape), list(next_obs.shape)) != expected:
+            raise ValueError(
+                f"reward and next_obs: got {list(reward.shape)} and {list(next_obs.shape)}, expected {expected}"
+            )
+        move = next_obs - obs if self.settings.residual else next_obs
+        return torch.cat([reward[:, None], move], 1).to(self.low)
+
+    def _outcome(self, obs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """next_obs [B, O] and reward [B] of y [B, T], clipped."""
+        reward, move = self.targets.inverse(y).split([1, self.obs_dim], 1)
+        next_obs = obs.to(move) + move if self.settings.residual else move
+        outcome = torch.cat([reward, next_obs], 1).clamp(self.low, self.high)
+        return outcome[:, 1:], outcome[:, 0]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("member_rows", "holdout_rows"):  # their lengths are those of the data
+            if prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self.low.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Members(nn.Module):
+    """Multilayer perceptrons side by side, [M, B, I] -> [M, B, O], one batched matrix product per layer.
+
+    SiLU between the layers; initial weights truncated normal with standard deviation ``1 / (2 sqrt(inputs))`` (MBPO).
+    """
+
+    def __init__(self, members: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        if min(widths) < 1:
+            raise ValueError(f"widths must be at least 1, got {tuple(widths)}")
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for i, o in pairwise(widths):
+            std = 0.5 / math.sqrt(i)
+            self.weights.append(nn.init.trunc_normal_(torch.empty(members, i, o), 0.0, std, -2 * std, 2 * std))
+            self.biases.append(torch.zeros(members, 1, o))
+
+    def forward(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Outputs of all members, or of those whose indices are chosen."""
+        for k, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = F.silu(x) if k else x
+            x = torch.baddbmm(bias, x, weight) if chosen is None else torch.baddbmm(bias[chosen], x, weight[chosen])
+        return x

@@ -1,0 +1,125 @@
+"""When Gymnasium's MuJoCo v5 tasks terminate, as functions of the observation reached: for the states of a model.
+
+    terminated = termination_function("Hopper-v5", {"healthy_z_range": (0.8, 2.0)})
+    if terminated is not None:
+        ended = terminated(next_obs)  # [B, O] -> bool [B]
+
+The conditions are those of `gymnasium.envs.mujoco.<task>_v5`, with their strict and weak inequalities. Two of them read
+more than the observation has:
+
+    Hopper                  also looks at velocities before they are clipped to +-10. Bounds of ``healthy_state_range``
+                            beyond that (the default is +-100) are never crossed by the clipped ones.
+    InvertedDoublePendulum  reads the tip's height where the simulator last computed it, up to one simulator step before
+                            the state observed: near the threshold the two may differ.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import gymnasium as gym
+import torch
+from gymnasium.envs.registration import load_env_creator
+from torch import Tensor
+
+Termination: TypeAlias = Callable[[Tensor], Tensor]
+"""Next observation [B, O] to terminated, bool [B]."""
+
+_Options: TypeAlias = Mapping[str, Any]
+
+
+def _within(values: Tensor, bounds: tuple[float, float]) -> Tensor:
+    return (bounds[0] < values) & (values < bounds[1])
+
+
+def _first(options: _Options, hidden: int) -> int:
+    """Column of the first coordinate after the `hidden` ones, which an argument may add to the observation."""
+    return 0 if options["exclude_current_positions_from_observation"] else hidden
+
+
+def _walker(options: _Options) -> Termination:
+    z = _first(options, 1)
+
+    def terminated(next_obs: Tensor) -> Tensor:
+        upright = _within(next_obs[:, z + 1], options["healthy_angle_range"])
+        return ~(upright & _within(next_obs[:, z], options["healthy_z_range"]))
+
+    return terminated
+
+
+def _hopper(options: _Options) -> Termination:
+    z, fallen = _first(options, 1), _walker(options)
+    return lambda next_obs: fallen(next_obs) | ~_within(next_obs[:, z + 1 :], options["healthy_state_range"]).all(1)
+
+
+def _ant(options: _Options) -> Termination:
+    z, (low, high) = _first(options, 2), options["healthy_z_range"]
+    return lambda next_obs: ~(next_obs.isfinite().all(1) & (low <= next_obs[:, z]) & (next_obs[:, z] <= high))
+
+
+def _humanoid(options: _Options) -> Termination:
+    z = _first(options, 2)
+    return lambda next_obs: ~_within(next_obs[:, z], options["healthy_z_range"])
+
+
+def _inverted_pendulum(options: _Options) -> Termination:
+    return lambda next_obs: ~next_obs.isfinite().all(1) | (next_obs[:, 1].abs() > 0.2)
+
+
+def _inverted_double_pendulum(options: _Options) -> Termination:
+    def terminated(next_obs: Tensor) -> Tensor:
+        sin_1, sin_2, cos_1, cos_2 = next_obs[:, 1:5].unbind(1)
+        return 0.6 * (cos_1 + cos_1 * cos_2 - sin_1 * sin_2) <= 1  # two poles of 0.6 m; angle 2 counts from pole 1
+
+    return terminated
+
+
+def _never(options: _Options) -> Termination:
+    return lambda next_obs: torch.zeros(len(next_obs), dtype=torch.bool, device=next_obs.device)
+
+
+_TASKS: dict[str, Callable[[_Options], Termination]] = {
+    "Ant-v5": _ant,
+    "HalfCheetah-v5": _never,
+    "Hopper-v5": _hopper,
+    "Humanoid-v5": _humanoid,
+    "HumanoidStandup-v5": _never,
+    "InvertedDoublePendulum-v5": _inverted_double_pendulum,
+    "InvertedPendulum-v5": _inverted_pendulum,
+    "Pusher-v5": _never,
+    "Reacher-v5": _never,
+    "Swimmer-v5": _never,
+    "Walker2d-v5": _walker,
+}
+
+
+def termination_function(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> Termination | None:
+    """The rule by which a task terminates, to apply to a model's states.
+
+    Args:
+        env_id: Gymnasium id.
+        env_kwargs: the environment's arguments, as given to ``make_vec``.
+
+    Returns:
+        The rule, or None where the observation does not tell: for other environments, and where ``xml_file`` changes
+        what the columns mean. A terminal head of the learned model can take its place.
+    """
+    if env_id not in _TASKS:
+        return None
+    spec = gym.spec(env_id)
+    assert isinstance(spec.entry_point, str)
+    arguments = inspect.signature(load_env_creator(spec.entry_point)).parameters.values()
+    defaults = {argument.name: argument.default for argument in arguments} | spec.kwargs
+    options = defaults | dict(env_kwargs or {})
+    rule = _TASKS[env_id] if options.get("terminate_when_unhealthy", True) else _never
+    if rule is not _never and options["xml_file"] != defaults["xml_file"]:
+        return None
+    return rule(options)
+
+
+TERMINATIONS: dict[str, Termination] = {
+    env_id: rule for env_id in _TASKS if (rule := termination_function(env_id)) is not None
+}
+"""The rules of the tasks with their default arguments."""
