@@ -575,3 +575,12 @@ def test_bad_options_are_refused() -> None:
         FlowTransition(2, 1, solver="magic")
     with pytest.raises(ValueError, match="steps and bridges must be at least 1, got 0 and 32"):
         LangevinTransition(2, 1, steps=0)
+
+
+@pytest.mark.parametrize("kind", TRANSITIONS)
+def test_loss_is_traced_as_one_graph(kind: str) -> None:
+    model = build(kind)
+    x, y = torch.randn(1, 16, 3, generator=generator()), torch.randn(1, 16, 3, generator=generator(1))
+    noise = model._noise(x, generator())
+    compiled = torch.compile(model._loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, y, noise), model._loss(x, y, noise))
