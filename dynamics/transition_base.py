@@ -178,6 +178,8 @@ class TransitionModel(nn.Module, abc.ABC):
     def sample(self, obs: Tensor, action: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw next_obs [B, O] and reward [B] for obs [B, O] and action [B, A], clipped to the range of the data.
 
+        On a CPU calls of about 5,000 rows are the fastest per row.
+
         Raises:
             ValueError: on other shapes.
         """
@@ -268,10 +270,10 @@ class TransitionModel(nn.Module, abc.ABC):
         parts = {p: slice(None, self.members) for p in self.parameters()}  # of the scores, for each parameter
         if self.terminal_net is not None:
             parts |= {p: slice(self.members, None) for p in self.terminal_net.parameters()}
-        # The weights at the start are no candidates: where the mean is as good as it gets, the variance is not yet.
         held = self.holdout_rows.expand(self.members, -1)
         noise = self._noise(data.x[held], generator)  # the same for all epochs
-        best = torch.full_like(self._scores(data, noise), math.inf)
+        # The weights at the start are no candidates: where the mean is as good as it gets, the variance is not yet.
+        best = data.x.new_full((self.members + (data.terminated is not None),), math.inf)
         reference = best[: self.members]
         weights = {p: p.detach() for p in parts}
         epoch, stale, train_loss = 0, 0, math.nan

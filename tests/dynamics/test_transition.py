@@ -183,6 +183,26 @@ def test_log_prob_is_that_of_the_elites_mixture_in_the_units_of_the_data() -> No
     torch.testing.assert_close(model.log_prob(obs, action, reward, next_obs), mixture.log_prob(target))
 
 
+def test_loss_is_the_likelihood_with_a_price_on_the_distance_of_the_bounds() -> None:
+    model = gaussian(members=2, elites=2)
+    x, y = torch.randn(2, 30, 3, generator=generator()), torch.randn(2, 30, 3, generator=generator(1))
+    mean, log_var = model._moments(x)
+    assert log_var is not None
+    nll = -torch.distributions.Normal(mean, (0.5 * log_var).exp()).log_prob(y).mean((1, 2))
+    expected = 2 * nll - math.log(2 * math.pi) + 0.01 * (0.5 + 10) * 3
+    torch.testing.assert_close(model._loss(x, y, ()), expected)
+
+
+@pytest.mark.parametrize(("raw", "bound"), [(-100.0, -10.0), (100.0, 0.5)])
+def test_log_variance_stays_between_its_bounds(raw: float, bound: float) -> None:
+    model = gaussian()
+    with torch.no_grad():
+        model.net.biases[-1][..., 3:] = raw
+        log_var = model._moments(torch.zeros(1, 1, 3))[1]
+    assert log_var is not None
+    torch.testing.assert_close(log_var, torch.full((1, 1, 3), bound), rtol=0, atol=1e-3)
+
+
 def test_each_row_is_predicted_by_a_uniformly_drawn_elite() -> None:
     model = gaussian(members=5, elites=3, probabilistic=False)
     model.elite_members.copy_(torch.tensor([4, 0, 2]))
@@ -236,7 +256,7 @@ def test_rows_keep_their_part_and_the_holdout_is_never_trained_on() -> None:
     data = linear_system(30000)
     trained: set[int] = set()
     rng = generator(1)
-    for n in (50, 51, 1000, 1000, 30000):
+    for n in (50, 51, 1000, 1000, 30000, 60000):
         old_rows, old_holdout = model.member_rows, model.holdout_rows
         model._divide(n, rng)
         holdout = set(model.holdout_rows.tolist())
@@ -249,7 +269,7 @@ def test_rows_keep_their_part_and_the_holdout_is_never_trained_on() -> None:
         if n == old_rows.shape[1] + old_holdout.numel():
             assert holdout == set(old_holdout.tolist())
     # A uniform sample of all rows, though most rows came last; and bootstrap samples differ, with e^-1 of rows missing.
-    assert model.holdout_rows.double().mean().item() == pytest.approx(15000, rel=0.03)
+    assert model.holdout_rows.double().mean().item() == pytest.approx(30000, rel=0.03)
     present = [len(set(rows.tolist())) / len(trained) for rows in model.member_rows]
     assert present == pytest.approx([1 - math.exp(-1)] * 4, abs=0.02)
     assert len({tuple(rows[:20].tolist()) for rows in model.member_rows}) == 4
@@ -257,6 +277,23 @@ def test_rows_keep_their_part_and_the_holdout_is_never_trained_on() -> None:
     assert model.member_rows.shape == (4, 80) and model.member_rows.max() < 100
     model.fit(*(part[:200] for part in data), generator=rng, max_epochs=1)
     assert model.member_rows.shape == (4, 160)
+
+
+def test_normalisers_do_not_look_at_the_holdout() -> None:
+    model, (obs, action, reward, next_obs) = gaussian(), linear_system(100)
+    model.fit(obs, action, reward, next_obs, generator=generator(), max_epochs=1)
+    rows = model.member_rows[0]
+    torch.testing.assert_close(model.inputs.mean, torch.cat([obs, action], 1)[rows].mean(0))
+    move = torch.cat([reward[:, None], next_obs - obs], 1)[rows]
+    torch.testing.assert_close(model.targets.scale, move.std(0, correction=0))
+
+
+def test_only_weight_matrices_decay() -> None:
+    model = gaussian(weight_decay=0.3)
+    decayed, rest = model.optimizer.param_groups
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+    assert {id(p) for p in decayed["params"]} == {id(p) for p in model.net.weights}
+    assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
 
 
 def test_a_single_model_trains_on_every_row_once() -> None:
@@ -514,6 +551,19 @@ def test_terminal_head_learns_the_rule_and_keeps_its_best_weights() -> None:
         model.terminal(obs, action, action)
 
 
+def test_terminal_head_is_restored_by_its_own_error() -> None:
+    model = Scripted([[9.0], [1.0], *[[2.0]] * 9], terminal_head=True, learning_rate=1.0, patience=8)
+    obs, action, reward, next_obs = still_data(200)
+    ended = next_obs[:, 0] > 1
+    metrics = model.fit(obs, action, reward, next_obs, ended, generator=generator())
+    assert model.epoch.item() == pytest.approx(1) and metrics["model/epochs"] == 9
+    held = model.holdout_rows
+    with torch.no_grad():
+        logit = model._terminal_logit(model._x(obs, action), model._after(next_obs, 200))[held]
+    loss = -torch.distributions.Bernoulli(logits=logit).log_prob(ended[held].float()).mean()
+    assert loss.item() == pytest.approx(metrics["model/terminal_loss"], rel=1e-3)
+
+
 def test_bad_options_are_refused() -> None:
     with pytest.raises(ValueError, match="jacobian_weight must be at least 0, got -1"):
         FlowTransition(2, 1, jacobian_weight=-1)
@@ -525,3 +575,12 @@ def test_bad_options_are_refused() -> None:
         FlowTransition(2, 1, solver="magic")
     with pytest.raises(ValueError, match="steps and bridges must be at least 1, got 0 and 32"):
         LangevinTransition(2, 1, steps=0)
+
+
+@pytest.mark.parametrize("kind", TRANSITIONS)
+def test_loss_is_traced_as_one_graph(kind: str) -> None:
+    model = build(kind)
+    x, y = torch.randn(1, 16, 3, generator=generator()), torch.randn(1, 16, 3, generator=generator(1))
+    noise = model._noise(x, generator())
+    compiled = torch.compile(model._loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, y, noise), model._loss(x, y, noise))
