@@ -57,6 +57,8 @@ class Arguments:
     """Gymnasium id with Box actions, e.g. Hopper-v5."""
     n_envs: int
     """Parallel environments, >= 1."""
+    preset: str = "standard"
+    """Which of the agent's presets to begin from; mbpo also has fast, for two cores."""
     total_timesteps: int = 1_000_000
     """Environment steps to train for, >= 1, all environments together."""
     seed: int | None = None
@@ -110,10 +112,11 @@ def _start(name: str, args: Sequence[str]) -> int:
     entry = AGENTS[name]
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--env", default=entry.default_env)
-    preset_id = first.parse_known_args(args)[0].env  # decides the defaults of the other options
-    preset = entry.preset(preset_id)
-    n_envs = preset.pop("n_envs")
-    defaults = Arguments(env=preset_id, n_envs=n_envs, config=entry.config(**preset))
+    first.add_argument("--preset", default=next(iter(entry.presets)))
+    known = first.parse_known_args(args)[0]  # decides the defaults of the other options
+    preset = entry.preset(known.env, known.preset)
+    run = {name: preset.pop(name) for name in ("n_envs", "total_timesteps") if name in preset}
+    defaults = Arguments(env=known.env, preset=known.preset, config=entry.config(**preset), **run)
     arguments = _parse(name, entry, args, defaults)
     check_device(arguments.device)
     settings = RunSettings(
@@ -200,13 +203,16 @@ def _describe(agent: BaseAlgorithm, settings: RunSettings) -> str:
 
 def _describe_preset(entry: Entry, defaults: Arguments, arguments: Arguments) -> str:
     """Which preset holds, what it changes of the Config's defaults, and what the user changed of it."""
-    preset, standard = entry.preset(arguments.env), dataclasses.asdict(entry.config())
-    chosen = {"n_envs": arguments.n_envs, **dataclasses.asdict(arguments.config)}
-    before = {"n_envs": defaults.n_envs, **dataclasses.asdict(defaults.config)}
+    preset, standard = entry.preset(arguments.env, arguments.preset), dataclasses.asdict(entry.config())
+    run = ("n_envs", "total_timesteps") if "total_timesteps" in preset else ("n_envs",)
+    chosen, before = (
+        {name: getattr(each, name) for name in run} | dataclasses.asdict(each.config) for each in (arguments, defaults)
+    )
     yours = {key: value for key, value in chosen.items() if value != before[key]}
     tuned = {key: chosen[key] for key in preset if key not in yours and chosen[key] != standard.get(key)}
-    title = arguments.env if arguments.env in entry.presets else f"default (none is tuned for {arguments.env})"
-    lines = [f"preset {title}: {' '.join(f'{key}={value}' for key, value in tuned.items())}"]
+    tuned_for = entry.presets[arguments.preset]
+    title = arguments.env if arguments.env in tuned_for else f"default (none is tuned for {arguments.env})"
+    lines = [f"preset {arguments.preset}, {title}: {' '.join(f'{key}={value}' for key, value in tuned.items())}"]
     if yours:
         lines.append(f"set by you: {' '.join(f'{key}={value}' for key, value in yours.items())}")
     return "\n".join(lines)

@@ -81,10 +81,10 @@ class Objective(nn.Module):
         policy: module whose `trained` names the parameters that learn.
         terms: (policy, batch) -> scalars by name.
         name: the scalar to differentiate.
-        max_norm: bound of the gradient's norm.
+        max_norm: bound of the gradient's norm; None for no bound.
     """
 
-    def __init__(self, policy: Any, terms: Callable[[Any, Batch], Batch], name: str, max_norm: float) -> None:
+    def __init__(self, policy: Any, terms: Callable[[Any, Batch], Batch], name: str, max_norm: float | None) -> None:
         super().__init__()
         self.policy, self.terms, self.name, self.max_norm = policy, terms, name, max_norm
 
@@ -93,7 +93,7 @@ class Objective(nn.Module):
         return self.terms(self.policy, batch)
 
     def gradient(self, batch: Batch) -> tuple[Tensor, Batch]:
-        """The clipped gradient as one vector, parameter after parameter, and all scalars."""
+        """The (clipped) gradient as one vector, parameter after parameter, and all scalars."""
         parameters: dict[str, nn.Parameter] = self.policy.trained()
         if torch.compiler.is_compiling():  # it cannot look into autograd, and eager mode is slow with torch.func
 
@@ -108,5 +108,6 @@ class Objective(nn.Module):
             terms = self(batch)
             gradients = torch.autograd.grad(terms[self.name], list(parameters.values()), materialize_grads=True)
         vector = torch.cat([each.flatten() for each in gradients])
-        scale = (self.max_norm / (vector.norm() + 1e-6)).clamp(max=1.0)
-        return scale * vector, {name: term.detach() for name, term in terms.items()}
+        if self.max_norm is not None:
+            vector = (self.max_norm / (vector.norm() + 1e-6)).clamp(max=1.0) * vector
+        return vector, {name: term.detach() for name, term in terms.items()}

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def _number(value: Any) -> bool:
@@ -52,6 +58,27 @@ def validate(config: Any, ranges: dict[str, str]) -> None:
     for name, hint in get_type_hints(type(config)).items():
         if get_origin(hint) is Literal:
             require(config, name, getattr(config, name) in get_args(hint), "one of " + ", ".join(get_args(hint)))
+
+
+def resolve(config: T, fields: Mapping[str, Any]) -> T:
+    """A Config with fields given by keyword in place of its own.
+
+    Raises:
+        TypeError: if a keyword is no field.
+    """
+    known = [field.name for field in dataclasses.fields(config)]
+    if unknown := [name for name in fields if name not in known]:
+        raise TypeError(
+            f"unknown argument: got {', '.join(unknown)}, expected fields of {type(config).__name__}: "
+            f"{', '.join(known)}"
+        )
+    return dataclasses.replace(config, **fields)
+
+
+def given_at_load(config: T, agent: object) -> T:
+    """A Config with the fields that an agent has as attributes: hyperparameters given to `load` arrive as such."""
+    names = {field.name for field in dataclasses.fields(config)} & vars(agent).keys()
+    return dataclasses.replace(config, **{name: vars(agent)[name] for name in names if not callable(vars(agent)[name])})
 
 
 def require(config: Any, name: str, valid: bool, expected: str) -> None:

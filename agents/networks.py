@@ -24,14 +24,18 @@ def gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor | float, other
     return (other_log_std - log_std + 0.5 * scaled - 0.5).sum(-1)
 
 
-def mlp(sizes: list[int], activation: str, head_gain: float) -> nn.Sequential:
-    """Fully connected network with orthogonal weights (gain sqrt(2), head_gain in the last layer), zero biases."""
+def mlp(sizes: list[int], activation: str, head_gain: float | None) -> nn.Sequential:
+    """Fully connected network with orthogonal weights (gain sqrt(2), head_gain in the last layer), zero biases.
+
+    head_gain None leaves PyTorch's own initialisation.
+    """
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         last = i == len(sizes) - 2
         linear = nn.Linear(fan_in, fan_out)
-        nn.init.orthogonal_(linear.weight, head_gain if last else math.sqrt(2.0))
-        nn.init.zeros_(linear.bias)
+        if head_gain is not None:
+            nn.init.orthogonal_(linear.weight, head_gain if last else math.sqrt(2.0))
+            nn.init.zeros_(linear.bias)
         layers += [linear] if last else [linear, ACTIVATIONS[activation]()]
     return nn.Sequential(*layers)
 

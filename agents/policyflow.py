@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ..dynamics.regularize import jacobian_penalty
 from .compiling import Compiled, Objective, compiling_pays
-from .config import require, validate
+from .config import given_at_load, require, resolve, validate
 from .diagnostics import flow_diagnostics
 from .flow_policy import FlowPolicy
 from .ratios import RATIOS, Ratio, draw_interpolation, interpolate, record_velocities
@@ -234,16 +233,11 @@ class PolicyFlow(FlowRollouts):
         verbose: int = 0, seed: int | None = None, device: torch.device | str = "auto", _init_setup_model: bool = True,
         **fields: Any,
     ) -> None:  # fmt: skip
-        known = [field.name for field in dataclasses.fields(PolicyFlowConfig)]
-        if unknown := [name for name in fields if name not in known]:
-            raise TypeError(
-                f"unknown argument: got {', '.join(unknown)}, expected fields of PolicyFlowConfig: {', '.join(known)}"
-            )
         if env is None and _init_setup_model:
             raise ValueError("env: got None, expected an environment, a vectorised environment or a registered id")
         if learning_rate is not None and not callable(learning_rate):
             fields["learning_rate"] = learning_rate
-        self.config = dataclasses.replace(config or PolicyFlowConfig(), **fields)
+        self.config = resolve(config or PolicyFlowConfig(), fields)
         self._iteration = 0
         self._rate = self.config.learning_rate  # the adaptive learning rate
         super().__init__(
@@ -257,7 +251,9 @@ class PolicyFlow(FlowRollouts):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        self._take_arguments_of_load()
+        before, self.config = self.config.learning_rate, given_at_load(self.config, self)
+        if self.config.learning_rate != before:  # given to `load`
+            self._rate = self.config.learning_rate
         config, samples = self.config, self.config.n_steps * self.n_envs
         if config.batch_size > samples:
             raise ValueError(
@@ -286,14 +282,6 @@ class PolicyFlow(FlowRollouts):
         terms = partial(losses, ratio=self._ratio, config=config)
         self._gradient = Objective(self.policy, terms, "train/loss", config.max_grad_norm).gradient
         self._setup_rollout()
-
-    def _take_arguments_of_load(self) -> None:
-        """Hyperparameters given to `load` arrive as attributes: make them fields of the config."""
-        names = {field.name for field in dataclasses.fields(self.config)} & vars(self).keys()
-        given = {name: getattr(self, name) for name in names if not callable(getattr(self, name))}
-        if given.get("learning_rate", self.config.learning_rate) != self.config.learning_rate:
-            self._rate = given["learning_rate"]
-        self.config = dataclasses.replace(self.config, **given)
 
     def learn(
         self, total_timesteps: int, callback: MaybeCallback = None, log_interval: int = 1,

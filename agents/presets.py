@@ -1,6 +1,7 @@
 """Settings by environment id: data, applied by `train.py` and printed at its start.
 
-n_envs belongs to the training run; everything else is a field of PolicyFlowConfig. An id's entry replaces DEFAULT.
+n_envs and total_timesteps belong to the training run; everything else is a field of the agent's Config. An id's entry
+replaces the default one.
 HalfCheetah-v5 and Hopper-v5 were tuned; docs/policyflow.md has the measurements. The others start from them and adapt
 what the task is known to need (discount, rollout size).
 """
@@ -25,4 +26,34 @@ POLICYFLOW: dict[str, dict[str, Any]] = {
     "Swimmer-v5": DEFAULT | {"n_envs": 4, "n_steps": 1024, "gamma": 0.9999, "gae_lambda": 0.98},
     # Reaching takes a dozen of the 50 steps.
     "Reacher-v5": DEFAULT | {"gamma": 0.9},
+}
+
+# MBPO's schedules (jannerm/mbpo, examples/config), for one environment and hours of training.
+MBPO_DEFAULT: dict[str, Any] = {"n_envs": 1, "total_timesteps": 300_000, "horizon": (0, 0, 1, 1)}
+LONG: dict[str, dict[str, Any]] = {
+    "Hopper-v5": {"total_timesteps": 125_000, "horizon": (20_000, 150_000, 1, 15), "target_entropy": -1},
+    "Walker2d-v5": {"target_entropy": -3},
+    "HalfCheetah-v5": {"total_timesteps": 400_000, "gradient_steps": 40, "target_entropy": -3},
+    # MBPO's Ant and Humanoid have 27 and 45 observations: --env-kwargs include_cfrc_ext_in_observation=false and so on.
+    "Ant-v5": {"horizon": (20_000, 100_000, 1, 25), "target_entropy": -4},
+    "Humanoid-v5": {
+        "horizon": (20_000, 300_000, 1, 25), "target_entropy": -2, "model_interval": 1000, "model_retain": 5000,
+        "model_hidden": (400, 400, 400, 400),
+    },
+    "InvertedPendulum-v5": {
+        "total_timesteps": 5000, "learning_starts": 300, "gradient_steps": 5, "learning_rate": 1e-3, "temperature": 0.1,
+        "actor_hidden": (128, 128), "critic_hidden": (128, 128), "model_hidden": (100, 100, 100),
+    },
+}  # fmt: skip
+MBPO = {env_id: MBPO_DEFAULT | preset for env_id, preset in LONG.items()}
+
+# For two cores: fewer updates per step, smaller networks and short model rollouts, for some ten minutes of training.
+FAST: dict[str, Any] = {
+    "total_timesteps": 30_000, "learning_starts": 2000, "gradient_steps": 4, "learning_rate": 1e-3, "temperature": 0.1,
+    "actor_hidden": (128, 128), "critic_hidden": (128, 128), "model_hidden": (128, 128, 128), "model_rollouts": 100,
+}  # fmt: skip
+MBPO_FAST_DEFAULT = MBPO_DEFAULT | FAST
+MBPO_FAST = {env_id: preset | FAST for env_id, preset in MBPO.items()} | {
+    "Hopper-v5": MBPO["Hopper-v5"] | FAST | {"horizon": (5_000, 30_000, 1, 5)},
+    "InvertedPendulum-v5": MBPO["InvertedPendulum-v5"],
 }

@@ -11,6 +11,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from . import presets
+from .lipschitz_mbpo import LipschitzMBPO, LipschitzMBPOConfig
 from .policyflow import PolicyFlow, PolicyFlowConfig
 
 
@@ -32,21 +33,28 @@ class Entry:
         summary: one line for --help.
         agent: its class.
         config: dataclass of its hyperparameters.
-        presets: settings by environment id: n_envs and fields of config.
-        default_preset: settings for every other environment.
+        presets: by the preset's name, the first being the default, settings by environment id: n_envs, perhaps
+            total_timesteps, and fields of config.
+        default_presets: settings for every other environment, by the preset's name.
         default_env: environment where none is given.
     """
 
     summary: str
     agent: AgentClass
     config: type[Any]
-    presets: Mapping[str, Mapping[str, Any]]
-    default_preset: Mapping[str, Any]
+    presets: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    default_presets: Mapping[str, Mapping[str, Any]]
     default_env: str
 
-    def preset(self, env_id: str) -> dict[str, Any]:
-        """Settings for an environment, n_envs among them: its own preset in place of the default one."""
-        return dict(self.presets.get(env_id, self.default_preset))
+    def preset(self, env_id: str, name: str) -> dict[str, Any]:
+        """Settings for an environment, n_envs among them: its own preset in place of the default one.
+
+        Raises:
+            ValueError: if the agent has no presets of that name.
+        """
+        if name not in self.presets:
+            raise ValueError(f"preset: got {name!r}, expected {' or '.join(self.presets)}")
+        return dict(self.presets[name].get(env_id, self.default_presets[name]))
 
 
 AGENTS: dict[str, Entry] = {
@@ -54,8 +62,16 @@ AGENTS: dict[str, Entry] = {
         summary="on-policy PPO whose policy is a continuous normalizing flow",
         agent=PolicyFlow,
         config=PolicyFlowConfig,
-        presets=presets.POLICYFLOW,
-        default_preset=presets.DEFAULT,
+        presets={"standard": presets.POLICYFLOW},
+        default_presets={"standard": presets.DEFAULT},
         default_env="HalfCheetah-v5",
+    ),
+    "mbpo": Entry(
+        summary="model-based SAC: one learned model, Lipschitz-regularized critics",
+        agent=LipschitzMBPO,
+        config=LipschitzMBPOConfig,
+        presets={"standard": presets.MBPO, "fast": presets.MBPO_FAST},
+        default_presets={"standard": presets.MBPO_DEFAULT, "fast": presets.MBPO_FAST_DEFAULT},
+        default_env="Hopper-v5",
     ),
 }

@@ -116,7 +116,7 @@ def test_preset_applies_by_id(capsys: pytest.CaptureFixture[str]) -> None:
     assert not stop.value.code
     out = " ".join(capsys.readouterr().out.split())
     assert "defaults are those for HalfCheetah-v5" in out
-    gamma = AGENTS["policyflow"].preset("HalfCheetah-v5")["gamma"]
+    gamma = AGENTS["policyflow"].preset("HalfCheetah-v5", "standard")["gamma"]
     assert f"Discount factor, in [0, 1]. (default: {gamma})" in out
 
 

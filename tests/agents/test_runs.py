@@ -27,8 +27,9 @@ def agent() -> PolicyFlow:
 
 def test_presets_are_valid_configs() -> None:
     for entry in AGENTS.values():
-        for env_id in (*entry.presets, "none-v0"):
-            preset = entry.preset(env_id)
+        for name, env_id in ((name, env_id) for name, ids in entry.presets.items() for env_id in (*ids, "none-v0")):
+            preset = entry.preset(env_id, name)
+            preset.pop("total_timesteps", None)
             assert preset.pop("n_envs") >= 1
             entry.config(**preset)
 

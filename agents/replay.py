@@ -1,0 +1,135 @@
+"""Transitions on the device: a ring buffer of rows, and Stable-Baselines3's replay buffer on top of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
+from stable_baselines3.common.preprocessing import get_flattened_obs_dim
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
+from torch import Tensor
+
+from .compiling import Batch
+from .rollout import observation_vectors
+
+
+class Transitions:
+    """Ring buffer of transitions, each one row of a matrix: a minibatch is gathered by a single kernel.
+
+    Args:
+        capacity: rows kept, the newest.
+        obs_dim: length of an observation vector, O.
+        action_dim: number of action dimensions, D; actions are in [-1, 1].
+        device: where the rows live.
+    """
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device) -> None:
+        self.capacity = capacity
+        self._widths = (obs_dim, action_dim, obs_dim, 1, 1)
+        self.rows = torch.zeros(capacity, sum(self._widths), device=device)
+        self.position, self.size = 0, 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def append(self, obs: Tensor, action: Tensor, next_obs: Tensor, reward: Tensor, terminated: Tensor) -> None:
+        """Add transitions: obs and next_obs [B, O], action [B, D], reward and terminated [B]."""
+        scalars = torch.stack([reward, terminated.to(reward.dtype)], 1)
+        rows = torch.cat([obs, action, next_obs, scalars], 1)[-self.capacity :]
+        first = min(len(rows), self.capacity - self.position)
+        self.rows[self.position : self.position + first] = rows[:first]
+        self.rows[: len(rows) - first] = rows[first:]
+        self.position = (self.position + len(rows)) % self.capacity
+        self.size = min(self.size + len(rows), self.capacity)
+
+    def resize(self, capacity: int) -> None:
+        """Make room for `capacity` rows; the newest stay."""
+        if capacity != self.capacity:
+            kept = self.newest(capacity)
+            self.rows = torch.zeros(capacity, sum(self._widths), device=self.rows.device)
+            self.rows[: len(kept)] = kept
+            self.capacity, self.size, self.position = capacity, len(kept), len(kept) % capacity
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Rows drawn uniformly with replacement, [count, W]."""
+        return self.rows[torch.randint(self.size, (count,), generator=generator, device=self.rows.device)]
+
+    def newest(self, count: int) -> Tensor:
+        """The last rows added, at most `count`, oldest first, [.., W]."""
+        count = min(count, self.size)
+        return (
+            self.rows.roll(-self.position, 0)[-count:]
+            if self.position < count
+            else self.rows[self.position - count : self.position]
+        )
+
+    def unpack(self, rows: Tensor) -> Batch:
+        """Views of rows [B, W]: obs, action, next_obs [B, ...]; reward, terminated [B]."""
+        obs, action, next_obs, reward, terminated = rows.split(self._widths, dim=-1)
+        names = {"obs": obs, "action": action, "next_obs": next_obs}
+        return names | {"reward": reward.squeeze(-1), "terminated": terminated.squeeze(-1)}
+
+    def all(self) -> Batch:
+        """Everything that is kept, oldest first only until the ring has come round."""
+        return self.unpack(self.rows[: self.size])
+
+
+class TensorReplay(ReplayBuffer):
+    """Stable-Baselines3's replay buffer with its rows in `Transitions`, of observation vectors in float32.
+
+    A transition that a time limit cut off is stored as not terminated, with the observation reached.
+
+    Args:
+        buffer_size: transitions kept, all environments together.
+        observation_space: Box, or Dict of Boxes.
+        action_space: Box.
+        device: where the rows live.
+        n_envs: environments that add to it.
+        optimize_memory_usage: not supported; here for Stable-Baselines3's constructor.
+
+    Raises:
+        ValueError: if optimize_memory_usage is asked for.
+    """
+
+    def __init__(
+        self, buffer_size: int, observation_space: spaces.Space, action_space: spaces.Space,  # type: ignore[type-arg]
+        device: torch.device | str = "auto", n_envs: int = 1, optimize_memory_usage: bool = False,
+    ) -> None:  # fmt: skip
+        if optimize_memory_usage:
+            raise ValueError("optimize_memory_usage: got True, expected False; next observations are stored as such")
+        BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs)
+        self.optimize_memory_usage, self.handle_timeout_termination = False, True
+        obs_dim = get_flattened_obs_dim(observation_space)
+        self.transitions = Transitions(buffer_size, obs_dim, self.action_dim, torch.device(self.device))
+
+    def add(
+        self, obs: Any, next_obs: Any, action: np.ndarray, reward: np.ndarray, done: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:  # fmt: skip
+        """Add one transition of each environment; see `ReplayBuffer.add`."""
+        truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
+        vectors = [observation_vectors(each, self.observation_space) for each in (obs, next_obs)]
+        columns = (vectors[0], action.reshape(len(done), -1), vectors[1], reward, done & ~truncated)
+        self.transitions.append(*(torch.as_tensor(each, dtype=torch.float32, device=self.device) for each in columns))
+        self.pos, self.full = self.transitions.position, self.transitions.size == self.buffer_size
+
+    def size(self) -> int:
+        """Number of transitions stored."""
+        return len(self.transitions)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.transitions.position = self.transitions.size = 0
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        """A minibatch in Stable-Baselines3's form, for its callbacks and tools; our agents draw from `transitions`."""
+        generator = torch.Generator(self.transitions.rows.device).manual_seed(int(np.random.randint(2**31)))
+        batch = self.transitions.unpack(self.transitions.draw(batch_size, generator))
+        return ReplayBufferSamples(
+            batch["obs"], batch["action"], batch["next_obs"], batch["terminated"][:, None], batch["reward"][:, None]
+        )
