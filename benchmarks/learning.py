@@ -31,7 +31,7 @@ import tyro
 
 RESULTS = Path(__file__).parent / "results" / "learning"
 EVALUATION_EPISODES = 20
-CURVE_INTERVAL = 10_000
+CURVE_POINTS = 100
 
 # rl_zoo3 2.9.2, hyperparams/ppo.yml, entries HalfCheetah-v4 and Hopper-v4 (it has none for v5).
 ZOO: dict[str, dict[str, Any]] = {
@@ -159,11 +159,37 @@ def policyflow(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     return agent, asdict(config) | {"n_envs": n_envs}
 
 
+def mbpo(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
+    """LipschitzMBPO as `python train.py mbpo --preset fast --env ENV` makes it; model=none is SAC alone."""
+    from driftrl import LipschitzMBPO, LipschitzMBPOConfig
+    from driftrl.agents.registry import AGENTS
+    from driftrl.envs import make_vec
+
+    fields = AGENTS["mbpo"].preset(run.env, "fast") | overrides
+    fields.pop("total_timesteps")
+    env = make_vec(run.env, fields.pop("n_envs"), run.seed)
+    config = LipschitzMBPOConfig(**fields)
+    return LipschitzMBPO("MlpPolicy", env, config=config, seed=run.seed, device="cpu"), asdict(config) | {"n_envs": 1}
+
+
+def sb3_sac(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
+    """SB3's SAC with its own defaults, or fields of it, one environment."""
+    from stable_baselines3 import SAC
+
+    from driftrl.envs import make_vec
+
+    agent = SAC("MlpPolicy", make_vec(run.env, 1, run.seed), seed=run.seed, device="cpu", **overrides)
+    return agent, {"n_envs": 1} | overrides
+
+
 ARMS: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "policyflow": policyflow,
+    "mbpo": mbpo,
+    "sb3-sac": sb3_sac,
     "sb3-preset": sb3_preset,
     "sb3-zoo": sb3_zoo,
 }
+POLICYFLOW_ARMS = ("policyflow:ratio=interpolation", "policyflow:ratio=endpoint", "sb3-preset", "sb3-zoo")
 LABELS = {
     "policyflow:ratio=interpolation": "PolicyFlow, interpolation ratio",
     "policyflow:ratio=endpoint": "PolicyFlow, endpoint ratio",
@@ -198,7 +224,7 @@ def execute(run: Run) -> None:
     from stable_baselines3.common.vec_env import VecNormalize
 
     class Curve(BaseCallback):
-        """Mean return of the last 100 training episodes, every CURVE_INTERVAL steps."""
+        """Mean return of the last training episodes, 100 at most, at CURVE_POINTS times."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -206,7 +232,7 @@ def execute(run: Run) -> None:
 
         def _on_step(self) -> bool:
             buffer = self.model.ep_info_buffer
-            if buffer and self.num_timesteps >= CURVE_INTERVAL * (len(self.points) + 1):
+            if buffer and self.num_timesteps >= run.total_timesteps / CURVE_POINTS * (len(self.points) + 1):
                 self.points.append([self.num_timesteps, sum(e["r"] for e in buffer) / len(buffer)])
             return True
 
@@ -335,7 +361,7 @@ def plot(envs: Sequence[str], arms: Sequence[str], total_timesteps: int, path: P
 
 def main(
     envs: tuple[str, ...] = ("HalfCheetah-v5", "Hopper-v5"),
-    arms: tuple[str, ...] = tuple(LABELS),
+    arms: tuple[str, ...] = POLICYFLOW_ARMS,
     seeds: tuple[int, ...] = (0, 1, 2),
     total_timesteps: int = 1_000_000,
     jobs: int = 2,
@@ -375,7 +401,8 @@ def main(
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             list(pool.map(launch, missing))
     print(table(envs, arms, total_timesteps))
-    print("\n" + time_table(envs, arms, total_timesteps))
+    if "sb3-zoo" in arms:
+        print("\n" + time_table(envs, arms, total_timesteps))
     plot(envs, arms, total_timesteps, figure)
 
 

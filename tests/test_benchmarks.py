@@ -19,7 +19,7 @@ def learning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, "learning", module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(module, "CURVE_INTERVAL", 500)
+    monkeypatch.setattr(module, "CURVE_POINTS", 4)
     return module
 
 
