@@ -43,7 +43,8 @@ def adversary(
         gap: `value_gap`.
         batch: obs; "start", uniform in [-1, 1] like obs; for langevin "ascent_noise", standard normal, [B, steps, O].
         radius: largest change of each observation, [O].
-        method: "fgsm" (one sign step), "pgd" (several) or "langevin" (ascent at a temperature).
+        method: "fgsm" (one sign step, from "start" across the whole ball: to a corner), "pgd" (several) or "langevin"
+            (ascent at a temperature).
         steps: of pgd and langevin.
         temperature: of langevin, in units of the gap.
     """
