@@ -48,9 +48,8 @@ def adversary(
         steps: of pgd and langevin.
         temperature: of langevin, in units of the gap.
     """
-    options: dict[str, Any] = (
-        {"steps": 1, "step_size": 1.0} if method == "fgsm" else {"steps": steps, "step_size": 2 / steps}
-    )
+    steps = 1 if method == "fgsm" else steps
+    options: dict[str, Any] = {"steps": steps, "step_size": 2 / steps}
     if method == "langevin":
         options |= {"temperature": temperature, "noise": batch["ascent_noise"].unbind(1)}
     return adversarial_states(gap, batch["obs"], radius=radius, start=batch["start"], **options)

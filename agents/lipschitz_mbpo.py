@@ -186,7 +186,7 @@ class LipschitzMBPO(OffPolicyAlgorithm):
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": SACPolicy, "MultiInputPolicy": SACPolicy}
     policy: SACPolicy
     replay_buffer: TensorReplay | None
-    model: TransitionModel | None
+    transition: TransitionModel | None
 
     def __init__(
         self, policy: str | type[SACPolicy] = "MlpPolicy", env: GymEnv | str | None = None,
@@ -238,10 +238,10 @@ class LipschitzMBPO(OffPolicyAlgorithm):
         target_entropy = -float(policy.action_dim) if config.target_entropy is None else config.target_entropy
         terms = partial(losses, config=config, target_entropy=target_entropy)
         self._gradient = Objective(policy, terms, "train/loss", None).gradient
-        self.model = None
+        self.transition = None
         if config.model != "none":
             self._terminated = self._termination_rule()
-            self.model = self._build_model().to(self.device)
+            self.transition = self._build_model().to(self.device)
             rollouts = config.model_rollouts * config.model_retain
             self.imagined = Transitions(rollouts, policy.obs_dim, policy.action_dim, policy.device)
 
@@ -281,7 +281,7 @@ class LipschitzMBPO(OffPolicyAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         names = ["policy", "policy.optimizer"]
-        return (names if self.model is None else [*names, "model", "model.optimizer"]), []
+        return (names if self.transition is None else [*names, "transition", "transition.optimizer"]), []
 
     def learn(
         self, total_timesteps: int, callback: MaybeCallback = None, log_interval: int = 4,
@@ -307,9 +307,9 @@ class LipschitzMBPO(OffPolicyAlgorithm):
         if self._seen == 0 or self.num_timesteps - self._fitted_at >= config.model_interval:
             self._fitted_at = self.num_timesteps
             self._learn_scales()
-            if self.model is not None:
-                self._fit_model(self.model)
-                self._imagine(self.model, config.horizon_at(self.num_timesteps))
+            if self.transition is not None:
+                self._fit_model(self.transition)
+                self._imagine(self.transition, config.horizon_at(self.num_timesteps))
         vector, metrics = policy.joined(), []
         for batch in self._minibatches(gradient_steps * self.n_envs, batch_size):
             vector.grad, terms = self._gradient(batch)
@@ -336,7 +336,7 @@ class LipschitzMBPO(OffPolicyAlgorithm):
     def _minibatches(self, count: int, size: int) -> list[Batch]:
         """Minibatches of real and imagined transitions, with all noise that the losses need."""
         policy, real = self.policy, self._real
-        share = self.config.real_ratio if self.model is not None and len(self.imagined) else 1.0
+        share = self.config.real_ratio if self.transition is not None and len(self.imagined) else 1.0
         owed = [int(self._carry + share * size * i) for i in range(count + 1)]
         self._carry = (self._carry + share * size * count) % 1.0
         drawn = real.draw(owed[-1], self._generator)
@@ -407,8 +407,8 @@ class LipschitzMBPO(OffPolicyAlgorithm):
         """Log what model and value are worth; warn of critics that run away."""
         real, config, policy = self._real, self.config, self.policy
         found = value_diagnostics(policy, batch, config.robust_radius)
-        if self.model is not None:
-            found |= model_diagnostics(self.model, policy, real, self.n_envs)
+        if self.transition is not None:
+            found |= model_diagnostics(self.transition, policy, real, self.n_envs)
         # No return exceeds the sum of the largest rewards; twice that leaves room for entropy and exploration.
         limit = 2 * real.all()["reward"].abs().max().item() / max(1 - config.gamma, 1e-3)
         largest = found["lipschitz/largest_value"]
