@@ -40,11 +40,11 @@ class Linear(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.w = nn.Parameter(torch.randn(2, dim, dtype=torch.float64))
+        self.weight = nn.Parameter(torch.randn(2, dim, dtype=torch.float64))
         self.b = nn.Parameter(torch.randn(1, dtype=torch.float64))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        return self.w @ obs.T + action @ self.b
+        return self.weight @ obs.T + action @ self.b
 
 
 @pytest.mark.parametrize("method", ["fgsm", "pgd"])
@@ -53,8 +53,8 @@ def test_the_robust_term_and_its_gradient_are_those_of_a_linear_critic(method: s
     # where the slopes of both critics agree in sign, which proportional weights make sure of.
     critic, unit = Linear(3), torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)
     with torch.no_grad():
-        critic.w.abs_()
-        critic.w[1] = 2 * critic.w[0]
+        critic.weight.abs_()
+        critic.weight[1] = 2 * critic.weight[0]
     policy: Any = SimpleNamespace(critic=critic, actor=None)
     generator = torch.Generator().manual_seed(0)
     sizes = {"obs": 3, "action": 1, "start": 3}
@@ -64,9 +64,9 @@ def test_the_robust_term_and_its_gradient_are_those_of_a_linear_critic(method: s
     states = adversary(gap, batch, radius, method, steps=8)
     assert ((states - batch["obs"]).abs() <= radius * (1 + 1e-12)).all()
     penalty = gap(states).mean()
-    reach = critic.w.detach() @ radius
+    reach = critic.weight.detach() @ radius
     assert penalty.item() == pytest.approx(reach.square().sum().item())
-    (slope,) = torch.autograd.grad(penalty, critic.w)
+    (slope,) = torch.autograd.grad(penalty, critic.weight)
     torch.testing.assert_close(slope, 2 * reach[:, None] * radius)
     for name, parameter in critic.named_parameters():
         assert parameter.grad is None, name
@@ -192,7 +192,7 @@ def test_diagnostics_of_a_perfect_model_and_a_linear_value() -> None:
     critic = Linear(4).float()
     learner.policy.critic = critic  # type: ignore[assignment]
     slope = value_diagnostics(learner.policy, batch, 0.1)["lipschitz/slope"]
-    w = critic.w.detach() * learner.policy.unit()
+    w = critic.weight.detach() * learner.policy.unit()
     draws = torch.empty(100_000, 4).uniform_(-1, 1)
     assert slope == pytest.approx((draws @ w.T).abs().mean().item(), rel=0.1)  # of 256 states
 

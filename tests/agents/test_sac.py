@@ -43,8 +43,8 @@ def test_log_prob_is_that_of_the_tanh_of_a_gaussian() -> None:
 def test_log_prob_stays_finite_where_tanh_saturates() -> None:
     actor = SquashedActor(1, 1, (4,), "relu")
     with torch.no_grad():
-        actor.body[-1].weight.zero_()  # type: ignore[union-attr, operator]
-        actor.body[-1].bias.copy_(torch.tensor([40.0, 0.0]))  # type: ignore[union-attr, operator]
+        actor.body[-1].weight.zero_()  # type: ignore[operator]
+        actor.body[-1].bias.copy_(torch.tensor([40.0, 0.0]))  # type: ignore[operator]
     sample = actor.sample(torch.zeros(1, 1), torch.zeros(1, 1))
     # -log N(0; 0, 1) = log(2 pi)/2 and log(1 - tanh(40)^2) = log 4 - 80 to float precision
     assert sample.log_prob.item() == pytest.approx(80 - np.log(4) - 0.5 * np.log(2 * np.pi), rel=1e-5)
@@ -56,7 +56,7 @@ def test_twin_critics_are_two_networks() -> None:
     values = critic(obs, action)
     for i in range(2):
         single = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
-        layers: list[tuple[Any, Any]] = list(zip(critic.layers[::2], single[::2], strict=True))
+        layers: Any = zip(critic.layers[::2], single[::2], strict=True)  # type: ignore[call-overload]
         for ours, theirs in layers:
             theirs.weight.data, theirs.bias.data = ours.weight[i].T, ours.bias[i, 0]
         torch.testing.assert_close(values[i], single(torch.cat([obs, action], 1)).squeeze(-1))
