@@ -69,7 +69,10 @@ def interpolate(batch: Batch) -> Tensor:
 
 def _remaining(eps: float, steps: int) -> float:
     """What the last `steps` steps of an SDE leave of a displacement where dv/dx = 0: its score pulls to the base."""
-    return math.prod(1 - eps / i for i in range(1, steps + 1))
+    left = 1.0
+    for i in range(1, steps + 1):
+        left *= 1 - eps / i
+    return left
 
 
 def quadrature(actor: FlowActor) -> tuple[list[float], list[float]]:
