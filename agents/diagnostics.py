@@ -66,10 +66,11 @@ def action_entropy(actor: FlowActor, obs: Tensor, latents: int = LATENTS) -> Ten
 
     Nested Monte Carlo: the density of an action is averaged over fresh latents,
     ``-E log(1/M sum_j N(a; phi_1(z_j), std^2))``. By Jensen's inequality an upper bound of the entropy in
-    expectation; tight where the action noise is not much narrower than the spread of the flow's endpoints.
+    expectation; tight where the action noise is not much narrower than the spread of the flow's endpoints. Where the
+    action noise is correlated, this is the entropy without knowledge of its past.
     """
     generator = torch.Generator(obs.device).manual_seed(0)
-    noise = torch.randn(2, len(obs) * latents, actor.log_std.shape[0], generator=generator, device=obs.device)
+    noise = torch.randn(actor.draws, len(obs) * latents, actor.log_std.shape[0], generator=generator, device=obs.device)
     x1 = actor.sample(obs.repeat_interleave(latents, 0), noise).x1.view(len(obs), latents, -1)
     action = actor.sample(obs, noise[:, -len(obs) :].flip(0)).action
     log_density = gaussian_log_prob(action.unsqueeze(1), x1, actor.noise_log_std())

@@ -3,7 +3,7 @@
 Given an observation s::
 
     z ~ base(s)                     base: N(0, base_std^2), N(0, s^2) or N(m(s), s^2)
-    x1 = phi_1(z; s)                phi: the flow of dx/dt = v(t, x, s) from t = 0 to 1
+    x1 = phi_1(z; s)                phi: the flow of dx/dt = v(t, x, s) from t = 0 to 1, or an SDE of the same v
     action = x1 + n,  n ~ N(0, std^2)
 
 The actor works in normalised actions, in which the action space is [-1, 1]^D; `unscale_action` maps them to the
@@ -22,7 +22,9 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from ..dynamics.fields import MLPField
-from ..dynamics.ode import odeint
+from ..dynamics.noise import BrownianGrid
+from ..dynamics.ode import bind, odeint, time_grid
+from ..dynamics.sde import interpolant_sde, sdeint
 from .joined_policy import JoinedPolicy
 from .networks import ACTIVATIONS, RunningNorm, gaussian_log_prob, mlp
 
@@ -50,14 +52,16 @@ class FlowActor(nn.Module):
         log_std_init: initial log standard deviation of the action noise.
         solver: name of the ODE solver.
         solver_steps: number of its steps.
+        langevin_eps: noise of the flow while sampling, see `flow`; 0: an ODE. Above 0 the solver must be euler.
     """
 
     def __init__(
         self, obs_dim: int, action_dim: int, *, hidden: tuple[int, ...], activation: str, base: str, base_std: float,
-        log_std_init: float, solver: str, solver_steps: int,
+        log_std_init: float, solver: str, solver_steps: int, langevin_eps: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.solver, self.solver_steps = solver, solver_steps
+        self.solver, self.solver_steps, self.langevin_eps = solver, solver_steps, langevin_eps
+        self.draws = 2 + (solver_steps if langevin_eps else 0)  # standard normals per sample and dimension
         # Last layers are zero: the flow starts as the identity (the paper's best initialisation), the base at mean 0.
         self.field = MLPField(action_dim, obs_dim, hidden=hidden, activation=activation, last_layer_scale=0.0)
         self.base_mean = mlp([obs_dim, *hidden, action_dim], activation, 0.0) if base == "gaussian" else None
@@ -75,23 +79,39 @@ class FlowActor(nn.Module):
         """Log standard deviation of the action noise, [D]."""
         return self.log_std.clamp(*LOG_STD_RANGE)
 
-    def flow(self, z: Tensor, obs: Tensor) -> Tensor:
-        """Carry z [B, D] to x1 [B, D] by the flow given obs [B, O]."""
-        return odeint(self.field, z, steps=self.solver_steps, solver=self.solver, cond=obs)
+    def flow(self, z: Tensor, obs: Tensor, path: Tensor | None = None) -> Tensor:
+        """Carry z [B, D] to x1 [B, D] given obs [B, O]: by the ODE or, along standard normal noise, by an SDE.
+
+        ``dx = (v + eps s^2 score) dt + sqrt(2 eps) s dW`` with ``s^2 score = (t v - (x - m)) / (1 - t)`` for a base
+        N(m, s^2): `interpolant_sde` in units of the base, by Euler and Maruyama.
+
+        Args:
+            z: start.
+            obs: normalised observations.
+            path: the noise of each step, [steps, B, D], or None.
+        """
+        if path is None or not self.langevin_eps:
+            return odeint(self.field, z, steps=self.solver_steps, solver=self.solver, cond=obs)
+        mean, log_std = self.base(obs)
+        std, step = log_std.exp(), 1 / self.solver_steps
+        velocity = bind(self.field, obs, time_grid(self.solver_steps, "euler")[:-1])
+        sde = interpolant_sde(lambda t, x, cond: velocity(t, mean + std * x) / std, self.langevin_eps)
+        noise = BrownianGrid(step, path * math.sqrt(step))
+        return mean + std * sdeint(sde, (z - mean) / std, steps=self.solver_steps, noise=noise)
 
     def sample(self, obs: Tensor, noise: Tensor) -> FlowSample:
-        """Draw from the policy given obs [B, O] and standard normal noise [2, B, D], the first half for z."""
+        """Draw given obs [B, O] and standard normal noise [draws, B, D]: for z, for the action, for the path."""
         mean, log_std = self.base(obs)
         z = mean + log_std.exp() * noise[0]
-        x1 = self.flow(z, obs)
+        x1 = self.flow(z, obs, noise[2:])
         return FlowSample(z, x1, x1 + self.noise_log_std().exp() * noise[1])
 
     def mode(self, obs: Tensor) -> Tensor:
-        """The deterministic action [B, D]: z at the mean of the base, no action noise."""
+        """The deterministic action [B, D]: the ODE from the mean of the base, no noise."""
         return self.flow(self.base(obs)[0], obs)
 
     def log_prob(self, obs: Tensor, sample: FlowSample) -> Tensor:
-        """Joint log-density of (z, action) given obs, [B], in nats: what importance ratios are taken of."""
+        """Joint log-density of (z, action) given obs and the path's noise, [B], in nats, of uncorrelated actions."""
         base = gaussian_log_prob(sample.z, *self.base(obs))
         return base + gaussian_log_prob(sample.action, sample.x1, self.noise_log_std())
 
@@ -105,7 +125,7 @@ class FlowPolicy(JoinedPolicy):
         lr_schedule: progress remaining (1 to 0) -> learning rate.
         net_arch: widths of the hidden layers, one list for both networks or {"pi": [...], "vf": [...]}.
         activation_fn: a key of `ACTIVATIONS` or one of its torch modules.
-        base, base_std, log_std_init, solver, solver_steps: see `FlowActor`.
+        base, base_std, log_std_init, solver, solver_steps, langevin_eps: see `FlowActor`.
         normalize_observation: standardise observations with running statistics.
         ema_decay: decay of the weight average used for prediction; 0 for none.
         optimizer_class: optimizer of all parameters.
@@ -121,7 +141,7 @@ class FlowPolicy(JoinedPolicy):
         self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], lr_schedule: Schedule, *,
         net_arch: list[int] | dict[str, list[int]] | None = None, activation_fn: str | type[nn.Module] = "silu",
         base: str = "learned", base_std: float = 0.1, log_std_init: float = math.log(0.5), solver: str = "euler",
-        solver_steps: int = 2, normalize_observation: bool = True, ema_decay: float = 0.0,
+        solver_steps: int = 2, langevin_eps: float = 0.0, normalize_observation: bool = True, ema_decay: float = 0.0,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
@@ -133,12 +153,16 @@ class FlowPolicy(JoinedPolicy):
             raise ValueError(f"base: got {base!r}, expected standard, learned or gaussian")
         if not base_std > 0:
             raise ValueError(f"base_std: got {base_std}, expected a number above 0")
+        if not 0 <= langevin_eps <= 1:
+            raise ValueError(f"langevin_eps: got {langevin_eps}, expected a number in [0, 1]")
+        if langevin_eps and solver != "euler":
+            raise ValueError(f"solver: got {solver}, expected euler, the one that integrates the flow as an SDE")
         activation = next((name for name, module in ACTIVATIONS.items() if activation_fn in (name, module)), None)
         if activation is None:
             raise ValueError(f"unknown activation: got {activation_fn!r}, expected one of {', '.join(ACTIVATIONS)}")
         self._arguments = {
             "net_arch": net_arch, "activation_fn": activation, "base": base, "base_std": base_std,
-            "log_std_init": log_std_init, "solver": solver, "solver_steps": solver_steps,
+            "log_std_init": log_std_init, "solver": solver, "solver_steps": solver_steps, "langevin_eps": langevin_eps,
             "normalize_observation": normalize_observation, "ema_decay": ema_decay,
             "optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs,
         }  # fmt: skip
@@ -148,6 +172,7 @@ class FlowPolicy(JoinedPolicy):
         self.actor = FlowActor(
             self.obs_dim, self.action_dim, hidden=tuple(net_arch["pi"]), activation=activation, base=base,
             base_std=base_std, log_std_init=log_std_init, solver=solver, solver_steps=solver_steps,
+            langevin_eps=langevin_eps,
         )  # fmt: skip
         self.critic = mlp([self.obs_dim, *net_arch["vf"], 1], activation, 1.0)
         self.averaging = 1 - ema_decay
@@ -161,7 +186,7 @@ class FlowPolicy(JoinedPolicy):
         return self.obs_norm.forward(features) if self.normalize_observation else features
 
     def act(self, features: Tensor, noise: Tensor) -> Tensor:
-        """Draw z, x1 and action given raw observation vectors [N, O] and standard normal noise [2, N, D]; [3, N, D]."""
+        """Draw z, x1 and action [3, N, D] given raw observation vectors [N, O] and noise as for `sample`."""
         return torch.stack(self.actor.sample(self.normalize(features), noise))
 
     def value(self, obs: Tensor) -> Tensor:
@@ -174,11 +199,15 @@ class FlowPolicy(JoinedPolicy):
 
         Args:
             obs: batch of observations.
-            deterministic: z at the mean of the base and no action noise.
+            deterministic: z at the mean of the base and no noise.
         """
         vector = self.normalize(self.features(obs))
-        noise = torch.zeros if deterministic else torch.randn
-        sample = self.actor.sample(vector, noise(2, vector.shape[0], self.action_dim, device=vector.device))
+        if deterministic:
+            x1 = self.actor.mode(vector)
+            sample = FlowSample(self.actor.base(vector)[0], x1, x1)
+        else:
+            noise = torch.randn(self.actor.draws, len(vector), self.action_dim, device=vector.device)
+            sample = self.actor.sample(vector, noise)
         return sample.action, self.value(vector).unsqueeze(-1), self.actor.log_prob(vector, sample)
 
     def predict_values(self, obs: PyTorchObs) -> Tensor:
@@ -192,7 +221,7 @@ class FlowPolicy(JoinedPolicy):
         actor = self.actor if self.averaged_actor is None else self.averaged_actor
         if deterministic:
             return actor.mode(vector).clamp(-1, 1)
-        noise = torch.randn(2, vector.shape[0], self.action_dim, device=vector.device)
+        noise = torch.randn(actor.draws, len(vector), self.action_dim, device=vector.device)
         return actor.sample(vector, noise).action.clamp(-1, 1)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import LinearSchedule, explained_variance, update_learning_rate
 from torch import Tensor
 
-from ..dynamics.regularize import jacobian_penalty
+from ..dynamics.regularize import jacobian_penalty, local_error_penalty
 from .compiling import Compiled, Objective, compiling_pays
 from .config import given_at_load, require, resolve, validate
 from .diagnostics import flow_diagnostics
@@ -72,13 +72,22 @@ class PolicyFlowConfig:
     """ODE solver of the flow."""
     solver_steps: int = 2
     """Fixed steps of the solver from flow time 0 to 1, >= 1."""
+    sampler: Literal["ode", "sde"] = "ode"
+    """While sampling, the flow is an ODE, or an SDE by Euler and Maruyama (solver euler)."""
+    langevin_eps: float = 0.1
+    """sampler sde: noise of the flow, in (0, 1], in units of the base's variance / flow time."""
     base: Literal["standard", "learned", "gaussian"] = "learned"
-    """Base distribution of z: standard N(0, base_std^2) fixed; learned N(0, s^2), s learned from base_std;
-    gaussian N(m(s), s^2) with a mean network."""
+    """Base of z: standard N(0, base_std^2); learned N(0, s^2), s learned from base_std; gaussian N(m(obs), s^2)."""
     base_std: float = 0.1
     """(Initial) standard deviation of the base, > 0, in units of half the action range."""
     action_std: float = 0.5
     """Initial standard deviation of the action noise, > 0, in units of half the action range."""
+    exploration_noise: Literal["gaussian", "ou", "fractional"] = "gaussian"
+    """Action noise over an episode: independent, Ornstein-Uhlenbeck, increments of fractional Brownian motion."""
+    noise_time: float = 2.0
+    """exploration_noise ou: correlation time in steps, > 0."""
+    hurst: float = 0.7
+    """exploration_noise fractional: Hurst exponent in [0.3, 1): below 1/2 alternating, above persistent."""
     brownian: Literal["paper", "consistent"] = "consistent"
     """Form of the Brownian regularizer: the paper's, or the self-consistent one that aims at brownian_std."""
     brownian_coef: float = 0.0
@@ -87,6 +96,8 @@ class PolicyFlowConfig:
     """Standard deviation that the consistent Brownian regularizer drives the flow's samples to, > 0."""
     jacobian_coef: float = 0.0
     """Weight of the squared Frobenius norm of the field's Jacobian, >= 0; 0 switches it off."""
+    solver_error_coef: float = 0.0
+    """Weight of the estimated error of a DOPRI5 step of half the flow time, >= 0; 0 switches it off."""
     actor_hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of the velocity field (and of the base's mean)."""
     critic_hidden: tuple[int, ...] = (64, 64)
@@ -100,8 +111,7 @@ class PolicyFlowConfig:
     normalize_reward: bool = True
     """Divide rewards by the running standard deviation of the discounted return."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile rollout and update: the same results up to rounding, after some 20 seconds. auto: where the run is long
-    enough to make up for them and a C++ compiler is found."""
+    """Compile rollout and update: the same up to rounding, after 20 s. auto: in long runs, if a compiler is found."""
     diagnostics_interval: int = 10
     """Iterations between the flow/ diagnostics in the log, >= 0; 0: never."""
 
@@ -110,9 +120,11 @@ class PolicyFlowConfig:
             self,
             {
                 "a number above 0": "learning_rate clip_range max_grad_norm desired_kl lr_min lr_max "
-                "base_std action_std brownian_std",
+                "base_std action_std brownian_std noise_time",
+                "a number above 0, at most 1": "langevin_eps",
+                "a number in [0.3, 1)": "hurst",
                 "a number above 0, or None": "clip_range_vf target_kl",
-                "a number of at least 0": "ent_coef vf_coef weight_decay brownian_coef jacobian_coef",
+                "a number of at least 0": "ent_coef vf_coef weight_decay brownian_coef jacobian_coef solver_error_coef",
                 "a number in [0, 1]": "gamma gae_lambda",
                 "a number in [0, 1)": "ema_decay",
                 "an integer of at least 1": "n_steps batch_size n_epochs solver_steps",
@@ -121,6 +133,7 @@ class PolicyFlowConfig:
                 "True or False": "normalize_advantage normalize_observation normalize_reward",
             },
         )
+        require(self, "solver", self.sampler == "ode" or self.solver == "euler", "euler with sampler sde")
         require(self, "lr_max", self.lr_max >= self.lr_min, f"a number of at least lr_min = {self.lr_min}")
 
 
@@ -167,8 +180,7 @@ def brownian_loss(velocity: Tensor, batch: Batch, form: str, std: float) -> Tens
 def losses(policy: FlowPolicy, batch: Batch, ratio: Ratio, config: PolicyFlowConfig) -> dict[str, Tensor]:
     """The objective "train/loss" of a minibatch, its unweighted terms and what is logged beside them; scalars.
 
-    The entropy is that of the two Gaussians, of the action noise and of the base, in nats per sample; a base that is
-    not learned adds a constant.
+    The entropy is that of action noise and base, in nats per sample, up to what does not depend on the parameters.
     """
     actor, obs = policy.actor, batch["obs"]
     old_to_new = ratio.terms(actor, batch)
@@ -184,14 +196,17 @@ def losses(policy: FlowPolicy, batch: Batch, ratio: Ratio, config: PolicyFlowCon
         "train/clip_fraction": (old_to_new.log_ratio.expm1().abs() > config.clip_range).float().mean(),
     }
     if config.brownian_coef > 0:
-        velocity = old_to_new.velocity
-        if velocity is None:
-            velocity = actor.field(batch["t"], interpolate(batch), obs)
-        terms["flow/brownian_loss"] = brownian_loss(velocity, batch, config.brownian, config.brownian_std)
+        v = old_to_new.velocity
+        v = actor.field(batch["t"], interpolate(batch), obs) if v is None else v
+        terms["flow/brownian_loss"] = brownian_loss(v, batch, config.brownian, config.brownian_std)
         total = total + config.brownian_coef * terms["flow/brownian_loss"]
     if config.jacobian_coef > 0:
         terms["flow/jacobian_loss"] = jacobian_penalty(actor.field, batch["t"], interpolate(batch), obs).mean()
         total = total + config.jacobian_coef * terms["flow/jacobian_loss"]
+    if config.solver_error_coef > 0:
+        t, x = batch["t_error"], interpolate(batch | {"t": batch["t_error"]})
+        terms["flow/solver_error"] = local_error_penalty(actor.field, t, x, obs, h=0.5).mean()
+        total = total + config.solver_error_coef * terms["flow/solver_error"]
     return terms | {"train/loss": total}
 
 
@@ -202,13 +217,13 @@ class PolicyFlow(FlowRollouts):
     """PPO with a continuous normalizing flow as its policy (Yang, Liu, Chen 2026, arXiv 2602.01156).
 
     A Stable-Baselines3 algorithm: `learn`, `save`, `load`, `predict`, callbacks and loggers are those of its PPO.
-    ``predict(deterministic=True)`` starts the flow at the mean of the base (z = 0) and adds no action noise.
+    ``predict(deterministic=True)`` follows the ODE from the mean of the base (z = 0) and adds no action noise;
+    otherwise it samples, as training does, but with noise that is independent from call to call.
 
     Args:
         policy: "MlpPolicy", "MultiInputPolicy" (Dict observations) or a subclass of `FlowPolicy`.
         env: environment, vectorised environment or registered id, with Box actions; None only to load.
-        learning_rate: in place of config.learning_rate; a function of the remaining progress (1 to 0) also replaces
-            config.lr_schedule.
+        learning_rate: in place of config.learning_rate; a function of what remains (1 to 0) also replaces lr_schedule.
         config: hyperparameters.
         policy_kwargs: arguments of `FlowPolicy` that take precedence over the config.
         stats_window_size: episodes that rollout/ep_rew_mean averages over.
@@ -238,8 +253,7 @@ class PolicyFlow(FlowRollouts):
         if learning_rate is not None and not callable(learning_rate):
             fields["learning_rate"] = learning_rate
         self.config = resolve(config or PolicyFlowConfig(), fields)
-        self._iteration = 0
-        self._rate = self.config.learning_rate  # the adaptive learning rate
+        self._iteration, self._rate = 0, self.config.learning_rate  # the adaptive learning rate
         super().__init__(
             policy, env,  # type: ignore[arg-type]
             learning_rate=learning_rate if callable(learning_rate) else self.config.learning_rate,
@@ -256,10 +270,8 @@ class PolicyFlow(FlowRollouts):
             self._rate = self.config.learning_rate
         config, samples = self.config, self.config.n_steps * self.n_envs
         if config.batch_size > samples:
-            raise ValueError(
-                f"batch_size: got {config.batch_size}, expected at most n_steps x environments = {config.n_steps} x "
-                f"{self.n_envs} = {samples}; lower batch_size or raise n_steps"
-            )
+            most = f"n_steps x environments = {config.n_steps} x {self.n_envs} = {samples}"
+            raise ValueError(f"batch_size: got {config.batch_size}, expected at most {most}; lower it or raise n_steps")
         if not callable(self.learning_rate) and config.lr_schedule == "linear":
             self.learning_rate = LinearSchedule(config.learning_rate, 0.0, 1.0)
         if config.normalize_advantage and samples < 2:
@@ -271,6 +283,7 @@ class PolicyFlow(FlowRollouts):
             "activation_fn": config.activation, "base": config.base, "base_std": config.base_std,
             "log_std_init": math.log(config.action_std), "solver": config.solver, "solver_steps": config.solver_steps,
             "normalize_observation": config.normalize_observation, "ema_decay": config.ema_decay,
+            "langevin_eps": config.langevin_eps if config.sampler == "sde" else 0.0,
         }  # fmt: skip
         if "optimizer_class" not in self.policy_kwargs:
             defaults["optimizer_kwargs"] = {"weight_decay": config.weight_decay, "eps": 1e-5, "fused": True}
@@ -281,7 +294,7 @@ class PolicyFlow(FlowRollouts):
         self._act = self.policy.act
         terms = partial(losses, ratio=self._ratio, config=config)
         self._gradient = Objective(self.policy, terms, "train/loss", config.max_grad_norm).gradient
-        self._setup_rollout()
+        self._setup_rollout(config.exploration_noise, config.noise_time, config.hurst)
 
     def learn(
         self, total_timesteps: int, callback: MaybeCallback = None, log_interval: int = 1,
@@ -306,7 +319,6 @@ class PolicyFlow(FlowRollouts):
         config, policy, batch = self.config, self.policy, self.batch
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
-        explained = explained_variance(batch["values"].cpu().numpy(), batch["returns"].cpu().numpy())
         if config.normalize_advantage:
             advantages = batch["advantages"]
             batch["advantages"] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -318,6 +330,9 @@ class PolicyFlow(FlowRollouts):
         passes: list[dict[str, float]] = []
         for _ in range(config.n_epochs):
             epoch = draw_interpolation(policy.actor, batch, self._generator) if "v_nodes" in batch else batch
+            if config.solver_error_coef > 0:
+                t_error = torch.empty_like(batch["values"]).uniform_(0, 0.5, generator=self._generator)
+                epoch = epoch | {"t_error": t_error}
             passes.append(self._fit_once(epoch))
             if config.target_kl is not None and passes[-1]["train/approx_kl"] > 1.5 * config.target_kl:
                 break
@@ -327,9 +342,8 @@ class PolicyFlow(FlowRollouts):
             self._adapt_learning_rate(means["train/approx_kl"])
         if config.diagnostics_interval and self._iteration % config.diagnostics_interval == 0:
             means |= flow_diagnostics(policy.actor, self._ratio, epoch, config.clip_range)
-        means["train/explained_variance"] = explained
-        means["train/clip_range"] = config.clip_range
-        means["train/learning_rate"] = policy.optimizer.param_groups[0]["lr"]
+        means["train/explained_variance"] = explained_variance(*(batch[k].cpu().numpy() for k in ("values", "returns")))
+        means |= {"train/clip_range": config.clip_range, "train/learning_rate": policy.optimizer.param_groups[0]["lr"]}
         means["train/std"] = policy.actor.noise_log_std().exp().mean().item()
         means["flow/base_std"] = policy.actor.base_log_std.exp().mean().item()
         for name, value in means.items():

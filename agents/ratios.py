@@ -1,7 +1,10 @@
 """Importance ratios of flow policies: how much more likely a policy makes the (z, action) that was drawn.
 
 All of them condition on z. p(z) is part of the sampled object, so ``E[ratio * advantage]`` over (z, action) is
-unbiased, and a base that is learned contributes its own exact factor ``p(z | s) / p_old(z | s)``.
+unbiased, and a base that is learned contributes its own exact factor ``p(z | s) / p_old(z | s)``. They also condition
+on the noise along the flow, whose law does not depend on the policy, and on the memory of correlated action noise:
+that is part of the state, with the policy that acted as its filter, and the action is
+``N(x1 + std noise_mean, (std noise_scale)^2)``.
 
 A ratio is asked twice. `record` runs once per rollout, while the policy still is the one that acted, and adds to the
 batch what only that policy knows. `terms` runs in every minibatch, with gradient.
@@ -9,6 +12,7 @@ batch what only that policy knows. `terms` runs in every minibatch, with gradien
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -43,11 +47,17 @@ class Ratio(Protocol):
 def _terms(actor: FlowActor, batch: Batch, shift: Tensor) -> RatioTerms:
     """Ratio and KL of a policy whose flow ends `shift` [B, D] away from x1: Gaussians in z and in the action."""
     noise, log_std = batch["action"] - batch["x1"], actor.noise_log_std()
+    old_shift, old_log_std = torch.zeros_like(shift), batch["log_std"]
+    if "noise_mean" in batch:
+        log_scale = batch["noise_scale"].log()
+        shift = shift + log_std.exp() * batch["noise_mean"]
+        old_shift, old_log_std = old_log_std.exp() * batch["noise_mean"], old_log_std + log_scale
+        log_std = log_std + log_scale
     mean, base_log_std = actor.base(batch["obs"])
-    log_ratio = gaussian_log_prob(noise, shift, log_std) - gaussian_log_prob(noise, 0.0, batch["log_std"])
+    log_ratio = gaussian_log_prob(noise, shift, log_std) - gaussian_log_prob(noise, old_shift, old_log_std)
     log_ratio = log_ratio + gaussian_log_prob(batch["z"], mean, base_log_std)
     log_ratio = log_ratio - gaussian_log_prob(batch["z"], batch["base_mean"], batch["base_log_std"])
-    kl = gaussian_kl(torch.zeros_like(shift), batch["log_std"], shift, log_std)
+    kl = gaussian_kl(old_shift, old_log_std, shift, log_std)
     kl = kl + gaussian_kl(batch["base_mean"], batch["base_log_std"], mean, base_log_std)
     return RatioTerms(log_ratio, kl)
 
@@ -57,9 +67,24 @@ def interpolate(batch: Batch) -> Tensor:
     return torch.lerp(batch["z"], batch["x1"], batch["t"].unsqueeze(-1))
 
 
+def _remaining(eps: float, steps: int) -> float:
+    """What the last `steps` steps of an SDE leave of a displacement where dv/dx = 0: its score pulls to the base."""
+    left = 1.0
+    for i in range(1, steps + 1):
+        left *= 1 - eps / i
+    return left
+
+
 def quadrature(actor: FlowActor) -> tuple[list[float], list[float]]:
-    """Times ``(k + c_i) / steps`` of the solver's quadrature and weights ``b_i / steps``, without those of weight 0."""
-    tableau, steps = SOLVERS[actor.solver], actor.solver_steps
+    """Times ``(k + c_i) / steps`` of the solver's quadrature and weights ``b_i / steps``, without those of weight 0.
+
+    The weights are the velocities' shares in the endpoint where dv/dx = 0. An SDE adds ``eps t / (1 - t)`` to the share
+    of a velocity and forgets early ones.
+    """
+    tableau, steps, eps = SOLVERS[actor.solver], actor.solver_steps, actor.langevin_eps
+    if eps:
+        shares = [(1 + eps * k / (steps - k)) * _remaining(eps, steps - 1 - k) / steps for k in range(steps)]
+        return [k / steps for k, w in enumerate(shares) if w > 0], [w for w in shares if w > 0]
     nodes = [(k + c) / steps for k in range(steps) for b, c in zip(tableau.b, tableau.c, strict=True) if b > 0]
     return nodes, [b / steps for _ in range(steps) for b in tableau.b if b > 0]
 
@@ -90,7 +115,8 @@ class InterpolationRatio:
 
     ``rho = N(noise; dv, std^2) / N(noise; 0, std_old^2)`` times the base's factor (arXiv 2602.01156, section 3).
     Exact when the field depends on the observation alone; otherwise biased, the more so the larger |dv/dx| is
-    (`docs/policyflow.md`). One field evaluation per minibatch, whatever the solver.
+    (`docs/policyflow.md`). One field evaluation per minibatch, whatever the solver. Of an SDE, what a move of the base
+    does to the endpoint is added, with dv/dx = 0 there as well.
     """
 
     def record(self, actor: FlowActor, batch: Batch) -> Batch:
@@ -100,24 +126,31 @@ class InterpolationRatio:
     def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
         """Log-ratio and KL at the recorded point."""
         velocity = actor.field(batch["t"], interpolate(batch), batch["obs"])
-        return _terms(actor, batch, velocity - batch["v_old"])._replace(velocity=velocity)
+        shift, eps, steps = velocity - batch["v_old"], actor.langevin_eps, actor.solver_steps
+        if "path" in batch:  # without drift x1 = m + remaining (z - m) + s noise
+            mean, log_std = actor.base(batch["obs"])
+            noise = sum(_remaining(eps, steps - 1 - k) * batch["path"][:, k] for k in range(steps))
+            shift = shift + (1 - _remaining(eps, steps)) * (mean - batch["base_mean"])
+            shift = shift + math.sqrt(2 * eps / steps) * (log_std.exp() - batch["base_log_std"].exp()) * noise
+        return _terms(actor, batch, shift)._replace(velocity=velocity)
 
 
 class EndpointRatio:
-    """The exact ratio given z: the flow is integrated again, with gradient through every step of the solver.
+    """The exact ratio given z (and path): the flow is integrated again, with gradient through every solver step.
 
     ``rho = N(action; phi_1(z), std^2) / N(action; x1, std_old^2)`` times the base's factor. Costs as many field
     evaluations as a rollout step.
     """
 
     def record(self, actor: FlowActor, batch: Batch) -> Batch:
-        """Nothing to add: z, x1 and the action suffice."""
+        """Nothing to add: z, path, x1 and the action suffice."""
         del actor
         return batch
 
     def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
         """Log-ratio and KL through the solver."""
-        return _terms(actor, batch, actor.flow(batch["z"], batch["obs"]) - batch["x1"])
+        path = batch["path"].transpose(0, 1) if "path" in batch else None
+        return _terms(actor, batch, actor.flow(batch["z"], batch["obs"], path) - batch["x1"])
 
 
 RATIOS: dict[str, type[Ratio]] = {"interpolation": InterpolationRatio, "endpoint": EndpointRatio}

@@ -14,13 +14,16 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from ..dynamics.noise import StepNoise, step_noise
 from .flow_policy import FlowPolicy
 
 Batch: TypeAlias = dict[str, Tensor]
 """Samples of a rollout, first axis B = steps x environments:
 
 obs [B, O] (normalised); z, x1, action [B, D]; base_mean, base_log_std, log_std [B, D] of the policy that acted;
-values, returns, advantages [B]; and what the ratio in use records.
+values, returns, advantages [B]; what the ratio in use records; noise_mean [B, D] and noise_scale [B, 1], the moments of
+the action noise given its past, in units of its standard deviation, where it is correlated; path [B, steps, D], the
+noise of the flow, where that is an SDE.
 """
 
 
@@ -61,10 +64,12 @@ class FlowRollouts(OnPolicyAlgorithm):
     batch: Batch
     normalize_reward: bool
     _act: Callable[[Tensor, Tensor], Tensor]  # FlowPolicy.act, perhaps compiled
+    _exploration: StepNoise | None  # action noise with memory, which lasts from rollout to rollout
     _diverged = 0  # unstable simulations so far
 
-    def _setup_rollout(self) -> None:
-        steps, envs = self.n_steps, self.n_envs
+    def _setup_rollout(self, exploration_noise: str, noise_time: float, hurst: float) -> None:
+        steps, envs, size = self.n_steps, self.n_envs, (self.n_envs, self.policy.action_dim)
+        self._exploration = step_noise(exploration_noise, noise_time, hurst, size, self.device)
         # SB3's learn() hands this attribute to collect_rollouts. Ours: plain tensors on the device.
         self.rollout_buffer: Batch = {  # type: ignore[assignment]
             "features": torch.zeros(steps + 1, envs, self.policy.obs_dim, device=self.device),  # the last: what follows
@@ -82,7 +87,7 @@ class FlowRollouts(OnPolicyAlgorithm):
         self._generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed + self.num_timesteps)
 
     def _excluded_save_params(self) -> list[str]:
-        ours = ["batch", "_ratio", "_generator", "_discounted_return", "_act", "_gradient"]
+        ours = ["batch", "_ratio", "_generator", "_discounted_return", "_act", "_gradient", "_exploration"]
         return [*super()._excluded_save_params(), *ours]
 
     @torch.no_grad()
@@ -91,15 +96,20 @@ class FlowRollouts(OnPolicyAlgorithm):
         policy, features, sample = self.policy, rollout_buffer["features"], rollout_buffer["sample"]
         policy.set_training_mode(False)
         callback.on_rollout_start()
-        shape = (n_rollout_steps, env.num_envs)
-        noise = torch.randn(
-            n_rollout_steps, 2, env.num_envs, policy.action_dim, generator=self._generator, device=self.device
-        )
+        shape, draws, memory = (n_rollout_steps, env.num_envs), policy.actor.draws, self._exploration
+        size = (n_rollout_steps, draws + (memory.terms - 1 if memory else 0), env.num_envs, policy.action_dim)
+        noise = torch.randn(size, generator=self._generator, device=self.device)
+        moments: list[tuple[Tensor, Tensor]] = []  # of the action noise given its past
         host_rewards, terminated, truncated = np.zeros(shape, np.float32), np.zeros(shape, bool), np.zeros(shape, bool)
         reached: list[Tensor] = []  # raw features of truncated steps, in the order of np.nonzero(truncated)
         features[0] = self._checked_features(self._last_obs)
         for step in range(n_rollout_steps):
-            sample[step] = self._act(features[step], noise[step])
+            if memory is not None:  # its first normal lies where that of the action does, the others last
+                normal = torch.cat([noise[step, 1:2], noise[step, draws:]])
+                start = torch.as_tensor(self._last_episode_starts, dtype=torch.bool, device=self.device)
+                noise[step, 1], *given = memory.step(normal, start)
+                moments.append((given[0], given[1]))
+            sample[step] = self._act(features[step], noise[step, :draws])
             actions = sample[step, 2].cpu().numpy().reshape(-1, *self._action_shape)
             clipped_actions = policy.unscale_action(actions.clip(-1, 1))
             new_obs, rewards, dones, infos = env.step(clipped_actions)
@@ -156,6 +166,11 @@ class FlowRollouts(OnPolicyAlgorithm):
             "returns": (advantages + values).flatten(),
             "advantages": advantages.flatten(),
         }
+        if moments:
+            mean, scale = zip(*moments, strict=True)
+            self.batch |= {"noise_mean": torch.cat(mean), "noise_scale": torch.cat(scale)}
+        if draws > 2:
+            self.batch["path"] = noise[:, 2:draws].transpose(1, 2).flatten(0, 1)
         callback.on_rollout_end()
         return True
 

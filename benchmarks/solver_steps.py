@@ -6,6 +6,8 @@ For each solver and number of steps, against 4 Euler steps: the error of the flo
 how far the flow carries z (reference: 64 RK4 steps), and the time of one rollout step of 16 environments and of one
 minibatch of 256 with gradient, with the endpoint ratio. The interpolation ratio evaluates the field once, whatever the
 solver. Times are ratios of alternating measurements: median and quartiles. One thread.
+
+With --tolerances 1e-3 1e-5 ... it prints, instead, the steps that `odeint_adaptive` takes at each: mean over rows.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import Tensor
 from driftrl import PolicyFlow
 from driftrl.agents.flow_policy import FlowActor
 from driftrl.agents.runs import load_agent, read_settings, run_folder_of
-from driftrl.dynamics import odeint
+from driftrl.dynamics import odeint, odeint_adaptive
 from driftrl.envs import make_vec
 
 CASES = [("euler", 1), ("euler", 2), ("euler", 4), ("euler", 8), ("midpoint", 2), ("midpoint", 10), ("rk4", 2)]
@@ -60,12 +62,13 @@ def visited_observations(agent: PolicyFlow, env_id: str, steps: int = 500) -> Te
     return torch.cat(visited)
 
 
-def main(run: tyro.conf.Positional[Path], output: Path | None = None) -> None:
+def main(run: tyro.conf.Positional[Path], output: Path | None = None, tolerances: tuple[float, ...] = ()) -> None:
     """Print the table.
 
     Args:
         run: run folder or saved file within one.
         output: also write the rows there, as JSON.
+        tolerances: count the steps of the adaptive solver at these instead, rtol = atol.
     """
     torch.set_num_threads(1)
     folder = run_folder_of(run)
@@ -79,6 +82,15 @@ def main(run: tyro.conf.Positional[Path], output: Path | None = None) -> None:
         z = mean + log_std.exp() * torch.randn_like(mean)
         exact = odeint(actor.field, z, steps=64, solver="rk4", cond=obs)
         carried = (exact - z).square().sum(1).mean().sqrt()
+
+    for tolerance in tolerances:
+        result = odeint_adaptive(actor.field, z, rtol=tolerance, atol=tolerance, cond=obs)
+        result.checked()
+        counts = {name: getattr(result, name).double().mean().item() for name in ("accepted", "rejected", "calls")}
+        print(f"rtol = atol = {tolerance:g}: " + ", ".join(f"{name} {mean:.2f}" for name, mean in counts.items()))
+    if tolerances:
+        print(f"distance that the flow carries z: {carried.item():.3f}")
+        return
 
     def integrate(size: int, solver: str, steps: int) -> Tensor:
         return odeint(actor.field, z[:size], steps=steps, solver=solver, cond=obs[:size])

@@ -1,4 +1,4 @@
-"""The pictures of docs/dynamics.md: a flow fitted to two moons, its paths and its density.
+"""The pictures of docs/dynamics.md: a flow fitted to two moons, its paths, its density, and the same flow as an SDE.
 
     OMP_NUM_THREADS=1 python benchmarks/two_moons.py
 
@@ -8,6 +8,7 @@ Takes a minute. Needs matplotlib (a dev dependency).
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -20,16 +21,22 @@ from driftrl.dynamics import (
     MLPField,
     flow_log_prob,
     flow_matching_loss,
+    interpolant_sde,
     odeint,
     odeint_path,
+    sdeint,
+    sdeint_path,
     standard_normal_log_prob,
 )
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 LIMITS = (-2.6, 2.6)
+NOISE_LEVELS = (0.0, 0.5, 2.0)
+SDE_STEPS = 200
 
 
 def two_moons(n: int, generator: torch.Generator) -> Tensor:
@@ -88,9 +95,45 @@ def main(iterations: int = 3000, folder: Path = IMAGES) -> None:
     cell = (LIMITS[1] - LIMITS[0]) ** 2 / 159**2
     axes[2].set_title(f"density (sum over the grid: {density.sum() * cell:.3f})")
     print(f"integral of the density over the picture: {density.sum() * cell:.4f}")
-    for ax in axes:
+    save(figure, folder / "two_moons.png")
+    draw_sde(field, held_out, z, folder)
+
+
+def draw_sde(field: MLPField, data: Tensor, z: Tensor, folder: Path) -> None:
+    """Samples at each noise level beside the data, with the paths of three; prints how far they are from the data."""
+    figure, axes = plt.subplots(1, 1 + len(NOISE_LEVELS), figsize=(12, 3.2), layout="constrained")
+    axes[0].scatter(*data.T, s=2, alpha=0.4, color="tab:gray", linewidths=0)
+    axes[0].set_title("data")
+    for ax, eps in zip(axes[1:], NOISE_LEVELS, strict=True):
+        falling, generator = interpolant_sde(field, partial(fall, eps)), torch.Generator().manual_seed(1)
+        samples = sdeint(falling, z, steps=SDE_STEPS, generator=generator)
+        paths = sdeint_path(falling, z[10:13], steps=SDE_STEPS, generator=generator)
+        ax.scatter(*samples.T, s=2, alpha=0.4, linewidths=0)
+        ax.plot(*paths.permute(2, 0, 1), color="tab:orange", lw=0.5)
+        ax.set_title(f"eps = {eps:g} (1 - t), and 3 paths" if eps else "eps = 0, and 3 paths")
+        constant = sdeint(interpolant_sde(field, eps), z, steps=SDE_STEPS, generator=generator)
+        far, farther = energy_distance(samples, data), energy_distance(constant, data)
+        print(f"energy distance to the data: {far:.4f} at eps = {eps:g} (1 - t), {farther:.4f} at a constant eps")
+    generator = torch.Generator().manual_seed(2)
+    print(f"that of as many new points: {energy_distance(two_moons(len(data), generator), data):.4f}")
+    save(figure, folder / "two_moons_sde.png")
+
+
+def fall(eps: float, t: float) -> float:
+    """Noise that ends with the flow."""
+    return eps * (1 - t)
+
+
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """``2 E|a - b| - E|a - a'| - E|b - b'|``, which is 0 for equal distributions only."""
+    between, within = torch.cdist(a, b).mean(), sum(torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)) for x in (a, b))
+    return float(2 * between - within)
+
+
+def save(figure: Figure, path: Path) -> None:
+    for ax in figure.axes:
         ax.set(xlim=LIMITS, ylim=LIMITS, aspect="equal", xticks=[], yticks=[])
-    figure.savefig(folder / "two_moons.png", dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

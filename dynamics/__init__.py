@@ -8,7 +8,16 @@ from .adaptive import AdaptiveResult, Status, odeint_adaptive
 from .fields import LinearField, MLPField, PotentialField, ResidualField, VelocityField
 from .langevin import KineticTransition, OscillatorField, kinetic, mala, overdamped
 from .likelihood import flow_log_prob, flow_push, standard_normal_log_prob
-from .noise import BrownianGrid, BrownianTree, FractionalNoise, OrnsteinUhlenbeck
+from .noise import (
+    BrownianGrid,
+    BrownianTree,
+    FractionalNoise,
+    FractionalSteps,
+    OrnsteinUhlenbeck,
+    OrnsteinUhlenbeckSteps,
+    StepNoise,
+    step_noise,
+)
 from .ode import (
     DOPRI5,
     EULER,
@@ -72,6 +81,7 @@ __all__ = [
     "BrownianGrid",
     "BrownianTree",
     "FractionalNoise",
+    "FractionalSteps",
     "GeometricSDE",
     "KineticTransition",
     "LangevinSDE",
@@ -79,11 +89,13 @@ __all__ = [
     "LinearNoiseSDE",
     "MLPField",
     "OrnsteinUhlenbeck",
+    "OrnsteinUhlenbeckSteps",
     "OscillatorField",
     "Path",
     "PotentialField",
     "ResidualField",
     "Status",
+    "StepNoise",
     "Tableau",
     "VelocityField",
     "adversarial_states",
@@ -110,6 +122,7 @@ __all__ = [
     "spectral_bound_",
     "spectral_norms",
     "standard_normal_log_prob",
+    "step_noise",
     "stiffness_penalty",
     "time_grid",
     "transition_log_prob",

@@ -33,8 +33,18 @@ def agent(**fields: Any) -> PolicyFlow:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ratio", ["interpolation", "endpoint"])
-def test_compiled_training_equals_eager_training_up_to_rounding(ratio: str) -> None:
-    fields = {"ratio": ratio, "base": "gaussian", "brownian_coef": 0.01, "jacobian_coef": 0.01, "ema_decay": 0.9}
+@pytest.mark.parametrize(
+    "noise",
+    [{}, {"exploration_noise": "fractional", "sampler": "sde", "solver_error_coef": 1.0}, {"exploration_noise": "ou"}],
+)
+def test_compiled_training_equals_eager_training_up_to_rounding(ratio: str, noise: dict[str, Any]) -> None:
+    fields = {
+        "ratio": ratio,
+        "base": "gaussian",
+        "brownian_coef": 0.01,
+        "jacobian_coef": 0.01,
+        "ema_decay": 0.9,
+    } | noise
     quick, eager = (agent(compile=choice, **fields) for choice in ("on", "off"))
     start = copy.deepcopy(eager.policy.state_dict())
     for each in (quick, eager):

@@ -51,9 +51,29 @@ def test_same_seed_gives_the_same_weights_bit_for_bit(ratio: str, base: str) -> 
     assert not equal(first, train(1))
 
 
+NOISES: list[dict[str, Any]] = [
+    {},
+    {"exploration_noise": "ou"},
+    {"exploration_noise": "fractional", "hurst": 0.8},
+    {"sampler": "sde", "langevin_eps": 0.3},
+    {"sampler": "sde", "langevin_eps": 1.0, "exploration_noise": "fractional", "hurst": 0.4},
+]
+
+
+@pytest.mark.parametrize("fields", NOISES[1:])
+def test_same_seed_gives_the_same_weights_whatever_the_noise(fields: dict[str, Any]) -> None:
+    def train(seed: int) -> dict[str, torch.Tensor]:
+        agent = PolicyFlow("MlpPolicy", pendulum(), **SMALL | fields | {"seed": seed, "solver_error_coef": 1.0})
+        return weights(agent.learn(32 * 4))
+
+    assert equal(train(0), train(0))
+    assert not equal(train(0), train(1))
+
+
+@pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("ratio", ["interpolation", "endpoint"])
 @pytest.mark.parametrize("base", ["standard", "learned", "gaussian"])
-def test_ratio_of_a_stored_rollout_is_one_before_each_update(ratio: str, base: str) -> None:
+def test_ratio_of_a_stored_rollout_is_one_before_each_update(ratio: str, base: str, noise: dict[str, Any]) -> None:
     # The normaliser moves between rollout and update in the first iteration (a new field ignores observations) and
     # between updates later: neither may show in the ratio. Up to rounding: rollout and update differ in batch size.
     class FirstRatios(PolicyFlow):
@@ -67,7 +87,7 @@ def test_ratio_of_a_stored_rollout_is_one_before_each_update(ratio: str, base: s
             super().train()
 
     FirstRatios.seen.clear()
-    FirstRatios("MlpPolicy", pendulum(), **SMALL | {"ratio": ratio, "base": base}).learn(32 * 3)
+    FirstRatios("MlpPolicy", pendulum(), **SMALL | {"ratio": ratio, "base": base} | noise).learn(32 * 3)
     assert len(FirstRatios.seen) == 6
     assert max(FirstRatios.seen) < 1e-5
 
@@ -116,14 +136,15 @@ def test_learns_to_act_as_observed(ratio: str, env: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ratio", ["interpolation", "endpoint"])
-def test_balances_the_pendulum(ratio: str) -> None:
-    agent = PolicyFlow("MlpPolicy", pendulum(8), n_steps=64, batch_size=128, ratio=ratio, seed=0, device="cpu")
+@pytest.mark.parametrize("noise", NOISES[:4])
+def test_balances_the_pendulum(ratio: str, noise: dict[str, Any]) -> None:
+    agent = PolicyFlow("MlpPolicy", pendulum(8), n_steps=64, batch_size=128, ratio=ratio, seed=0, device="cpu", **noise)
     agent.learn(40_000)
     mean, _ = evaluate_policy(agent, pendulum(1, seed=99), 5)
     assert mean == 1000
 
 
-@pytest.mark.parametrize("fields", [{}, {"ema_decay": 0.9}, {"base": "gaussian", "activation": "tanh"}])
+@pytest.mark.parametrize("fields", [{}, {"ema_decay": 0.9}, {"base": "gaussian", "activation": "tanh"}, *NOISES[2:4]])
 def test_saved_agent_predicts_and_trains_on_as_before(tmp_path: Path, fields: dict[str, Any]) -> None:
     agent = PolicyFlow("MlpPolicy", pendulum(), **SMALL, **fields).learn(64)
     agent.save(tmp_path / "agent.zip")
@@ -182,7 +203,8 @@ def test_a_callback_can_end_training() -> None:
 
 
 def test_log_holds_the_documented_names(tmp_path: Path) -> None:
-    agent = PolicyFlow("MlpPolicy", pendulum(), diagnostics_interval=1, brownian_coef=1e-3, jacobian_coef=1e-3, **SMALL)
+    regularizers: dict[str, Any] = {"brownian_coef": 1e-3, "jacobian_coef": 1e-3, "solver_error_coef": 1e-3}
+    agent = PolicyFlow("MlpPolicy", pendulum(), diagnostics_interval=1, **regularizers, **SMALL)
     agent.set_logger(configure(str(tmp_path), ["csv"]))
     agent.learn(32 * 6)
     agent.logger.close()
@@ -274,11 +296,33 @@ def test_entropy_estimate_is_that_of_a_gaussian_where_the_policy_is_one() -> Non
         ({"env": None}, ValueError, "env: got None"),
         ({"env": PENDULUM, "n_steps": 1, "batch_size": 1}, ValueError, "rollout of 1 sample"),
         ({"clip_range": lambda _: 0.1}, ValueError, "clip_range: got .* expected a number above 0"),
+        ({"exploration_noise": "pink"}, ValueError, "exploration_noise: got 'pink', expected one of gaussian, ou, fr"),
+        ({"noise_time": 0.0}, ValueError, "noise_time: got 0.0, expected a number above 0"),
+        ({"hurst": 1.0}, ValueError, r"hurst: got 1.0, expected a number in \[0.3, 1\)"),
+        ({"sampler": "pde"}, ValueError, "sampler: got 'pde', expected one of ode, sde"),
+        ({"langevin_eps": 0.0}, ValueError, "langevin_eps: got 0.0, expected a number above 0, at most 1"),
+        ({"langevin_eps": 1.5}, ValueError, "langevin_eps: got 1.5, expected a number above 0, at most 1"),
+        ({"sampler": "sde", "solver": "rk4"}, ValueError, "solver: got 'rk4', expected euler with sampler sde"),
+        ({"sampler": "sde", "policy_kwargs": {"solver": "heun"}}, ValueError, "solver: got heun, expected euler"),
+        ({"policy_kwargs": {"langevin_eps": 2.0}}, ValueError, r"langevin_eps: got 2.0, expected .* \[0, 1\]"),
+        ({"solver_error_coef": -1.0}, ValueError, "solver_error_coef: got -1.0, expected a number of at least 0"),
     ],
 )
 def test_impossible_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         PolicyFlow("MlpPolicy", **{"env": pendulum()} | SMALL | arguments)
+
+
+def test_deterministic_action_follows_the_ode_whatever_the_sampler() -> None:
+    agents = [PolicyFlow("MlpPolicy", pendulum(), **SMALL | {"sampler": sampler}) for sampler in ("ode", "sde")]
+    agents[0].learn(64)
+    agents[1].policy.load_state_dict(agents[0].policy.state_dict())
+    obs = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    first, second = (agent.predict(obs, deterministic=True)[0] for agent in agents)
+    assert np.array_equal(first, second)
+    action, _, _ = agents[1].policy(torch.as_tensor(obs), deterministic=True)
+    np.testing.assert_allclose(agents[1].policy.unscale_action(action.detach().numpy().clip(-1, 1)), first, rtol=1e-5)
+    assert not np.array_equal(agents[1].predict(obs)[0], agents[1].predict(obs)[0])
 
 
 def test_discrete_actions_are_refused() -> None:

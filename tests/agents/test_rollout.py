@@ -149,3 +149,53 @@ def test_an_unstable_simulation_is_counted_and_its_rollout_learned_from(
     assert agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, 4)  # type: ignore[arg-type]
     assert agent.logger.name_to_value["rollout/simulations_diverged"] == 1
     assert all(values.isfinite().all() for values in agent.batch.values())
+
+
+def test_action_noise_is_correlated_within_an_episode_and_starts_afresh_with_the_next() -> None:
+    # Environment e ends every episode after 3 + 4 e steps; rollouts of 10 end within episodes.
+    lengths, rows = (3, 7), []
+    env = DummyVecEnv([lambda length=length: Counter(length, True) for length in lengths])  # type: ignore[misc]
+    agent = PolicyFlow("MlpPolicy", env, exploration_noise="ou", noise_time=4.0, n_steps=10, batch_size=20, seed=0,
+                       device="cpu", n_epochs=1)  # fmt: skip
+    _, callback = agent._setup_learn(40)
+    for _ in range(2):
+        agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, 10)  # type: ignore[arg-type]
+        batch = agent.batch
+        noise = (batch["action"] - batch["x1"]) / batch["log_std"].exp()
+        rows.append(torch.cat([noise, batch["noise_mean"], batch["noise_scale"]], 1).view(10, 2, 3))
+        agent.train()  # moves the standard deviation: the memory is in units of it
+    noise, mean, scale = torch.cat(rows).unbind(-1)
+    decay = np.exp(-1 / 4)
+    for t in range(20):
+        for i, length in enumerate(lengths):
+            fresh = t % length == 0
+            assert mean[t, i].item() == pytest.approx(0 if fresh else decay * noise[t - 1, i].item(), abs=1e-5)
+            assert scale[t, i].item() == pytest.approx(1 if fresh else np.sqrt(1 - decay**2))
+
+
+@pytest.mark.parametrize(("kind", "hurst"), [("ou", 0.7), ("fractional", 0.3), ("fractional", 0.8)])
+def test_recorded_noise_is_standard_and_correlated_as_stated(kind: str, hurst: float) -> None:
+    envs, length = 100, 20
+    env = DummyVecEnv([lambda: Counter(length, True)] * envs)
+    agent = PolicyFlow("MlpPolicy", env, exploration_noise=kind, noise_time=3.0, hurst=hurst, n_steps=5 * length,
+                       batch_size=500, seed=0, device="cpu")  # fmt: skip
+    _, callback = agent._setup_learn(1)
+    agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, agent.n_steps)  # type: ignore[arg-type]
+    batch = agent.batch
+    noise = ((batch["action"] - batch["x1"]) / batch["log_std"].exp()).view(5, length, envs)
+    error = 5 * np.sqrt(2 / (5 * envs))
+    assert noise.square().mean((0, 2)).numpy() == pytest.approx(1, abs=error)
+    for lag in (1, 3):
+        correlation = (noise[:, 10] * noise[:, 10 + lag]).mean().item()
+        # increments over 1 of fractional Brownian motion that has forgotten its start (type II nears type I)
+        fractional = 0.5 * ((lag + 1) ** (2 * hurst) - 2 * lag ** (2 * hurst) + (lag - 1) ** (2 * hurst))
+        expected = np.exp(-lag / 3) if kind == "ou" else fractional
+        assert correlation == pytest.approx(expected, abs=error + 0.05)
+    rest = ((noise.flatten() - batch["noise_mean"][:, 0]) / batch["noise_scale"][:, 0]).square().mean()
+    assert rest.item() == pytest.approx(1, abs=5 * np.sqrt(2 / noise.numel()))
+    assert abs((noise[:-1, -1] * noise[1:, 0]).mean().item()) < error * 1.2  # not from episode to episode
+
+
+def test_default_rollout_records_neither_memory_nor_path() -> None:
+    assert not {"noise_mean", "noise_scale", "path"} & roll_out(terminates=True).batch.keys()
+    assert roll_out(terminates=True, sampler="sde", solver_steps=3).batch["path"].shape == (6, 3, 1)

@@ -6,7 +6,18 @@ import torch
 from scipy import integrate, stats
 from torch import Tensor
 
-from driftrl.dynamics.noise import _GOLDEN, BrownianGrid, BrownianTree, FractionalNoise, OrnsteinUhlenbeck, _hash
+from driftrl.dynamics.noise import (
+    _GOLDEN,
+    BrownianGrid,
+    BrownianTree,
+    FractionalNoise,
+    FractionalSteps,
+    OrnsteinUhlenbeck,
+    OrnsteinUhlenbeckSteps,
+    StepNoise,
+    _hash,
+    step_noise,
+)
 
 F64 = torch.float64
 N = 40_000
@@ -355,3 +366,73 @@ def test_bad_arguments_are_refused() -> None:
         noise.transition(0.0)
     with pytest.raises(ValueError, match=r"noise must have the shape of y, \[3, 1, 6\], got \[3, 1\]"):
         noise.step(noise.initial(3, 1), w[0], noise.transition(0.1))
+
+
+def sequence(noise: StepNoise, steps: int, restart: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, means [steps, N, 2] and scales [steps, N, 1]; all episodes start at 0 and the first half at `restart`."""
+    source = generator()
+    rows = []
+    for t in range(steps):
+        start = torch.full((N,), t == 0)
+        start[: N // 2] |= t == restart
+        rows.append(noise.step(torch.randn(noise.terms, N, 2, generator=source), start))
+    values, means, scales = zip(*rows, strict=True)
+    return torch.stack(values), torch.stack(means), torch.stack(scales)
+
+
+def fractional_covariance(hurst: float, s: float, t: float) -> float:
+    """E[B_s B_t] of type II, ``integral_0^s ((s - u) (t - u))^(H - 1/2) du / Gamma(H + 1/2)^2`` for s <= t."""
+    s, t = min(s, t), max(s, t)
+    if s == t:
+        return float(s ** (2 * hurst)) / (2 * hurst) / math.gamma(hurst + 0.5) ** 2
+    a = hurst + 0.5  # x = (s - u)^a takes the singularity out
+    value, _ = integrate.quad(lambda x: (t - s + x ** (1 / a)) ** (hurst - 0.5) / a, 0, s**a, limit=200)
+    return float(value) / math.gamma(a) ** 2
+
+
+def increment_covariance(hurst: float, i: int, j: int) -> float:
+    def c(s: int, t: int) -> float:
+        return fractional_covariance(hurst, s, t)
+
+    return c(i + 1, j + 1) - c(i, j + 1) - c(i + 1, j) + c(i, j)
+
+
+@pytest.mark.parametrize("name", ["ou 0.5", "ou 5", "fractional 0.3", "fractional 0.7", "fractional 0.95"])
+def test_step_noise_is_standard_with_the_stated_correlations_and_forgets_at_a_start(name: str) -> None:
+    kind, parameter = name.split()
+    steps, restart = 30, 12
+    noise = step_noise(kind, float(parameter), float(parameter) if kind == "fractional" else 0.7, (N, 2))
+    assert noise is not None
+    values, means, scales = sequence(noise, steps, restart)
+    went_on = values[:, N // 2 :].flatten(1)
+    torch.testing.assert_close(values.flatten(1).square().mean(1), torch.ones(steps), rtol=0, atol=TOLERANCE)
+    for i, j in [(0, 1), (0, 5), (3, 4), (3, 12), (11, 12), (20, 21), (20, 28)]:
+        if kind == "ou":
+            expected, bias = math.exp(-(j - i) / float(parameter)), 0.0
+        else:
+            variances = [increment_covariance(float(parameter), k, k) for k in (i, j)]
+            expected, bias = increment_covariance(float(parameter), i, j) / math.sqrt(math.prod(variances)), 0.025
+        correlation = (went_on[i] * went_on[j]).mean().item()
+        assert correlation == pytest.approx(expected, abs=bias + 5 * math.sqrt(2 / N))
+    # mean and scale are the conditional moments: what they leave is standard and unrelated to all that was before
+    rest = (values - means) / scales
+    torch.testing.assert_close(rest.flatten(1).square().mean(1), torch.ones(steps), rtol=0, atol=TOLERANCE)
+    for i in (5, 20):
+        assert abs((rest[i] * means[i]).mean().item()) < TOLERANCE
+        assert abs((rest[i] * values[i - 1]).mean().item()) < TOLERANCE
+    again = slice(0, N // 2)
+    assert means[0].abs().max() == 0 and means[restart, again].abs().max() == 0
+    torch.testing.assert_close(scales[restart, again], torch.ones(N // 2, 1))
+    torch.testing.assert_close(scales[restart : 2 * restart, 0], scales[:restart, 0])
+    assert abs((values[restart - 1, again] * values[restart, again]).mean().item()) < TOLERANCE
+    assert scales[restart, N // 2 :].max() < 0.995
+
+
+def test_step_noise_without_memory_and_bad_values() -> None:
+    assert step_noise("gaussian", 1.0, 0.7, (2, 1)) is None
+    with pytest.raises(ValueError, match="time must be positive, got 0"):
+        OrnsteinUhlenbeckSteps(0.0, (2, 1))
+    with pytest.raises(ValueError, match="hurst must lie in"):
+        FractionalSteps(0.2, (2, 1))
+    with pytest.raises(ValueError, match="must be gaussian, ou or fractional, got 'pink'"):
+        step_noise("pink", 1.0, 0.7, (2, 1))
