@@ -74,6 +74,14 @@ class Compiled:
         self._seen.clear()
 
 
+def prepared(function: Callable[..., Any], wanted: str, updates: int, device: torch.device) -> Callable[..., Any]:
+    """A hot function at the beginning of training: compiled where `compiling_pays`; a compiled one looks again."""
+    if isinstance(function, Compiled):
+        function.check_again()
+        return function
+    return Compiled(function, device) if compiling_pays(wanted, updates, device) else function
+
+
 class Objective(nn.Module):
     """An objective of a policy, and its gradient as one function.
 

@@ -6,6 +6,7 @@ Of a flow policy: the ratio's bias, |J|, entropy. Of a model and the value learn
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -106,6 +107,15 @@ def value_diagnostics(policy: SACPolicy, batch: Batch, radius: float) -> dict[st
             "lipschitz/spectral_product": torch.stack([*spectral_norms(policy.critic).values()]).prod(0).amax().item(),
             "lipschitz/largest_value": values.abs().amax().item(),
         }
+
+
+def runs_away(largest: float, real: Transitions, gamma: float) -> bool:
+    """Whether a value is twice what the rewards seen allow, with a warning: critics that diverge do so silently."""
+    limit = 2 * real.all()["reward"].abs().max().item() / max(1 - gamma, 1e-3)
+    if largest > limit:
+        text = f"the critics run away: a value of {largest:.3g} where rewards allow {limit:.3g}"
+        warnings.warn(f"{text}; raise robust_coef, or lower gradient_steps or learning_rate", stacklevel=2)
+    return largest > limit
 
 
 @torch.no_grad()

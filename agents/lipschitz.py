@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..dynamics.regularize import adversarial_states
@@ -53,3 +54,11 @@ def adversary(
     if method == "langevin":
         options |= {"temperature": temperature, "noise": batch["ascent_noise"].unbind(1)}
     return adversarial_states(gap, batch["obs"], radius=radius, start=batch["start"], **options)
+
+
+def search_noise(obs: Tensor, method: str, steps: int, generator: torch.Generator) -> Batch:
+    """Where the search for adversarial states begins, and what shakes it: for the batch of `adversary`."""
+    noise: Batch = {"start": torch.empty_like(obs).uniform_(-1, 1, generator=generator)}
+    if method == "langevin":
+        noise["ascent_noise"] = torch.randn(len(obs), steps, obs.shape[1], generator=generator, device=obs.device)
+    return noise

@@ -12,7 +12,6 @@ observation's running standard deviation; spectral norms are bounded by projecti
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,10 +27,10 @@ from ..dynamics.regularize import spectral_bound_
 from ..dynamics.transition import TRANSITIONS, GaussianTransition
 from ..dynamics.transition_base import TransitionModel, TransitionSettings
 from ..envs.termination import termination_function
-from .compiling import Batch, Compiled, Objective, compiling_pays
+from .compiling import Batch, Objective, prepared
 from .config import given_at_load, require, resolve, validate
-from .diagnostics import model_diagnostics, value_diagnostics
-from .lipschitz import adversary, value_gap
+from .diagnostics import model_diagnostics, runs_away, value_diagnostics
+from .lipschitz import adversary, search_noise, value_gap
 from .replay import TensorReplay, Transitions
 from .sac import SACPolicy, sac_losses
 
@@ -169,12 +168,7 @@ class LipschitzMBPO(OffPolicyAlgorithm):
         config: hyperparameters.
         terminated: rule of the task, next_obs [B, O] -> bool [B], in place of the known ones.
         policy_kwargs: arguments of `SACPolicy` that take precedence over the config.
-        stats_window_size: episodes that rollout/ep_rew_mean averages over.
-        tensorboard_log: folder for TensorBoard, or None.
-        verbose: 0 silent, 1 information, 2 debug.
-        seed: seed of every random number that training draws; None for a random one.
-        device: "auto", "cpu", "cuda" or a torch device.
-        _init_setup_model: build the networks now.
+        stats_window_size, tensorboard_log, verbose, seed, device, _init_setup_model: as Stable-Baselines3's.
         **fields: fields of `LipschitzMBPOConfig` by keyword, which take precedence over config.
 
     Raises:
@@ -293,15 +287,14 @@ class LipschitzMBPO(OffPolicyAlgorithm):
             ValueError: if the model or the critics diverge, or compile="on" finds no compiler.
         """
         updates = total_timesteps * self.config.gradient_steps
-        if isinstance(self._gradient, Compiled):
-            self._gradient.check_again()
-        elif compiling_pays(self.config.compile, updates, torch.device(self.device)):
-            self._gradient = Compiled(self._gradient, torch.device(self.device))  # type: ignore[assignment]
+        self._gradient = prepared(self._gradient, self.config.compile, updates, torch.device(self.device))
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
         """Learn from what was seen and imagined: gradient_steps updates per environment."""
         config, policy = self.config, self.policy
+        if len(self._real) < config.learning_starts:  # loaded without its replay buffer: see something first
+            return
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
         if self._seen == 0 or self.num_timesteps - self._fitted_at >= config.model_interval:
@@ -335,8 +328,8 @@ class LipschitzMBPO(OffPolicyAlgorithm):
 
     def _minibatches(self, count: int, size: int) -> list[Batch]:
         """Minibatches of real and imagined transitions, with all noise that the losses need."""
-        policy, real = self.policy, self._real
-        share = self.config.real_ratio if self.transition is not None and len(self.imagined) else 1.0
+        config, policy, real = self.config, self.policy, self._real
+        share = config.real_ratio if self.transition is not None and len(self.imagined) else 1.0
         owed = [int(self._carry + share * size * i) for i in range(count + 1)]
         self._carry = (self._carry + share * size * count) % 1.0
         drawn = real.draw(owed[-1], self._generator)
@@ -351,20 +344,11 @@ class LipschitzMBPO(OffPolicyAlgorithm):
             batch = real.unpack(rows)
             obs = policy.normalize(torch.cat([batch["obs"], batch["next_obs"]]))
             batch["obs"], batch["next_obs"] = obs.split(size)
-            batches.append(
-                batch | {"noise": noise[0, i], "next_noise": noise[1, i]} | self._adversary_noise(obs[:size])
-            )
+            batch |= {"noise": noise[0, i], "next_noise": noise[1, i]}
+            if config.regularizer == "robust":
+                batch |= search_noise(batch["obs"], config.adversary, config.adversary_steps, self._generator)
+            batches.append(batch)
         return batches
-
-    def _adversary_noise(self, obs: Tensor) -> Batch:
-        """Where the search for adversarial states begins, and what shakes it."""
-        if self.config.regularizer != "robust":
-            return {}
-        noise: Batch = {"start": torch.empty_like(obs).uniform_(-1, 1, generator=self._generator)}
-        if self.config.adversary == "langevin":
-            shape = (len(obs), self.config.adversary_steps, obs.shape[1])
-            noise["ascent_noise"] = torch.randn(shape, generator=self._generator, device=obs.device)
-        return noise
 
     def _learn_scales(self) -> None:
         """Let the observation statistics see what is new."""
@@ -389,12 +373,11 @@ class LipschitzMBPO(OffPolicyAlgorithm):
         config, policy, real = self.config, self.policy, self._real
         self.imagined.resize(config.model_rollouts * config.model_retain * horizon)
         obs = real.unpack(real.draw(config.model_rollouts * config.model_interval, self._generator))["obs"]
-        begun = len(obs)
+        begun, rule = len(obs), self._terminated
         for _ in range(horizon):
             noise = torch.randn(len(obs), policy.action_dim, generator=self._generator, device=obs.device)
             action = policy.actor.sample(policy.normalize(obs), noise).action
             next_obs, reward = model.sample(obs, action, self._generator)
-            rule = self._terminated
             terminated = model.terminal(obs, action, next_obs) if rule is None else rule(next_obs)
             self.imagined.append(obs, action, next_obs, reward, terminated)
             obs = next_obs[~terminated]
@@ -405,17 +388,11 @@ class LipschitzMBPO(OffPolicyAlgorithm):
 
     def _diagnose(self, batch: Batch) -> None:
         """Log what model and value are worth; warn of critics that run away."""
-        real, config, policy = self._real, self.config, self.policy
-        found = value_diagnostics(policy, batch, config.robust_radius)
+        found = value_diagnostics(self.policy, batch, self.config.robust_radius)
         if self.transition is not None:
-            found |= model_diagnostics(self.transition, policy, real, self.n_envs)
-        # No return exceeds the sum of the largest rewards; twice that leaves room for entropy and exploration.
-        limit = 2 * real.all()["reward"].abs().max().item() / max(1 - config.gamma, 1e-3)
-        largest = found["lipschitz/largest_value"]
-        found["lipschitz/runaway"] = float(largest > limit)
-        if largest > limit:
-            text = f"the critics run away: a value of {largest:.3g} where rewards allow {limit:.3g}"
-            warnings.warn(f"{text}; raise robust_coef, or lower gradient_steps or learning_rate", stacklevel=2)
+            found |= model_diagnostics(self.transition, self.policy, self._real, self.n_envs)
+        runaway = runs_away(found["lipschitz/largest_value"], self._real, self.config.gamma)
+        found["lipschitz/runaway"] = float(runaway)
         for name, value in found.items():
             self.logger.record(name, value)
 

@@ -14,7 +14,7 @@ from stable_baselines3.common.utils import LinearSchedule, explained_variance, u
 from torch import Tensor
 
 from ..dynamics.regularize import jacobian_penalty, local_error_penalty
-from .compiling import Compiled, Objective, compiling_pays
+from .compiling import Objective, prepared
 from .config import given_at_load, require, resolve, validate
 from .diagnostics import flow_diagnostics
 from .flow_policy import FlowPolicy
@@ -307,11 +307,7 @@ class PolicyFlow(FlowRollouts):
         """
         updates = total_timesteps * self.config.n_epochs // self.config.batch_size
         for name in ("_act", "_gradient"):
-            function = getattr(self, name)
-            if isinstance(function, Compiled):
-                function.check_again()
-            elif compiling_pays(self.config.compile, updates, self.device):
-                setattr(self, name, Compiled(function, self.device))
+            setattr(self, name, prepared(getattr(self, name), self.config.compile, updates, self.device))
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def train(self) -> None:

@@ -33,6 +33,16 @@ class Transitions:
         self.rows = torch.zeros(capacity, sum(self._widths), device=device)
         self.position, self.size = 0, 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the rows not in use."""
+        return vars(self) | {"rows": self.rows[: self.size].clone()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        used = state["rows"]
+        self.__dict__.update(state)
+        self.rows = used.new_zeros(self.capacity, used.shape[1])
+        self.rows[: len(used)] = used
+
     def __len__(self) -> int:
         return self.size
 

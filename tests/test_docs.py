@@ -1,13 +1,14 @@
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import pytest
 from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from driftrl import PolicyFlow, PolicyFlowConfig
+from driftrl import LipschitzMBPO, PolicyFlow, PolicyFlowConfig
 from driftrl.agents.runs import open_logger
 
 ROOT = Path(__file__).parents[1]
@@ -76,3 +77,15 @@ def test_log_is_where_and_what_the_page_says(tmp_path: Path) -> None:
     metrics = (ROOT / "docs" / "policyflow.md").read_text().partition("## Metrics")[2]
     assert all(f"`{name}`" in metrics for name in names)
     assert all(f"`{name}`" in metrics.partition("All of them are in progress.csv")[2] for name in left_out)
+
+
+@pytest.mark.parametrize("fields", [{}, {"termination": "learned", "adversary": "langevin"}])
+def test_the_page_names_every_metric_of_the_model_based_agent(fields: dict[str, Any]) -> None:
+    agent = LipschitzMBPO(
+        "MlpPolicy", "InvertedPendulum-v5", learning_starts=20, gradient_steps=1, model_epochs=1, model_hidden=(8,),
+        model_rollouts=2, diagnostics_interval=10, compile="off", device="cpu", **fields,
+    )  # fmt: skip
+    agent.learn(40, log_interval=10**6)
+    names = {name for name in agent.logger.name_to_value if name.split("/")[0] in ("train", "lipschitz", "model")}
+    page = (ROOT / "docs" / "lipschitz_mbpo.md").read_text().partition("## Metrics")[2]
+    assert names == {name for name in names if f"| `{name}` |" in page}

@@ -214,8 +214,19 @@ def test_saving_and_loading_keeps_everything(tmp_path: Path, fields: dict[str, A
         )
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert loaded.replay_buffer is not None and loaded.replay_buffer.size() == 60
+    assert (tmp_path / "replay.pkl").stat().st_size < 20_000  # not the room for a million
     loaded.learn(20, reset_num_timesteps=False)
-    assert loaded.num_timesteps == 80
+    assert loaded.num_timesteps == 80 and loaded._n_updates > learner._n_updates
+
+
+def test_without_its_replay_buffer_an_agent_sees_something_first(tmp_path: Path) -> None:
+    learner = agent().learn(60)
+    learner.save(tmp_path / "agent.zip")
+    loaded = LipschitzMBPO.load(tmp_path / "agent.zip", env=make_vec("InvertedPendulum-v5", 1, 0), device="cpu")
+    loaded.learn(39, reset_num_timesteps=False)
+    assert loaded._n_updates == learner._n_updates
+    loaded.learn(20, reset_num_timesteps=False)
+    assert loaded._n_updates > learner._n_updates
 
 
 def test_same_seed_same_agent() -> None:
