@@ -1,4 +1,5 @@
-"""Neural ODEs and SDEs: velocity fields, paths, noise, solvers, Langevin samplers, likelihoods and regularizers.
+"""Neural ODEs and SDEs: velocity fields, paths, noise, solvers, Langevin samplers, likelihoods,
+regularizers, and models of an environment's step.
 
 Needs torch only and knows nothing of agents or environments. Shapes: ``x [B, D]``, ``t`` a float or ``[B]``, ``cond
 [B, C]`` or None.
@@ -59,6 +60,8 @@ from .sde import (
     sdeint_path,
     transition_log_prob,
 )
+from .transition import TRANSITIONS, FlowTransition, GaussianTransition, LangevinTransition
+from .transition_base import TransitionModel, TransitionSettings
 
 __all__ = [
     "BROWNIAN_BRIDGE",
@@ -76,15 +79,19 @@ __all__ = [
     "SOLVERS",
     "SRA1",
     "STOCHASTIC_HEUN",
+    "TRANSITIONS",
     "TRIG",
     "AdaptiveResult",
     "BrownianGrid",
     "BrownianTree",
+    "FlowTransition",
     "FractionalNoise",
     "FractionalSteps",
+    "GaussianTransition",
     "GeometricSDE",
     "KineticTransition",
     "LangevinSDE",
+    "LangevinTransition",
     "LinearField",
     "LinearNoiseSDE",
     "MLPField",
@@ -97,6 +104,8 @@ __all__ = [
     "Status",
     "StepNoise",
     "Tableau",
+    "TransitionModel",
+    "TransitionSettings",
     "VelocityField",
     "adversarial_states",
     "brownian_bridge",
