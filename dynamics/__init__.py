@@ -1,8 +1,7 @@
-"""Neural ODEs and SDEs: velocity fields, paths, noise, solvers, Langevin samplers, likelihoods,
-regularizers, and models of an environment's step.
+"""Neural ODEs and SDEs, and models of an environment's step made of them.
 
-Needs torch only and knows nothing of agents or environments. Shapes: ``x [B, D]``, ``t`` a float or ``[B]``, ``cond
-[B, C]`` or None.
+Velocity fields, probability paths, noise, solvers, Langevin samplers, likelihoods, regularizers. Needs torch only and
+knows nothing of agents or environments. Shapes: ``x [B, D]``, ``t`` a float or ``[B]``, ``cond [B, C]`` or None.
 """
 
 from .adaptive import AdaptiveResult, Status, odeint_adaptive
