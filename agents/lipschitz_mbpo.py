@@ -95,7 +95,7 @@ class LipschitzMBPOConfig:
     """Ends of model rollouts: by the task's own rule, a learned one, never; auto: the task's where it is known."""
     regularizer: Literal["robust", "spectral", "none"] = "robust"
     """Of the critics: robust against adversarial states, or bounded spectral norms."""
-    robust_coef: float = 0.1
+    robust_coef: float = 0.01
     """Weight of the robust penalty, >= 0 (lambda)."""
     robust_radius: float = 0.1
     """Largest change of a state, > 0, in running standard deviations of each observation (epsilon)."""
