@@ -175,9 +175,7 @@ def _resume(args: Sequence[str]) -> int:
         print(f"resumed from {file} at {done:,} steps")
         print("not restored: the environments (they start new episodes) and the random generators (new seed)")
         if getattr(agent, "replay_buffer", None) is not None:
-            print(
-                "not restored: what was seen (replay buffer); learning goes on once learning_starts steps are seen anew"
-            )
+            print("not restored: the replay buffer; learning goes on after another learning_starts steps")
         return _train(agent, folder, settings)
 
 

@@ -26,7 +26,7 @@ from ..dynamics.noise import BrownianGrid
 from ..dynamics.ode import bind, odeint, time_grid
 from ..dynamics.sde import interpolant_sde, sdeint
 from .joined_policy import JoinedPolicy
-from .networks import ACTIVATIONS, RunningNorm, gaussian_log_prob, mlp
+from .networks import RunningNorm, activation_name, gaussian_log_prob, mlp
 
 LOG_STD_RANGE = (-5.0, 2.0)
 
@@ -157,9 +157,7 @@ class FlowPolicy(JoinedPolicy):
             raise ValueError(f"langevin_eps: got {langevin_eps}, expected a number in [0, 1]")
         if langevin_eps and solver != "euler":
             raise ValueError(f"solver: got {solver}, expected euler, the one that integrates the flow as an SDE")
-        activation = next((name for name, module in ACTIVATIONS.items() if activation_fn in (name, module)), None)
-        if activation is None:
-            raise ValueError(f"unknown activation: got {activation_fn!r}, expected one of {', '.join(ACTIVATIONS)}")
+        activation = activation_name(activation_fn)
         self._arguments = {
             "net_arch": net_arch, "activation_fn": activation, "base": base, "base_std": base_std,
             "log_std_init": log_std_init, "solver": solver, "solver_steps": solver_steps, "langevin_eps": langevin_eps,

@@ -13,6 +13,18 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }  # fmt: skip
 
 
+def activation_name(activation: str | type[nn.Module]) -> str:
+    """The key of `ACTIVATIONS` that a key or one of its modules stands for.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    for name, module in ACTIVATIONS.items():
+        if activation in (name, module):
+            return name
+    raise ValueError(f"unknown activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+
+
 def gaussian_log_prob(x: Tensor, mean: Tensor | float, log_std: Tensor) -> Tensor:
     """Log-density of a diagonal Gaussian: x [B, D], mean and log_std broadcast to it; returns [B], in nats."""
     return (-0.5 * ((x - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from .compiling import Batch
 from .joined_policy import JoinedPolicy
-from .networks import ACTIVATIONS, RunningNorm, mlp
+from .networks import ACTIVATIONS, RunningNorm, activation_name, mlp
 
 LOG_STD_RANGE = (-20.0, 2.0)
 
@@ -146,9 +146,7 @@ class SACPolicy(JoinedPolicy):
         super().__init__(observation_space, action_space, optimizer_class, optimizer_kwargs)
         if not isinstance(net_arch, dict):
             net_arch = dict.fromkeys(("pi", "qf"), [256, 256] if net_arch is None else net_arch)
-        activation = next((name for name, module in ACTIVATIONS.items() if activation_fn in (name, module)), None)
-        if activation is None:
-            raise ValueError(f"unknown activation: got {activation_fn!r}, expected one of {', '.join(ACTIVATIONS)}")
+        activation = activation_name(activation_fn)
         self._arguments = {
             "net_arch": net_arch, "activation_fn": activation, "tau": tau, "temperature": temperature,
             "learn_temperature": learn_temperature, "normalize_observation": normalize_observation,
