@@ -175,13 +175,7 @@ class FlowPolicy(JoinedPolicy):
         self.critic = mlp([self.obs_dim, *net_arch["vf"], 1], activation, 1.0)
         self.averaging = 1 - ema_decay
         self.averaged_actor = copy.deepcopy(self.actor).requires_grad_(False) if ema_decay else None
-        vector = nn.Parameter(torch.empty(0))
-        self.optimizer = optimizer_class([vector], lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
-        self.joined()
-
-    def normalize(self, features: Tensor) -> Tensor:
-        """Standardise raw observation vectors [B, O] with the policy's own statistics."""
-        return self.obs_norm.forward(features) if self.normalize_observation else features
+        self._join(lr_schedule)
 
     def act(self, features: Tensor, noise: Tensor) -> Tensor:
         """Draw z, x1 and action [3, N, D] given raw observation vectors [N, O] and noise as for `sample`."""

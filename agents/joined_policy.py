@@ -11,16 +11,17 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim, preprocess_obs
-from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from ..envs.make import check_spaces
+from .networks import RunningNorm
 
 
 class JoinedPolicy(BasePolicy):
     """A Stable-Baselines3 policy for Box actions and vector observations, with one vector of parameters.
 
-    A subclass builds its networks and `optimizer` (of one empty parameter), then calls `joined`.
+    A subclass builds its networks, `obs_norm` and `normalize_observation`, then calls `_join`.
 
     Args:
         observation_space: Box, or Dict of Boxes; no images.
@@ -32,6 +33,8 @@ class JoinedPolicy(BasePolicy):
         ValueError: if a space is not supported.
     """
 
+    obs_norm: RunningNorm
+    normalize_observation: bool
     followed: ClassVar[str]
     """Name of the module that `average` follows; its parameters are the first of the vector."""
     follower: ClassVar[str]
@@ -53,6 +56,17 @@ class JoinedPolicy(BasePolicy):
         self.action_dim, self._action_shape = get_flattened_obs_dim(action_space), action_space.shape
         self.averaging = 1.0
         self._average: Tensor | None = None
+
+    def _join(self, lr_schedule: Schedule) -> None:
+        """Make the optimizer, of one vector that holds all `trained` parameters."""
+        vector = nn.Parameter(torch.empty(0))
+        options = {"lr": lr_schedule(1), **self.optimizer_kwargs}
+        self.optimizer = self.optimizer_class([vector], **options)
+        self.joined()
+
+    def normalize(self, features: Tensor) -> Tensor:
+        """Raw observation vectors [B, O] as the networks see them: standardised by its own statistics, or raw."""
+        return self.obs_norm.forward(features) if self.normalize_observation else features
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name: `followed` first, the larger before the smaller for their alignment."""

@@ -159,13 +159,7 @@ class SACPolicy(JoinedPolicy):
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor([math.log(temperature)]), requires_grad=learn_temperature)
         self.averaging = tau
-        vector = nn.Parameter(torch.empty(0))
-        self.optimizer = optimizer_class([vector], lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
-        self.joined()
-
-    def normalize(self, features: Tensor) -> Tensor:
-        """Raw observation vectors [B, O] as the networks see them."""
-        return self.obs_norm.forward(features) if self.normalize_observation else features
+        self._join(lr_schedule)
 
     def unit(self) -> Tensor:
         """Running standard deviation of each observation, [O], in the units that the networks see."""
