@@ -19,30 +19,32 @@ from typing import Any, Literal
 import torch
 import tyro
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import CallbackList
 from tqdm import tqdm
 
 from driftrl.agents.registry import AGENTS, Entry
+from driftrl.agents.resume import restore
 from driftrl.agents.runs import (
     Checkpoints,
     Progress,
+    Resumption,
     RunSettings,
     StopOnSignal,
     check_device,
-    checkpoint_path,
     exit_code,
     find_checkpoint,
     has_saved,
-    load_agent,
+    load_newest,
     new_run,
     open_logger,
     read_settings,
     record_resumption,
     save_agent,
     sigterm_as_interrupt,
+    warn,
     write_json,
 )
+from driftrl.agents.saving import Checkpointed
 from driftrl.envs import make_vec, parse_env_kwargs
 from driftrl.evaluate import EVALUATION_SEED, Parser, evaluate_modes, fail, format_table
 
@@ -71,6 +73,8 @@ class Arguments:
     """Folder under which the run's folder is made."""
     checkpoint_interval: int = 100_000
     """Steps between checkpoints, >= 1."""
+    keep_checkpoints: int = 3
+    """How many checkpoints to keep, the newest, >= 1; the best agent is kept apart."""
     env_kwargs: tuple[str, ...] = ()
     """Arguments of the environment: key=value pairs, or one JSON object."""
     config: tyro.conf.OmitArgPrefixes[Any] = None
@@ -130,6 +134,7 @@ def _start(name: str, args: Sequence[str]) -> int:
         device=arguments.device,
         threads=arguments.threads,
         config=dataclasses.asdict(arguments.config),
+        keep_checkpoints=arguments.keep_checkpoints,
     )
     with contextlib.closing(make_vec(settings.env_id, settings.n_envs, settings.seed, **settings.env_kwargs)) as env:
         policy = "MultiInputPolicy" if isinstance(env.observation_space, spaces.Dict) else "MlpPolicy"
@@ -150,7 +155,7 @@ def _resume(args: Sequence[str]) -> int:
     folder: Path = arguments.resume
     if folder.is_file():
         raise ValueError(f"resume: got the file {folder}, expected a run folder")
-    file = find_checkpoint(folder)
+    find_checkpoint(folder)  # says what is wrong if there is none
     settings = read_settings(folder)
     settings = dataclasses.replace(
         settings,
@@ -158,25 +163,20 @@ def _resume(args: Sequence[str]) -> int:
         device=arguments.device or settings.device,
     )
     with contextlib.closing(make_vec(settings.env_id, settings.n_envs, None, **settings.env_kwargs)) as env:
-        agent = load_agent(file, settings.device, env)
-        done = agent.num_timesteps
+        found = load_newest(folder, settings.device, env)
+        done = found.agent.num_timesteps
+        for reason in found.skipped:
+            warn(f"skipped {reason}")
         if done >= settings.total_timesteps:
             print(
-                f"nothing left to do: {file} has {done:,} of {settings.total_timesteps:,} steps; to go on, raise them"
+                f"nothing left to do: {found.file} has {done:,} of {settings.total_timesteps:,} steps; to go on, raise "
+                f"them\n  {_command('train')} --resume {shlex.quote(str(folder))} --total-timesteps {2 * done}"
             )
-            print(f"  {_command('train')} --resume {shlex.quote(str(folder))} --total-timesteps {2 * done}")
             return 0
-        agent.set_random_seed((settings.seed + done) % 2**31)  # else the first steps of the run would be drawn again
         record_resumption(folder, done, settings.total_timesteps)
-        if file.name == "final.zip":  # it is final no longer
-            checkpoint_path(folder, done).parent.mkdir(exist_ok=True)
-            file.replace(checkpoint_path(folder, done))
-        print(_describe(agent, settings))
-        print(f"resumed from {file} at {done:,} steps")
-        print("not restored: the environments (they start new episodes) and the random generators (new seed)")
-        if getattr(agent, "replay_buffer", None) is not None:
-            print("not restored: the replay buffer; learning goes on after another learning_starts steps")
-        return _train(agent, folder, settings)
+        print(_describe(found.agent, settings))
+        print(f"resumed from {found.file} at {done:,} steps")
+        return _train(found.agent, folder, settings, found)
 
 
 def _parse(name: str, entry: Entry, args: Sequence[str], defaults: Arguments) -> Arguments:
@@ -197,7 +197,7 @@ def _parse(name: str, entry: Entry, args: Sequence[str], defaults: Arguments) ->
         raise ValueError(f"{message.rstrip('.')}; {hint}see {program} --help") from None
 
 
-def _describe(agent: BaseAlgorithm, settings: RunSettings) -> str:
+def _describe(agent: Checkpointed, settings: RunSettings) -> str:
     environments = f"{settings.n_envs} environment{'s' if settings.n_envs > 1 else ''}"
     what = f"{settings.agent} on {settings.env_id}, {settings.total_timesteps:,} steps"
     return f"{what}, {environments}, seed {settings.seed}, {agent.device}"
@@ -220,13 +220,13 @@ def _describe_preset(entry: Entry, defaults: Arguments, arguments: Arguments) ->
     return "\n".join(lines)
 
 
-def _train(agent: BaseAlgorithm, folder: Path, settings: RunSettings) -> int:
+def _train(agent: Checkpointed, folder: Path, settings: RunSettings, found: Resumption | None = None) -> int:
     """Train up to the run's total, save, evaluate and say what can be done next."""
     torch.set_num_threads(settings.threads)
     print(f"run folder: {folder}", flush=True)
     start, done, total = time.monotonic(), agent.num_timesteps, settings.total_timesteps
     try:
-        _learn(agent, folder, settings)
+        _learn(agent, folder, settings, found)
         seconds, steps = time.monotonic() - start, agent.num_timesteps - done
         print(
             f"trained {steps:,} steps in {tqdm.format_interval(seconds)} ({steps / seconds:,.0f} steps/s)", flush=True
@@ -249,24 +249,34 @@ def _train(agent: BaseAlgorithm, folder: Path, settings: RunSettings) -> int:
     return 0
 
 
-def _learn(agent: BaseAlgorithm, folder: Path, settings: RunSettings) -> None:
+def _learn(agent: Checkpointed, folder: Path, settings: RunSettings, found: Resumption | None) -> None:
     """Train and save; raises KeyboardInterrupt after that where a signal ended it early."""
     done, total = agent.num_timesteps, settings.total_timesteps
     with (
-        contextlib.closing(open_logger(folder)) as logger,
+        contextlib.closing(open_logger(folder, done)) as logger,
         contextlib.closing(Progress(done, total)) as progress,
         StopOnSignal() as stop,
     ):
         agent.set_logger(logger)
-        callbacks = CallbackList([stop, Checkpoints(folder, settings.checkpoint_interval, total), progress])
-        agent.learn(total - done, callback=callbacks, reset_num_timesteps=done == 0)
-        is_complete = stop.signal is None
-        save_agent(agent, folder / "final.zip" if is_complete else checkpoint_path(folder, agent.num_timesteps))
+        best = _go_on(agent, settings, found) if found else None
+        checkpoints = Checkpoints(folder, settings, stop, best)
+        agent.learn(total - done, callback=CallbackList([checkpoints, progress]), reset_num_timesteps=done == 0)
+        stop.be_patient()
+        checkpoints.save()
+        save_agent(agent, folder / "final.zip")
     if stop.signal is not None:
         raise KeyboardInterrupt(stop.signal)
 
 
-def _describe_commands(agent: BaseAlgorithm, folder: Path, total_timesteps: int) -> str:
+def _go_on(agent: Checkpointed, settings: RunSettings, found: Resumption) -> dict[str, Any] | None:
+    """Put back all that the checkpoint holds beside the agent and say what it lacks; returns the best so far."""
+    agent.set_random_seed((settings.seed + agent.num_timesteps) % 2**31)  # of what cannot be put back
+    missing = ["all but the agent: the file is no checkpoint"] if found.state is None else restore(agent, found.state)
+    print("\n".join(f"not restored: {each}" for each in missing) or "all restored: as if it had not been interrupted")
+    return found.state["progress"] if found.state is not None and not missing else None
+
+
+def _describe_commands(agent: Checkpointed, folder: Path, total_timesteps: int) -> str:
     """What can be done next with a run that has a saved agent."""
     evaluate, run = _command("evaluate"), shlex.quote(str(folder))
     more = f" --total-timesteps {2 * agent.num_timesteps}" if agent.num_timesteps >= total_timesteps else ""

@@ -25,6 +25,7 @@ from ..dynamics.fields import MLPField
 from ..dynamics.noise import BrownianGrid
 from ..dynamics.ode import bind, odeint, time_grid
 from ..dynamics.sde import interpolant_sde, sdeint
+from .checkpoint import storable
 from .joined_policy import JoinedPolicy
 from .networks import RunningNorm, activation_name, gaussian_log_prob, mlp
 
@@ -116,6 +117,7 @@ class FlowActor(nn.Module):
         return base + gaussian_log_prob(sample.action, sample.x1, self.noise_log_std())
 
 
+@storable
 class FlowPolicy(JoinedPolicy):
     """Actor, critic and normalisers as a Stable-Baselines3 policy for Box actions and vector observations.
 

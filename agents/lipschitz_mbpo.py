@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from torch import Tensor
@@ -27,14 +26,16 @@ from ..dynamics.regularize import spectral_bound_
 from ..dynamics.transition import TRANSITIONS, GaussianTransition
 from ..dynamics.transition_base import TransitionModel, TransitionSettings
 from ..envs.termination import termination_function
+from .checkpoint import storable
 from .compiling import Batch, Objective, prepared
 from .config import given_at_load, require, resolve, validate
 from .diagnostics import model_diagnostics, runs_away, value_diagnostics
 from .lipschitz import adversary, search_noise, value_gap
-from .replay import TensorReplay, Transitions
+from .replay import CheckpointedReplay, TensorReplay, Transitions
 from .sac import SACPolicy, sac_losses
 
 
+@storable
 @dataclass(frozen=True)
 class LipschitzMBPOConfig:
     """Hyperparameters of LipschitzMBPO; those that SAC has too bear Stable-Baselines3's names.
@@ -155,7 +156,7 @@ def losses(policy: SACPolicy, batch: Batch, config: LipschitzMBPOConfig, target_
     return terms
 
 
-class LipschitzMBPO(OffPolicyAlgorithm):
+class LipschitzMBPO(CheckpointedReplay):
     """SAC on the rollouts of one learned model, with a Lipschitz-regularized value (arXiv 2302.01244, 1906.08253).
 
     A Stable-Baselines3 algorithm: `learn`, `save`, `load`, `predict`, `save_replay_buffer`, callbacks and loggers are
@@ -179,8 +180,8 @@ class LipschitzMBPO(OffPolicyAlgorithm):
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": SACPolicy, "MultiInputPolicy": SACPolicy}
     policy: SACPolicy
-    replay_buffer: TensorReplay | None
     transition: TransitionModel | None
+    _remade = ("imagined", "_gradient", "_terminated")
 
     def __init__(
         self, policy: str | type[SACPolicy] = "MlpPolicy", env: GymEnv | str | None = None,
@@ -194,7 +195,7 @@ class LipschitzMBPO(OffPolicyAlgorithm):
         if learning_rate is not None and not callable(learning_rate):
             fields["learning_rate"] = learning_rate
         self.config = resolve(config or LipschitzMBPOConfig(), fields)
-        self._given_rule = terminated
+        self.terminated = terminated
         self._fitted_at = self._diagnosed_at = self._seen = 0  # environment steps, and rows of the replay buffer
         self._carry = 0.0  # real transitions owed by the minibatches so far
         super().__init__(
@@ -234,26 +235,21 @@ class LipschitzMBPO(OffPolicyAlgorithm):
         self._gradient = Objective(policy, terms, "train/loss", None).gradient
         self.transition = None
         if config.model != "none":
-            self._terminated = self._termination_rule()
+            rule = self._termination_rule()
+            self._learns_end = vars(self).get("_learns_end", rule is None)  # as it did when it was saved
+            self._terminated = None if self._learns_end else rule
             self.transition = self._build_model().to(self.device)
             rollouts = config.model_rollouts * config.model_retain
             self.imagined = Transitions(rollouts, policy.obs_dim, policy.action_dim, policy.device)
 
     def _build_model(self) -> TransitionModel:
         config, dims = self.config, (self.policy.obs_dim, self.policy.action_dim)
-        settings = TransitionSettings(terminal_head=self._terminated is None)
+        settings = TransitionSettings(terminal_head=self._learns_end)
         if config.model in ("flow", "langevin"):  # the spread of the data stays in their hold-out loss: gains are small
             return TRANSITIONS[config.model](*dims, replace(settings, min_gain=1e-3), hidden=config.model_hidden)
         sizes = {"members": config.members, "elites": config.elites}
         probabilistic = config.model == "probabilistic"
         return GaussianTransition(*dims, settings, hidden=config.model_hidden, probabilistic=probabilistic, **sizes)
-
-    def set_random_seed(self, seed: int | None = None) -> None:
-        """Seed Python, NumPy, PyTorch, the environments and the agent's own generator."""
-        super().set_random_seed(seed)
-        self._generator = torch.Generator(self.device)
-        # Resuming at num_timesteps must not replay the noise of the start.
-        self._generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed + self.num_timesteps)
 
     def _termination_rule(self) -> Callable[[Tensor], Tensor] | None:
         """The rule that ends model rollouts; None: the model learns it."""
@@ -262,16 +258,13 @@ class LipschitzMBPO(OffPolicyAlgorithm):
             return None
         if choice == "never":
             return lambda next_obs: torch.zeros(len(next_obs), dtype=torch.bool, device=next_obs.device)
-        rule = self._given_rule
+        rule = self.terminated
         spec = None if rule or self.env is None else self.env.get_attr("spec")[0]
         if spec is not None:
             rule = termination_function(spec.id, spec.kwargs)
-        if rule is None and choice == "task":
+        if rule is None and choice == "task" and self.env is not None:
             raise ValueError("termination: got task, but no rule of this environment is known; give one or use learned")
         return rule
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "imagined", "_generator", "_gradient", "_terminated"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         names = ["policy", "policy.optimizer"]
@@ -286,7 +279,8 @@ class LipschitzMBPO(OffPolicyAlgorithm):
         Raises:
             ValueError: if the model or the critics diverge, or compile="on" finds no compiler.
         """
-        updates = total_timesteps * self.config.gradient_steps
+        done = 0 if reset_num_timesteps else self.num_timesteps  # a run that goes on is compiled as the whole would be
+        updates = (done + total_timesteps) * self.config.gradient_steps
         self._gradient = prepared(self._gradient, self.config.compile, updates, torch.device(self.device))
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
@@ -361,7 +355,7 @@ class LipschitzMBPO(OffPolicyAlgorithm):
         seen = self._real.all()
         fitted = model.fit(
             seen["obs"], seen["action"], seen["reward"], seen["next_obs"],
-            seen["terminated"] > 0 if self._terminated is None else None,
+            seen["terminated"] > 0 if self._learns_end else None,
             generator=self._generator, max_epochs=self.config.model_epochs,
         )  # fmt: skip
         for name, value in fitted.items():

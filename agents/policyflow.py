@@ -14,6 +14,7 @@ from stable_baselines3.common.utils import LinearSchedule, explained_variance, u
 from torch import Tensor
 
 from ..dynamics.regularize import jacobian_penalty, local_error_penalty
+from .checkpoint import storable
 from .compiling import Objective, prepared
 from .config import given_at_load, require, resolve, validate
 from .diagnostics import flow_diagnostics
@@ -22,6 +23,7 @@ from .ratios import RATIOS, Ratio, draw_interpolation, interpolate, record_veloc
 from .rollout import Batch, FlowRollouts
 
 
+@storable
 @dataclass(frozen=True)
 class PolicyFlowConfig:
     """Hyperparameters of PolicyFlow; those that PPO has too bear Stable-Baselines3's names.
@@ -305,7 +307,8 @@ class PolicyFlow(FlowRollouts):
         Raises:
             ValueError: if an observation or a reward is not finite, or compile="on" finds no compiler.
         """
-        updates = total_timesteps * self.config.n_epochs // self.config.batch_size
+        done = 0 if reset_num_timesteps else self.num_timesteps  # a run that goes on is compiled as the whole would be
+        updates = (done + total_timesteps) * self.config.n_epochs // self.config.batch_size
         for name in ("_act", "_gradient"):
             setattr(self, name, prepared(getattr(self, name), self.config.compile, updates, self.device))
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BufferedIOBase
+from pathlib import Path
 from typing import Any, Protocol
 
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from . import presets
 from .lipschitz_mbpo import LipschitzMBPO, LipschitzMBPOConfig
 from .policyflow import PolicyFlow, PolicyFlowConfig
+from .saving import Checkpointed
 
 
 class AgentClass(Protocol):
     """What the commands need of an agent's class: Stable-Baselines3's constructor and `load`, and a config."""
 
-    def __call__(self, policy: str, env: VecEnv, *, config: Any, seed: int, device: str) -> BaseAlgorithm:
+    def __call__(self, policy: str, env: VecEnv, *, config: Any, seed: int, device: str) -> Checkpointed:
         """Make an untrained agent."""
 
-    def load(self, path: BufferedIOBase, env: VecEnv | None = None, device: str = "auto") -> BaseAlgorithm:
+    def load(
+        self, path: Path, env: VecEnv | None = None, device: str = "auto", *, force_reset: bool = True
+    ) -> Checkpointed:
         """Read a saved agent."""
 
 

@@ -1,20 +1,25 @@
-"""Transitions on the device: a ring buffer of rows, and Stable-Baselines3's replay buffer on top of it."""
+"""Transitions on the device: a ring buffer of rows, Stable-Baselines3's replay buffer on top of it, and its file."""
 
 from __future__ import annotations
 
-from typing import Any
+import io
+from typing import Any, cast
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
+from . import checkpoint
+from .checkpoint import PICKLED, CheckpointError, storable
 from .compiling import Batch
 from .rollout import observation_vectors
+from .saving import Checkpointed, PathOrFile, label_of, opened
 
 
 class Transitions:
@@ -33,15 +38,25 @@ class Transitions:
         self.rows = torch.zeros(capacity, sum(self._widths), device=device)
         self.position, self.size = 0, 0
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the rows not in use."""
-        return vars(self) | {"rows": self.rows[: self.size].clone()}
+    def get_state(self) -> dict[str, Any]:
+        """All that is kept, for `set_state`: capacity, position and the rows in use, which are no copy."""
+        return {"capacity": self.capacity, "position": self.position, "rows": self.rows[: self.size]}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        used = state["rows"]
-        self.__dict__.update(state)
-        self.rows = used.new_zeros(self.capacity, used.shape[1])
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take over what another ring buffer had.
+
+        Raises:
+            ValueError: if its rows are of another length, or its numbers do not fit each other.
+        """
+        capacity, position, used = state["capacity"], state["position"], state["rows"]
+        if used.ndim != 2 or used.shape[1] != sum(self._widths) or used.dtype != self.rows.dtype:
+            got, expected = f"{used.dtype} {list(used.shape)}", f"{self.rows.dtype} [.., {sum(self._widths)}]"
+            raise ValueError(f"transitions: got rows of {got}, expected {expected}; those of this environment")
+        if not (len(used) <= capacity and position == (position if len(used) == capacity else len(used)) % capacity):
+            raise ValueError(f"transitions: got {len(used)} rows, capacity {capacity} and position {position}")
+        self.rows = self.rows.new_zeros(capacity, used.shape[1])
         self.rows[: len(used)] = used
+        self.capacity, self.position, self.size = capacity, position, len(used)
 
     def __len__(self) -> int:
         return self.size
@@ -88,6 +103,7 @@ class Transitions:
         return self.unpack(self.rows[: self.size])
 
 
+@storable
 class TensorReplay(ReplayBuffer):
     """Stable-Baselines3's replay buffer with its rows in `Transitions`, of observation vectors in float32.
 
@@ -125,6 +141,19 @@ class TensorReplay(ReplayBuffer):
         vectors = [observation_vectors(each, self.observation_space) for each in (obs, next_obs)]
         columns = (vectors[0], action.reshape(len(done), -1), vectors[1], reward, done & ~truncated)
         self.transitions.append(*(torch.as_tensor(each, dtype=torch.float32, device=self.device) for each in columns))
+        self._note()
+
+    def get_state(self) -> dict[str, Any]:
+        """See `Transitions`."""
+        return self.transitions.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """See `Transitions`."""
+        self.transitions.set_state(state)
+        self.buffer_size = self.transitions.capacity
+        self._note()
+
+    def _note(self) -> None:
         self.pos, self.full = self.transitions.position, self.transitions.size == self.buffer_size
 
     def size(self) -> int:
@@ -143,3 +172,55 @@ class TensorReplay(ReplayBuffer):
         return ReplayBufferSamples(
             batch["obs"], batch["action"], batch["next_obs"], batch["terminated"][:, None], batch["reward"][:, None]
         )
+
+
+class CheckpointedReplay(Checkpointed, OffPolicyAlgorithm):
+    """The same for an agent with a replay buffer, whose file holds data only, too."""
+
+    replay_buffer: TensorReplay | None
+
+    def training_state(self) -> dict[str, Any]:
+        """See `Checkpointed`; with all transitions that the agent has, seen or imagined."""
+        kept = {name: each for name, each in vars(self).items() if isinstance(each, Transitions | TensorReplay)}
+        return super().training_state() | {"transitions": {name: each.get_state() for name, each in kept.items()}}
+
+    def set_training_state(self, state: dict[str, Any]) -> None:
+        """See `Checkpointed`."""
+        super().set_training_state(state)
+        for name, each in state["transitions"].items():
+            getattr(self, name).set_state(each)
+
+    def save_replay_buffer(self, path: PathOrFile) -> None:
+        """Save the replay buffer to a file, with or without .zip, or to a file object."""
+        assert self.replay_buffer is not None
+        document = checkpoint.encode(self.replay_buffer.get_state())
+        with opened(path, "w") as file:
+            checkpoint.write(file, {"replay": document})
+
+    def load_replay_buffer(
+        self, path: PathOrFile, truncate_last_traj: bool = True, *, allow_pickle: bool = False
+    ) -> None:
+        """Replace the replay buffer by a saved one.
+
+        Args:
+            path: file, with or without .zip, or file object.
+            truncate_last_traj: for Stable-Baselines3; only its HerReplayBuffer looks at it.
+            allow_pickle: read a pickled buffer, too. That executes what is in it.
+
+        Raises:
+            CheckpointError: if the file is damaged, pickled without `allow_pickle`, or of other transitions.
+        """
+        with opened(path, "r") as file:
+            label, pickled = label_of(path, file), file.read(1) == b"\x80"
+            file.seek(0)
+            if pickled and not allow_pickle:
+                raise CheckpointError(f"no checkpoint: {label}: {PICKLED}")
+            if pickled:
+                super().load_replay_buffer(cast(io.BufferedIOBase, file), truncate_last_traj)
+                return
+            state = checkpoint.read(file, "replay", label)
+        assert self.replay_buffer is not None
+        try:
+            self.replay_buffer.set_state(state)
+        except Exception as error:  # whatever data of other kinds and sizes lead to
+            raise CheckpointError(f"{label}: no replay buffer of this agent: {error}") from error

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..dynamics.noise import StepNoise, step_noise
 from .flow_policy import FlowPolicy
+from .saving import Checkpointed
 
 Batch: TypeAlias = dict[str, Tensor]
 """Samples of a rollout, first axis B = steps x environments:
@@ -54,7 +55,7 @@ def generalized_advantage(
     return advantages
 
 
-class FlowRollouts(OnPolicyAlgorithm):
+class FlowRollouts(Checkpointed, OnPolicyAlgorithm):
     """The half of an on-policy agent that lies between the environments and the batch to learn from.
 
     Subclasses build the policy and call `_setup_rollout`, then learn from `batch` in `train`.
@@ -66,6 +67,8 @@ class FlowRollouts(OnPolicyAlgorithm):
     _act: Callable[[Tensor, Tensor], Tensor]  # FlowPolicy.act, perhaps compiled
     _exploration: StepNoise | None  # action noise with memory, which lasts from rollout to rollout
     _diverged = 0  # unstable simulations so far
+    _iteration: int  # so many times `train` was called
+    _remade = ("batch", "_ratio", "_discounted_return", "_act", "_gradient", "_exploration")
 
     def _setup_rollout(self, exploration_noise: str, noise_time: float, hurst: float) -> None:
         steps, envs, size = self.n_steps, self.n_envs, (self.n_envs, self.policy.action_dim)
@@ -79,16 +82,22 @@ class FlowRollouts(OnPolicyAlgorithm):
         assert isinstance(self.action_space, spaces.Box)
         self._action_shape = self.action_space.shape
 
-    def set_random_seed(self, seed: int | None = None) -> None:
-        """Seed Python, NumPy, PyTorch, the environments and the agent's own generator."""
-        super().set_random_seed(seed)
-        self._generator = torch.Generator(self.device)
-        # Resuming at num_timesteps must not replay the noise of the start.
-        self._generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed + self.num_timesteps)
+    def training_state(self) -> dict[str, Any]:
+        """See `Checkpointed`; the rollout begins afresh, but returns and action noise run on."""
+        noise = vars(self._exploration) if self._exploration else {}
+        memory = {name: value for name, value in noise.items() if isinstance(value, Tensor)}
+        return super().training_state() | {"discounted_return": self._discounted_return, "exploration": memory}
 
-    def _excluded_save_params(self) -> list[str]:
-        ours = ["batch", "_ratio", "_generator", "_discounted_return", "_act", "_gradient", "_exploration"]
-        return [*super()._excluded_save_params(), *ours]
+    def set_training_state(self, state: dict[str, Any]) -> None:
+        """See `Checkpointed`."""
+        super().set_training_state(state)
+        self._discounted_return = state["discounted_return"]
+        for name, value in state["exploration"].items():
+            setattr(self._exploration, name, value.to(self.device))
+
+    def dump_logs(self, iteration: int = 0) -> None:
+        """As Stable-Baselines3, but a run that goes on goes on counting its iterations."""
+        super().dump_logs(self._iteration + 1)
 
     @torch.no_grad()
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:

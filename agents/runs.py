@@ -1,8 +1,9 @@
 """Run folders: what a training run leaves behind, and how it is read again.
 
 A run lies in ``<root>/<env>/<agent>/<time>-s<seed>/``: config.json, progress.csv and TensorBoard's events,
-checkpoints/step_*.zip, best.zip (best mean return while training) with best.json, final.zip and eval.json (once
-training is complete). Files are written under a temporary name and renamed: a half-written one is never found.
+checkpoints/step_*.zip with all that training goes on from, best.zip (best mean return while training) with best.json,
+final.zip and eval.json (once training is complete). Files are written under a temporary name, brought to the disk and
+renamed: a half-written one is never found.
 """
 
 from __future__ import annotations
@@ -18,23 +19,31 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import (
+    CSVOutputFormat,
+    Logger,
+    TensorBoardOutputFormat,
+    filter_excluded_keys,
+)
 from stable_baselines3.common.vec_env import VecEnv
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .. import __version__
+from . import checkpoint, resume
+from .checkpoint import CheckpointError
 from .config import validate
 from .registry import AGENTS
+from .saving import Checkpointed
 
 _REMEDY = f"expected a .zip file saved by {' or '.join(AGENTS)}, or a run folder"
 
@@ -57,6 +66,7 @@ class RunSettings:
     device: Literal["auto", "cpu", "cuda"]
     threads: int
     config: dict[str, Any]
+    keep_checkpoints: int = 3
 
     def __post_init__(self) -> None:
         validate(
@@ -64,11 +74,15 @@ class RunSettings:
             {
                 "text": "agent env_id",
                 "names with values": "env_kwargs config",
-                "an integer of at least 1": "n_envs total_timesteps checkpoint_interval",
+                "an integer of at least 1": "n_envs total_timesteps checkpoint_interval keep_checkpoints",
                 "an integer of 1 .. 2**31 - 1": "threads",
                 "an integer of 0 .. 2**31 - 1": "seed",
             },
         )
+
+
+_NEEDED = {field.name for field in dataclasses.fields(RunSettings) if field.default is dataclasses.MISSING}
+_STEPS = "time/total_timesteps"  # the column of progress.csv
 
 
 @contextlib.contextmanager
@@ -118,7 +132,8 @@ def read_settings(folder: Path) -> RunSettings:
     """
     try:
         data = json.loads((folder / "config.json").read_text())
-        settings = RunSettings(**{field.name: data[field.name] for field in dataclasses.fields(RunSettings)})
+        fields = [field for field in dataclasses.fields(RunSettings) if field.name in data or field.name in _NEEDED]
+        settings = RunSettings(**{field.name: data[field.name] for field in fields})
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no run: got {folder}, expected the folder of a run, with a config.json") from None
     except (KeyError, TypeError, ValueError) as error:
@@ -135,29 +150,66 @@ def write_json(path: Path, data: object) -> None:
         partial.write_text(text + "\n")
 
 
-def save_agent(agent: BaseAlgorithm, path: Path) -> None:
+def save_agent(agent: Checkpointed, path: Path) -> None:
     """Save an agent, all or nothing."""
+    _save(path, {"agent": checkpoint.encode(agent.contents())})
+
+
+def save_checkpoint(agent: Checkpointed, folder: Path, keep: int, progress: dict[str, Any]) -> Path:
+    """Save an agent and all that its training goes on from, all or nothing; of the older ones `keep` - 1 stay.
+
+    Newer ones can only be broken: training went on from before them, and will replace them.
+    """
+    path = checkpoint_path(folder, agent.num_timesteps)
+    run = {**resume.capture(agent), "progress": progress}
+    _save(path, {"agent": checkpoint.encode(agent.contents()), "run": checkpoint.encode(run)})
+    for old in [file for file in checkpoints(folder) if _steps(file) < agent.num_timesteps][keep - 1 :]:
+        old.unlink()
+    return path
+
+
+def _save(path: Path, documents: dict[str, checkpoint.Document]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _all_or_nothing(path) as partial, partial.open("wb") as file:
-        agent.save(file)
-        file.flush()
-        os.fsync(file.fileno())
+        checkpoint.write(file, documents)
 
 
 @contextlib.contextmanager
 def _all_or_nothing(path: Path) -> Iterator[Path]:
-    """A temporary name to write under, which becomes `path` at the end and goes away if the block fails."""
+    """A temporary name to write under, which becomes `path` at the end and goes away if the block fails.
+
+    The file is on the disk before it gets its name, and the name when the block ends: a power failure loses neither.
+    """
     partial = path.with_name(path.name + ".part")
     try:
         yield partial
+        _to_disk(partial)
         partial.replace(path)
+        _to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def checkpoint_path(folder: Path, timesteps: int) -> Path:
     """Where the checkpoint after so many steps lies."""
     return folder / "checkpoints" / f"step_{timesteps}.zip"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    return sorted((folder / "checkpoints").glob("step_*.zip"), key=_steps, reverse=True)
+
+
+def _steps(checkpoint_file: Path) -> int:
+    return int(checkpoint_file.stem.removeprefix("step_"))
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -174,13 +226,11 @@ def find_checkpoint(path: Path) -> Path:
     if not path.exists():
         raise ValueError(f"no such run: got {path}, expected an existing run folder or saved .zip file; check the path")
     read_settings(path)
-    if (path / "final.zip").exists():
-        return path / "final.zip"
-    checkpoints = (path / "checkpoints").glob("step_*.zip")
-    newest = max(checkpoints, key=lambda file: int(file.stem.removeprefix("step_")), default=path / "best.zip")
-    if not newest.exists():
+    candidates = (path / "final.zip", *checkpoints(path), path / "best.zip")
+    found = next((file for file in candidates if file.exists()), None)
+    if found is None:
         raise ValueError(f"empty run: got {path}, expected final.zip, checkpoints/step_*.zip or best.zip; train anew")
-    return newest
+    return found
 
 
 def run_folder_of(path: Path) -> Path | None:
@@ -192,7 +242,7 @@ def run_folder_of(path: Path) -> Path | None:
     return None
 
 
-def load_agent(path: Path, device: str = "auto", env: VecEnv | None = None) -> BaseAlgorithm:
+def load_agent(path: Path, device: str = "auto", env: VecEnv | None = None, force_reset: bool = True) -> Checkpointed:
     """Load the agent of a run folder or a saved file (see `find_checkpoint`).
 
     Raises:
@@ -201,37 +251,61 @@ def load_agent(path: Path, device: str = "auto", env: VecEnv | None = None) -> B
     """
     check_device(device)
     file = find_checkpoint(path)
-    agent = AGENTS[_agent_name(file)].agent
+    with file.open("rb") as stream:
+        name = checkpoint.config_name(stream, str(file))
+    agents = {entry.config.__name__: entry.agent for entry in AGENTS.values()}
+    if name not in agents:
+        raise ValueError(f"foreign checkpoint: got {file} with a config {name!r}; {_REMEDY}")
     try:
-        with file.open("rb") as stream:
-            return agent.load(stream, env=env, device=device)
+        return agents[name].load(file, env=env, device=device, force_reset=force_reset)
+    except CheckpointError:
+        raise
     except ValueError as error:  # of Stable-Baselines3: the spaces of env are others
         raise ValueError(f"{file}: {error}") from error
-    except Exception as error:  # whatever unpickling and incomplete data lead to
-        raise ValueError(f"damaged checkpoint: {file} does not load ({error!r}); {_REMEDY}") from error
+
+
+class Resumption(NamedTuple):
+    """Where a run can go on.
+
+    Args:
+        file: what was read.
+        agent: the agent in it.
+        state: for `resume.restore`; None if the file is no checkpoint but best.zip or final.zip.
+        skipped: what is newer and does not read, and why.
+    """
+
+    file: Path
+    agent: Checkpointed
+    state: dict[str, Any] | None
+    skipped: list[str]
+
+
+def load_newest(folder: Path, device: str, env: VecEnv) -> Resumption:
+    """Load what a run goes on from: the newest checkpoint that reads well, else final.zip, else best.zip.
+
+    Raises:
+        ValueError: if there is none, or env or the device do not fit.
+    """
+    skipped: list[str] = []
+    for file in (*checkpoints(folder), folder / "final.zip", folder / "best.zip"):
+        try:
+            state = None
+            if file.parent.name == "checkpoints":
+                with file.open("rb") as stream:
+                    state = checkpoint.read(stream, "run", str(file))
+            exact = state is not None and resume.tells_its_state(env)
+            return Resumption(file, load_agent(file, device, env, force_reset=not exact), state, skipped)
+        except CheckpointError as error:
+            skipped.append(str(error))
+        except FileNotFoundError:
+            pass
+    raise ValueError(f"no checkpoint of {folder} reads: {'; '.join(skipped)}")
 
 
 def check_device(device: str) -> None:
     """Refuse CUDA where there is none, in place of Stable-Baselines3's silent change to the CPU."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device: got {device}, but torch finds no CUDA device; use cpu, or install torch for CUDA")
-
-
-def _agent_name(file: Path) -> str:
-    """Name of the agent in a saved file, told by the class of its config."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip() is not None
-            data = json.loads(archive.read("data"))
-    except Exception:  # a flipped bit can name another compression, a password, ...
-        damaged = True
-    if damaged:
-        raise ValueError(f"no checkpoint: got {file}, which is damaged or something else; {_REMEDY}")
-    config = data.get("config") if isinstance(data, dict) else None
-    for name, entry in AGENTS.items():
-        if isinstance(config, dict) and config.get(":type:") == str(entry.config):
-            return name
-    raise ValueError(f"foreign checkpoint: got {file}, which no agent of this library saved; {_REMEDY}")
 
 
 def _provenance() -> dict[str, Any]:
@@ -248,20 +322,62 @@ def _provenance() -> dict[str, Any]:
     return {"versions": versions, "git": revision}
 
 
-def open_logger(folder: Path) -> Logger:
-    """Logger to TensorBoard's events and progress.csv, which are continued where they exist."""
-    return Logger(str(folder), [TensorBoardOutputFormat(str(folder)), _ProgressFile(folder / "progress.csv")])
+def open_logger(folder: Path, done: int | None = None) -> Logger:
+    """Logger to TensorBoard's events and progress.csv, which are continued where they exist.
+
+    Args:
+        folder: of the run.
+        done: steps after which a run goes on; what was logged later, before it broke off, is dropped.
+    """
+    return _RunLogger(str(folder), [_Events(folder, done), _ProgressFile(folder / "progress.csv", done)])
+
+
+class _RunLogger(Logger):
+    """A logger that cannot end training: where the disk is full it warns and goes on."""
+
+    def dump(self, step: int = 0) -> None:
+        """Write what was recorded."""
+        try:
+            super().dump(step)
+        except OSError as error:
+            warn(f"the log of step {step} is lost ({error}); training goes on")
+            for values in (self.name_to_value, self.name_to_count, self.name_to_excluded):
+                values.clear()
+
+
+class _Events(TensorBoardOutputFormat):
+    """TensorBoard's events; of a run that goes on it hides those after the step where it does."""
+
+    def __init__(self, folder: Path, done: int | None) -> None:
+        self.writer = SummaryWriter(log_dir=str(folder), purge_step=done + 1 if done else None)
+        self._is_closed = False
 
 
 class _ProgressFile(CSVOutputFormat):
-    """progress.csv, continued where there is one."""
+    """progress.csv, continued where there is one; at no time is a row that was written before in danger."""
 
-    def __init__(self, path: Path) -> None:
-        path.touch()
-        super().__init__(os.devnull)
-        self.file.close()
-        self.file = path.open("r+")
-        self.keys = [key for key in self.file.readline().strip().split(",") if key]
+    def __init__(self, path: Path, done: int | None) -> None:
+        self._path = path
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        self.keys = [key for key in lines[0].strip().split(",") if key] if lines else []
+        rows = [line.rstrip("\n") for line in lines[1:] if line.endswith("\n")]  # the last may be half a one
+        if _STEPS in self.keys and done is not None:
+            rows = [row for row in rows if int(row.split(",")[self.keys.index(_STEPS)]) <= done]
+        self._rewrite(rows)
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """Add a row, and columns for new keys in the order in which they came."""
+        new = [key for key in filter_excluded_keys(key_values, key_excluded, "csv") if key not in self.keys]
+        if new:
+            self.file.close()
+            self.keys += new
+            self._rewrite([row + "," * len(new) for row in self._path.read_text().splitlines()[1:]])
+        super().write(key_values, key_excluded, step)
+
+    def _rewrite(self, rows: list[str]) -> None:
+        with _all_or_nothing(self._path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in (",".join(self.keys), *rows)) if self.keys else "")
+        self.file = self._path.open("r+")
         self.file.seek(0, os.SEEK_END)
 
 
@@ -285,60 +401,118 @@ def exit_code(interrupt: KeyboardInterrupt) -> int:
     return 128 + number
 
 
-class StopOnSignal(BaseCallback):
-    """Ends training after the current step on the first SIGINT or SIGTERM; the next one is handled as outside."""
+class StopOnSignal:
+    """Within the block the first SIGINT or SIGTERM asks training to stop; the next one is handled as outside.
+
+    `Checkpoints` stops it where nothing is lost, between an update and the next rollout. Where that takes longer than
+    `PATIENCE` seconds, training is interrupted: the last checkpoint is what remains.
+    """
+
+    PATIENCE = 6.0
 
     def __init__(self) -> None:
-        super().__init__()
         self.signal: int | None = None
 
     def __enter__(self) -> StopOnSignal:
         self._handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._interrupt)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.be_patient()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
+    def be_patient(self) -> None:
+        """Do not interrupt: training has stopped."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        self.__exit__()
-        os.write(2, b"\nstopping after this step (again: at once, without saving)\n")  # print is not reentrant
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, self._handlers[each])
+        signal.setitimer(signal.ITIMER_REAL, self.PATIENCE)
+        os.write(2, b"\nstopping after this iteration (again: at once, without saving)\n")  # print is not reentrant
 
-    def _on_step(self) -> bool:
-        return self.signal is None
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(self.signal)
 
 
 class Checkpoints(BaseCallback):
-    """Saves the agent at intervals, and as best.zip when the mean return of training is the best so far.
+    """Saves a checkpoint at intervals and when a signal came, and best.zip when the mean return is the best so far.
 
-    It looks for a new best every 1 % of the run, once 10 episodes are known: saving costs next to nothing then.
+    It looks for a new best every 1 % of the run, once 10 episodes are known: saving costs next to nothing then. What
+    cannot be written is reported, and training goes on.
+
+    Args:
+        folder: of the run.
+        settings: of the run.
+        stop: asks for an early end.
+        progress: of the run that goes on, from its checkpoint; None where there is none.
     """
 
-    def __init__(self, folder: Path, interval: int, total_timesteps: int) -> None:
+    model: Checkpointed
+
+    def __init__(
+        self, folder: Path, settings: RunSettings, stop: StopOnSignal, progress: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
-        self._folder, self._interval, self._best_interval = folder, interval, max(total_timesteps // 100, 1)
+        self._folder, self._settings, self._stop, self._progress = folder, settings, stop, progress
 
     def _on_training_start(self) -> None:
-        self._last = self._last_best = self.model.num_timesteps
-        path = self._folder / "best.json"
-        self._best = json.loads(path.read_text())["mean_return"] if path.exists() else -float("inf")
+        self._last = self.model.num_timesteps
+        self._was_final = (self._folder / "final.zip").exists()
+        if self._progress is None:
+            path = self._folder / "best.json"
+            best = json.loads(path.read_text())["mean_return"] if path.exists() else -float("inf")
+            self._progress = {"best": best, "looked_at": self._last}
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_start(self) -> None:  # the policy was just updated
-        steps = self.model.num_timesteps
-        if steps // self._interval > self._last // self._interval:
-            self._last = steps
-            save_agent(self.model, checkpoint_path(self._folder, steps))
-        if steps - self._last_best >= self._best_interval and len(self.model.ep_info_buffer or ()) >= 10:
-            self._last_best = steps
+        steps, interval = self.model.num_timesteps, self._settings.checkpoint_interval
+        if self._stop.signal is not None:
+            self._stop.be_patient()
+            self.save()
+            raise KeyboardInterrupt(self._stop.signal)
+        if steps // interval > self._last // interval or self._was_final:
+            self._last, self._was_final = steps, False
+            self.save()
+        self._look_for_best(steps)
+
+    def save(self) -> None:
+        """Save a checkpoint."""
+        assert self._progress is not None
+        with _reported("checkpoint", self.model.num_timesteps):
+            save_checkpoint(self.model, self._folder, self._settings.keep_checkpoints, self._progress)
+            (self._folder / "final.zip").unlink(missing_ok=True)  # of a run that goes on: it is final no longer
+
+    def _look_for_best(self, steps: int) -> None:
+        progress, interval = self._progress, max(self._settings.total_timesteps // 100, 1)
+        assert progress is not None
+        if steps - progress["looked_at"] >= interval and len(self.model.ep_info_buffer or ()) >= 10:
+            progress["looked_at"] = steps
             mean_return = _mean_return(self.model)
-            if mean_return > self._best:
-                self._best = mean_return
-                save_agent(self.model, self._folder / "best.zip")
-                write_json(self._folder / "best.json", {"mean_return": mean_return, "timesteps": steps})
+            if mean_return > progress["best"]:
+                progress["best"] = mean_return
+                with _reported("best.zip", steps):
+                    save_agent(self.model, self._folder / "best.zip")
+                    write_json(self._folder / "best.json", {"mean_return": mean_return, "timesteps": steps})
+
+
+@contextlib.contextmanager
+def _reported(what: str, steps: int) -> Iterator[None]:
+    """A file that cannot be written is no reason to end training; the one before it is still there."""
+    try:
+        yield
+    except OSError as error:
+        warn(f"no {what} at {steps:,} steps ({error}); the one before is kept, training goes on")
+
+
+def warn(text: str) -> None:
+    """Tell the user, beside a progress bar."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 class Progress(BaseCallback):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from .checkpoint import storable
 from .compiling import Batch
 from .joined_policy import JoinedPolicy
 from .networks import ACTIVATIONS, RunningNorm, activation_name, mlp
@@ -113,6 +114,7 @@ def frozen(module: nn.Module, *arguments: Tensor) -> Tensor:
     return output
 
 
+@storable
 class SACPolicy(JoinedPolicy):
     """Actor, twin critics with their slow copy, temperature and observation statistics as a Stable-Baselines3 policy.
 

@@ -68,7 +68,9 @@ def start(*options: str, env: str = "InvertedPendulum-v5", steps: int = 96) -> i
 
 
 def test_a_run_from_start_to_resumption(capsys: pytest.CaptureFixture[str]) -> None:
-    assert start("--seed", "3", "--checkpoint-interval", "32", "--gamma", "0.9", steps=640) == 0
+    assert (
+        start("--seed", "3", "--checkpoint-interval", "32", "--gamma", "0.9", "--keep-checkpoints", "2", steps=640) == 0
+    )
     out = capsys.readouterr().out
     folder = only_run()
     for part in ("seed 3", "set by you:", "gamma=0.9", "deterministic", "sampled", "--resume", "--video", "--logdir"):
@@ -77,7 +79,8 @@ def test_a_run_from_start_to_resumption(capsys: pytest.CaptureFixture[str]) -> N
     assert (config["seed"], config["env_id"], config["n_envs"]) == (3, "InvertedPendulum-v5", 2)
     assert (config["config"]["gamma"], config["config"]["actor_hidden"]) == (0.9, [8, 8])
     names = {path.name for path in folder.rglob("*") if path.is_file()}
-    assert {"final.zip", "best.zip", "best.json", "eval.json", "progress.csv", "step_32.zip", "step_608.zip"} <= names
+    assert {"final.zip", "best.zip", "best.json", "eval.json", "progress.csv"} <= names
+    assert {name for name in names if name.startswith("step_")} == {"step_608.zip", "step_640.zip"}
     assert any(name.startswith("events.out.tfevents") for name in names)
     report = json.loads((folder / "eval.json").read_text())
     assert report["timesteps"] == 640
@@ -86,9 +89,8 @@ def test_a_run_from_start_to_resumption(capsys: pytest.CaptureFixture[str]) -> N
     assert train.main(["--resume", str(folder)]) == 0
     assert "nothing left to do" in capsys.readouterr().out
     assert train.main(["--resume", str(folder), "--total-timesteps", "704"]) == 0
-    assert "not restored: the environments" in capsys.readouterr().out
+    assert "all restored" in capsys.readouterr().out
     assert load_agent(folder, "cpu").num_timesteps == 704
-    assert (folder / "checkpoints" / "step_640.zip").exists()
     with (folder / "progress.csv").open() as file:
         steps = [int(row["time/total_timesteps"]) for row in csv.DictReader(file)]
     assert steps == list(range(32, 705, 32))
@@ -190,8 +192,8 @@ def test_sigterm_saves(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     monkeypatch.setattr(Turning, "step", with_signals(Turning.step, {80: signal.SIGTERM}))
     assert start(env="DriftRLTest/Turning-v0", steps=1000) == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
-    assert "stopped at 82 of 1,000 steps" in capsys.readouterr().out
-    assert load_agent(only_run(), "cpu").num_timesteps == 82
+    assert "stopped at 96 of 1,000 steps" in capsys.readouterr().out
+    assert load_agent(only_run(), "cpu").num_timesteps == 96  # the iteration of step 80 was finished
 
 
 def test_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,14 +262,14 @@ def environment() -> dict[str, str]:
 
 
 def test_ctrl_c_saves_and_says_where() -> None:
-    options = ["--env", "InvertedPendulum-v5", "--total-timesteps", "10000000", *SMALL]
+    options = ["--env", "InvertedPendulum-v5", "--total-timesteps", "10000000", "--compile", "off", *SMALL]
     process = subprocess.Popen(
         command("policyflow", *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     )
     deadline = time.monotonic() + 60
-    while not list(Path().glob("runs/*/*/*/progress.csv")) and time.monotonic() < deadline:
+    while not any(file.stat().st_size for file in Path().glob("runs/*/*/*/progress.csv")):
+        assert time.monotonic() < deadline
         time.sleep(0.1)
-    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 130, error

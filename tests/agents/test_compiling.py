@@ -152,7 +152,7 @@ def test_parameters_stay_views_of_the_optimizers_vector() -> None:
     assert parameters_follow_the_vector(policy)
     policy.to(torch.float32)
     other = agent(ema_decay=0.9)
-    other.set_parameters(learner.get_parameters())  # type: ignore[arg-type]  # SB3 means what it returns
+    other.set_parameters(learner.get_parameters())
     assert parameters_follow_the_vector(other.policy)
     assert torch.equal(other.policy.joined(), policy.joined())
 

@@ -1,13 +1,13 @@
 import json
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import pytest
 from stable_baselines3 import PPO
-from stable_baselines3.common.base_class import BaseAlgorithm
 
 from driftrl import PolicyFlow
-from driftrl.agents import runs
+from driftrl.agents import checkpoint, runs
 from driftrl.agents.registry import AGENTS
 
 
@@ -106,10 +106,11 @@ def test_failed_save_keeps_the_old_file(tmp_path: Path, agent: PolicyFlow, monke
     runs.save_agent(agent, tmp_path / "final.zip")
     before = (tmp_path / "final.zip").read_bytes()
 
-    def fail(self: BaseAlgorithm, file: object) -> None:
+    def fail(file: IO[bytes], documents: object) -> None:
+        file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(PolicyFlow, "save", fail)
+    monkeypatch.setattr(checkpoint, "write", fail)
     with pytest.raises(OSError, match="disk full"):
         runs.save_agent(agent, tmp_path / "final.zip")
     assert (tmp_path / "final.zip").read_bytes() == before
@@ -130,12 +131,11 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, agent: PolicyFlow) -> 
     PPO("MlpPolicy", "Pendulum-v1", n_steps=16, batch_size=16, device="cpu").save(tmp_path / "ppo.zip")
     with zipfile.ZipFile(tmp_path / "whole.zip") as whole:
         members = {name: whole.read(name) for name in whole.namelist()}
-    without_weights: dict[str, bytes | None] = {name: None for name in members if name.endswith(".pth")}
     damage: dict[str, dict[str, bytes | None]] = {
-        "list.zip": {"data": b"[]"},
-        "weightless.zip": without_weights,
-        "no-policy.zip": {"policy.pth": None},
-        "garbage.zip": {"policy.pth": b"hello"},
+        "list.zip": {"agent.json": b"[]"},
+        "weightless.zip": {"agent.safetensors": None},
+        "garbage.zip": {"agent.safetensors": b"hello"},
+        "config.zip": {"agent.json": members["agent.json"].replace(b"PolicyFlowConfig", b"OtherConfig")},
     }
     for name, changes in damage.items():
         with zipfile.ZipFile(tmp_path / name, "w") as archive:
@@ -150,14 +150,14 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, agent: PolicyFlow) -> 
     (tmp_path / "broken" / "config.json").write_text("{")
     messages = {
         "missing": "no such run: got .*missing",
-        "damaged.zip": "no checkpoint",
-        "other.zip": "no checkpoint",
-        "ppo.zip": "foreign checkpoint",
-        "list.zip": "foreign checkpoint: got .*list.zip",
-        "weightless.zip": "damaged checkpoint: .*weightless.zip",
-        "no-policy.zip": "no-policy.zip: Names of parameters do not match",
-        "garbage.zip": "damaged checkpoint: .*garbage.zip",
-        "flipped.zip": "no checkpoint: got .*flipped.zip",
+        "damaged.zip": "no checkpoint: .*damaged.zip: got no zip, or half of one",
+        "other.zip": "no checkpoint: .*other.zip: got a member 'readme'",
+        "ppo.zip": "Stable-Baselines3's format",
+        "list.zip": "no checkpoint: .*list.zip: got another program's agent.json",
+        "weightless.zip": "no checkpoint: .*weightless.zip.*agent.safetensors",
+        "garbage.zip": "no checkpoint: .*garbage.zip",
+        "config.zip": "foreign checkpoint: got .*config.zip with a config 'OtherConfig'",
+        "flipped.zip": "no checkpoint: .*flipped.zip.*Bad CRC-32",
         "empty": "no run: got .*empty",
         "broken": "unreadable run",
     }
