@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
+from .checkpoint import CheckpointError
 from .saving import Checkpointed
 
 
@@ -38,7 +39,17 @@ def restore(agent: Checkpointed, state: dict[str, Any]) -> list[str]:
 
     Returns:
         What could not be restored, in words; nothing where training goes on exactly.
+
+    Raises:
+        CheckpointError: if it is none of this agent's.
     """
+    try:
+        return _restore(agent, state)
+    except Exception as error:  # whatever data of other kinds and sizes lead to
+        raise CheckpointError(f"the checkpoint holds no state of a run of this agent: {error!r}") from error
+
+
+def _restore(agent: Checkpointed, state: dict[str, Any]) -> list[str]:
     missing, numbers = [], state["random"]
     agent.set_training_state(state["training"])
     env = agent.get_env()

@@ -286,6 +286,8 @@ def load_newest(folder: Path, device: str, env: VecEnv) -> Resumption:
     Raises:
         ValueError: if there is none, or env or the device do not fit.
     """
+    for half in folder.rglob("*.part"):  # of a process that was killed while it wrote
+        half.unlink()
     skipped: list[str] = []
     for file in (*checkpoints(folder), folder / "final.zip", folder / "best.zip"):
         try:

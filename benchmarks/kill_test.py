@@ -1,0 +1,193 @@
+"""Training that is killed again and again, resumed, and compared with training that was left alone, bit for bit.
+
+    OMP_NUM_THREADS=1 python benchmarks/kill_test.py --kills 100
+
+Each process is killed (SIGKILL) at a random moment after its first checkpoint, often while it writes one, and resumed
+from what it left. After as many kills as it takes a run is complete and must equal the reference: final weights and
+optimizers, best agent, progress.csv (but for its times) and evaluation. Then the next begins, until all kills are done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import multiprocessing
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from driftrl import train
+from driftrl.agents import checkpoint
+from driftrl.agents.runs import checkpoints
+
+SMALL = ["--actor-hidden", "8", "8", "--critic-hidden", "8", "8", "--batch-size", "16"]
+TRAINING = {
+    "policyflow": ["--n-envs", "2", "--n-steps", "16", "--n-epochs", "2", "--total-timesteps", "3000"],
+    "mbpo": [
+        "--n-envs", "1", "--learning-starts", "100", "--gradient-steps", "2", "--total-timesteps", "600",
+        "--model-interval", "50", "--model-rollouts", "20", "--model-hidden", "8", "8", "--model-epochs", "5",
+    ],
+}  # fmt: skip
+INTERVAL = {"policyflow": 64, "mbpo": 20}
+"""Steps between checkpoints: some ten milliseconds of training."""
+WRONG = ("corrupt files", "kills that lost more than an interval", "runs that differ")
+
+
+def main(
+    kills: int = 100,
+    agents: tuple[Literal["policyflow", "mbpo"], ...] = ("policyflow", "mbpo"),
+    env_id: str = "InvertedPendulum-v5",
+    seed: int = 0,
+) -> int:
+    """Print what was counted; returns 1 if anything differs, was corrupt or lost, else 0.
+
+    Args:
+        kills: of each agent.
+        agents: which to train.
+        env_id: Gymnasium id of a batched environment.
+        seed: of the moments of the kills.
+    """
+    failed = False
+    for agent in agents:
+        with tempfile.TemporaryDirectory() as folder:
+            count = KillTest(Path(folder), agent, env_id, random.Random(seed)).run(kills)
+        print(f"{agent} on {env_id}: {', '.join(f'{value} {name}' for name, value in count.items())}", flush=True)
+        failed |= any(count[name] for name in WRONG)
+    return int(failed)
+
+
+class KillTest:
+    """Runs of one agent, in a folder."""
+
+    def __init__(self, folder: Path, agent: str, env_id: str, rng: random.Random) -> None:
+        self._root, self._interval, self._rng = folder, INTERVAL[agent], rng
+        self._arguments = [
+            agent, "--env", env_id, "--seed", "3", "--device", "cpu", "--compile", "off",
+            "--checkpoint-interval", str(self._interval), *TRAINING[agent], *SMALL,
+        ]  # fmt: skip
+
+    def run(self, kills: int) -> dict[str, int]:
+        """Kill so many times; returns what was counted."""
+        reference = self._root / "reference"
+        begun = time.monotonic()
+        _wait(self._start(reference))
+        seconds = time.monotonic() - begun
+        count = {
+            "kills": 0,
+            "in the middle of a write": 0,
+            "runs": 0,
+            "corrupt files": 0,
+            "kills that lost more": 0,
+            "runs that differ": 0,
+        }
+        while count["kills"] < kills:
+            root = self._root / f"run_{count['runs']}"
+            process = self._start(root)
+            while process.is_alive() and count["kills"] < kills:
+                if not checkpoints(_folder(root)):
+                    time.sleep(0.001)
+                    continue
+                process.join(self._rng.uniform(0, seconds / 4))
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+                    self._look(_folder(root), count)
+                    process = self._start(root, resume=True)
+                    _wait_for(root / "resumed", process)
+            _wait(process)
+            count["runs"] += 1
+            count["runs that differ"] += bool(differences(_folder(reference), _folder(root)))
+            shutil.rmtree(root)
+        return count
+
+    def _start(self, root: Path, resume: bool = False) -> Any:
+        """Train in a copy of this process: nothing needs to be imported anew."""
+        root.mkdir(exist_ok=True)
+        (root / "resumed").unlink(missing_ok=True)
+        arguments = ["--resume", str(_folder(root))] if resume else [*self._arguments, "--run-dir", str(root)]
+        process = multiprocessing.get_context("fork").Process(target=_train, args=(root, arguments))
+        process.start()
+        return process
+
+    def _look(self, folder: Path, count: dict[str, int]) -> None:
+        """Count a kill and what it did."""
+        count["kills"] += 1
+        count["in the middle of a write"] += any(folder.rglob("*.part"))
+        for file in (*checkpoints(folder), folder / "best.zip"):
+            with contextlib.suppress(FileNotFoundError), file.open("rb") as stream:
+                try:
+                    for name in ("agent", "run") if file.parent.name == "checkpoints" else ("agent",):
+                        checkpoint.read(stream, name, str(file))
+                except checkpoint.CheckpointError:
+                    count["corrupt files"] += 1
+        done, kept = _rows(folder)[-1]["time/total_timesteps"], checkpoints(folder)[0].stem.removeprefix("step_")
+        count[WRONG[1]] += int(done) - int(kept) > self._interval
+
+
+def _train(root: Path, arguments: Sequence[str]) -> None:
+    with (root / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        torch.set_num_threads(1)
+        (root / "resumed").touch()
+        sys.exit(train.main(arguments))
+
+
+def _wait(process: Any) -> None:
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"training ended with exit code {process.exitcode}, expected 0")
+
+
+def _wait_for(path: Path, process: Any) -> None:
+    while process.is_alive() and not path.exists():
+        time.sleep(0.001)
+
+
+def _folder(root: Path) -> Path:
+    """The one run in a folder."""
+    return next(root.glob("*/*/*/config.json"), root / "none" / "config.json").parent
+
+
+def _rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "progress.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def differences(first: Path, second: Path) -> list[str]:
+    """In what the results of two runs differ, in words; times aside."""
+    found = []
+    for name in ("final.zip", "best.zip"):
+        exist = [(run / name).exists() for run in (first, second)]
+        if exist != [True, True]:
+            found += [] if exist == [False, False] else [name]
+            continue
+        contents = []
+        for run in (first, second):
+            with (run / name).open("rb") as file:
+                contents.append(checkpoint.encode(checkpoint.read(file, "agent", str(run))["parameters"]))
+        if contents[0].text != contents[1].text:
+            found.append(f"{name}: structure")
+        for key, tensor in contents[0].tensors.items():
+            if not torch.equal(tensor, contents[1].tensors[key]):
+                found.append(f"{name}: {key}")
+    times = ("time/fps", "time/time_elapsed")
+    rows = [[{k: v for k, v in row.items() if k not in times} for row in _rows(run)] for run in (first, second)]
+    if rows[0] != rows[1]:
+        found.append("progress.csv")
+    for name in ("eval.json", "best.json"):
+        texts = [json.loads(path.read_text()) if (path := run / name).exists() else None for run in (first, second)]
+        if texts[0] != texts[1]:
+            found.append(name)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))
