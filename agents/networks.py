@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +35,14 @@ def gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor | float, other
     """KL(N(mean, std^2) || N(other_mean, other_std^2)) of diagonal Gaussians, [B, D] each; returns [B], in nats."""
     scaled = torch.exp(2 * (log_std - other_log_std)) + ((mean - other_mean) * torch.exp(-other_log_std)).square()
     return (other_log_std - log_std + 0.5 * scaled - 0.5).sum(-1)
+
+
+def lazy_zeros(*shape: int, device: torch.device | str) -> Tensor:
+    """Zeros in float32 that on a CPU take no memory until they are written to; torch.zeros would write them all."""
+    count = math.prod(shape)
+    memory = np.zeros(count + 16, np.float32)
+    start = -memory.ctypes.data // memory.itemsize % 16  # at a multiple of 64 bytes, as torch's tensors begin
+    return torch.from_numpy(memory[start : start + count]).view(shape).to(device)
 
 
 def mlp(sizes: list[int], activation: str, head_gain: float | None) -> nn.Sequential:

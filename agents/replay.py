@@ -18,6 +18,7 @@ from torch import Tensor
 from . import checkpoint
 from .checkpoint import PICKLED, CheckpointError, storable
 from .compiling import Batch
+from .networks import lazy_zeros
 from .rollout import observation_vectors
 from .saving import Checkpointed, PathOrFile, label_of, opened
 
@@ -35,7 +36,7 @@ class Transitions:
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device) -> None:
         self.capacity = capacity
         self._widths = (obs_dim, action_dim, obs_dim, 1, 1)
-        self.rows = torch.zeros(capacity, sum(self._widths), device=device)
+        self.rows = lazy_zeros(capacity, sum(self._widths), device=device)
         self.position, self.size = 0, 0
 
     def get_state(self) -> dict[str, Any]:
@@ -54,7 +55,7 @@ class Transitions:
             raise ValueError(f"transitions: got rows of {got}, expected {expected}; those of this environment")
         if not (len(used) <= capacity and position == (position if len(used) == capacity else len(used)) % capacity):
             raise ValueError(f"transitions: got {len(used)} rows, capacity {capacity} and position {position}")
-        self.rows = self.rows.new_zeros(capacity, used.shape[1])
+        self.rows = lazy_zeros(capacity, used.shape[1], device=self.rows.device)
         self.rows[: len(used)] = used
         self.capacity, self.position, self.size = capacity, position, len(used)
 
@@ -75,7 +76,7 @@ class Transitions:
         """Make room for `capacity` rows; the newest stay."""
         if capacity != self.capacity:
             kept = self.newest(capacity)
-            self.rows = torch.zeros(capacity, sum(self._widths), device=self.rows.device)
+            self.rows = lazy_zeros(capacity, sum(self._widths), device=self.rows.device)
             self.rows[: len(kept)] = kept
             self.capacity, self.size, self.position = capacity, len(kept), len(kept) % capacity
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..dynamics.noise import StepNoise, step_noise
 from .flow_policy import FlowPolicy
+from .networks import lazy_zeros
 from .saving import Checkpointed
 
 Batch: TypeAlias = dict[str, Tensor]
@@ -75,8 +76,8 @@ class FlowRollouts(Checkpointed, OnPolicyAlgorithm):
         self._exploration = step_noise(exploration_noise, noise_time, hurst, size, self.device)
         # SB3's learn() hands this attribute to collect_rollouts. Ours: plain tensors on the device.
         self.rollout_buffer: Batch = {  # type: ignore[assignment]
-            "features": torch.zeros(steps + 1, envs, self.policy.obs_dim, device=self.device),  # the last: what follows
-            "sample": torch.zeros(steps, 3, envs, self.policy.action_dim, device=self.device),  # z, x1, action
+            "features": lazy_zeros(steps + 1, envs, self.policy.obs_dim, device=self.device),  # the last: what follows
+            "sample": lazy_zeros(steps, 3, envs, self.policy.action_dim, device=self.device),  # z, x1, action
         }
         self._discounted_return = np.zeros(envs, np.float32)
         assert isinstance(self.action_space, spaces.Box)

@@ -22,7 +22,7 @@ from .checkpoint import CheckpointError
 Self = TypeVar("Self", bound="Checkpointed")
 PathOrFile = str | Path | io.BufferedIOBase
 
-_NEEDED = ("policy_class", "policy_kwargs", "observation_space", "action_space")
+_NEEDED = ("policy_class", "policy_kwargs", "observation_space", "action_space", "config")
 
 
 class Checkpointed(BaseAlgorithm):
@@ -99,25 +99,24 @@ class Checkpointed(BaseAlgorithm):
             if allow_pickle and checkpoint.is_pickled(file, label):
                 stream = cast(io.BufferedIOBase, file)
                 return super().load(stream, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-            content = checkpoint.read(file, "agent", label)
+            content = _read(file, label)
             size = file.seek(0, io.SEEK_END)
         attributes = content["attributes"] | (custom_objects or {})
-        if missing := [
-            name for name in ("policy_class", "observation_space", "action_space") if name not in attributes
-        ]:
+        if missing := [name for name in _NEEDED if name not in attributes]:
             given = f"custom_objects={{{missing[0]!r}: ...}}"
             raise CheckpointError(f"{label}: got a file saved without {', '.join(missing)}; give load {given}")
         if kwargs.get("policy_kwargs", attributes["policy_kwargs"]) != attributes["policy_kwargs"]:
             got, expected = kwargs["policy_kwargs"], attributes["policy_kwargs"]
             raise ValueError(f"policy_kwargs: got {got}, expected the saved ones, {expected}")
         if env is not None:
-            env = cls._wrap_env(env, attributes["verbose"])
+            env = cls._wrap_env(env, attributes.get("verbose", 0))
             check_for_correct_spaces(env, attributes["observation_space"], attributes["action_space"])
             attributes |= {"n_envs": env.num_envs} | ({"_last_obs": None} if force_reset else {})
         try:
             return cls._rebuild(content, attributes | kwargs, env, device, size)
         except Exception as error:  # whatever data of other kinds and sizes lead to
-            raise CheckpointError(f"{label}: no {cls.__name__} can be made of it: {error}") from error
+            reason = error if isinstance(error, ValueError) else repr(error)
+            raise CheckpointError(f"{label}: no {cls.__name__} can be made of it: {reason}") from error
 
     @classmethod
     def _rebuild(
@@ -132,11 +131,11 @@ class Checkpointed(BaseAlgorithm):
         if type(model.config) is not type(attributes["config"]):  # type: ignore[attr-defined]
             raise CheckpointError(f"it is one of another class, with a {type(attributes['config']).__name__}")
         vars(model).update(attributes)
-        with _Allocations(size + 2**20):
+        with _Allocations(size + 2**24):
             model._setup_model()
         model.set_parameters(content["parameters"], exact_match=True, device=device)
-        for name, value in content["variables"].items():
-            recursive_setattr(model, f"{name}.data", value)
+        for name in model._get_torch_save_params()[1]:
+            recursive_setattr(model, f"{name}.data", content["variables"][name])
         return model
 
     def set_parameters(
@@ -161,7 +160,7 @@ class Checkpointed(BaseAlgorithm):
                 label = label_of(load_path_or_dict, file)
                 if allow_pickle and checkpoint.is_pickled(file, label):
                     return super().set_parameters(cast(Any, file), exact_match, device)
-                parameters = checkpoint.read(file, "agent", label)["parameters"]
+                parameters = _read(file, label)["parameters"]
         super().set_parameters(parameters, exact_match, device)
 
     def training_state(self) -> dict[str, Any]:
@@ -175,10 +174,7 @@ class Checkpointed(BaseAlgorithm):
 
 
 class _Allocations(TorchDispatchMode):
-    """Refuses new tensors of more bytes in all than a limit: the networks that a file describes must be those it holds.
-
-    Zeros do not count: they take no memory before they are written to.
-    """
+    """Refuses new tensors of more bytes in all than a limit: networks that a file describes must be those it holds."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -187,11 +183,20 @@ class _Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the size first, then do it."""
         kwargs = kwargs or {}
-        if args and isinstance(args[0], list) and all(isinstance(n, int) for n in args[0]) and "zeros" not in str(func):
+        if args and isinstance(args[0], list) and all(isinstance(n, int) for n in args[0]):
             self._left -= math.prod(args[0]) * (kwargs.get("dtype") or torch.get_default_dtype()).itemsize
             if self._left < 0:
                 raise CheckpointError(f"got networks of more than the file's {self._limit} bytes, expected those in it")
         return func(*args, **kwargs)
+
+
+def _read(file: IO[bytes], label: str) -> dict[str, Any]:
+    """What `contents` returned."""
+    content = checkpoint.read(file, "agent", label)
+    for part in ("attributes", "parameters", "variables"):
+        if not isinstance(content.get(part), dict):
+            raise CheckpointError(f"no checkpoint: {label}: got no {part}, expected names with values")
+    return content
 
 
 @contextmanager

@@ -4,7 +4,8 @@
 
 Each process is killed (SIGKILL) at a random moment after its first checkpoint, often while it writes one, and resumed
 from what it left. After as many kills as it takes a run is complete and must equal the reference: final weights and
-optimizers, best agent, progress.csv (but for its times) and evaluation. Then the next begins, until all kills are done.
+optimizers, best agent, the state of simulators and random generators, progress.csv (but for its times) and evaluation.
+Then the next run begins, until all kills are done.
 """
 
 from __future__ import annotations
@@ -164,19 +165,23 @@ def _rows(folder: Path) -> list[dict[str, str]]:
 def differences(first: Path, second: Path) -> list[str]:
     """In what the results of two runs differ, in words; times aside."""
     found = []
-    for name in ("final.zip", "best.zip"):
-        exist = [(run / name).exists() for run in (first, second)]
-        if exist != [True, True]:
-            found += [] if exist == [False, False] else [name]
+    for name, document, part in (
+        ("final.zip", "agent", "parameters"),
+        ("best.zip", "agent", "parameters"),
+        (f"checkpoints/{checkpoints(first)[0].name}", "run", None),  # random generators, simulators, ...
+    ):
+        paths = [run / name for run in (first, second)]
+        if not all(path.exists() for path in paths):
+            found += [name] if any(path.exists() for path in paths) else []
             continue
         contents = []
-        for run in (first, second):
-            with (run / name).open("rb") as file:
-                contents.append(checkpoint.encode(checkpoint.read(file, "agent", str(run))["parameters"]))
-        if contents[0].text != contents[1].text:
-            found.append(f"{name}: structure")
+        for path in paths:
+            with path.open("rb") as file:
+                content = checkpoint.read(file, document, str(path))
+            contents.append(checkpoint.encode(content[part] if part else content))
+        found += [f"{name}: {document}.json"] if contents[0].text != contents[1].text else []
         for key, tensor in contents[0].tensors.items():
-            if not torch.equal(tensor, contents[1].tensors[key]):
+            if key not in contents[1].tensors or not torch.equal(tensor, contents[1].tensors[key]):
                 found.append(f"{name}: {key}")
     times = ("time/fps", "time/time_elapsed")
     rows = [[{k: v for k, v in row.items() if k not in times} for row in _rows(run)] for run in (first, second)]

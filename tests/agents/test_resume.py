@@ -2,6 +2,7 @@ import importlib.util
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import time
@@ -10,11 +11,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
+import numpy as np
 import pytest
+import torch
 
 from driftrl import PolicyFlow, train
-from driftrl.agents import checkpoint, runs
+from driftrl.agents import checkpoint, resume, runs
 from driftrl.agents.runs import checkpoints, load_agent
+from driftrl.envs import make_vec
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--actor-hidden", "8", "--critic-hidden", "8", "--batch-size", "16", "--device", "cpu", "--seed", "3"]
@@ -44,10 +48,10 @@ def run(root: Path, *arguments: str) -> Path:
     return next(root.glob("*/*/*"))
 
 
-def interrupted(folder: Path, copy: Path, after: int) -> Path:
-    """A copy of a complete run as it was when it had `after` checkpoints, and had gone on a bit since then."""
+def interrupted(folder: Path, copy: Path) -> Path:
+    """A copy of a complete run as it was when it had one checkpoint, and had gone on a bit since then."""
     shutil.copytree(folder, copy)
-    for file in checkpoints(copy)[:-after]:
+    for file in checkpoints(copy)[:-1]:
         file.unlink()
     for name in ("final.zip", "eval.json"):
         (copy / name).unlink()
@@ -73,7 +77,7 @@ def test_resumed_is_uninterrupted(
 ) -> None:  # fmt: skip
     options = ["--total-timesteps", str(steps), "--checkpoint-interval", str(interval)]
     whole = run(tmp_path / "whole", *arguments, *options)
-    resumed = interrupted(whole, tmp_path / "resumed", after=2)
+    resumed = interrupted(whole, tmp_path / "resumed")
     assert kill_test.differences(whole, resumed)
     capsys.readouterr()
     assert train.main(["--resume", str(resumed)]) == 0
@@ -88,6 +92,20 @@ def test_more_steps_are_those_of_a_longer_run(tmp_path: Path, kill_test: ModuleT
     assert not [
         each for each in kill_test.differences(whole, short) if not each.startswith("best")
     ]  # looked for oftener
+
+
+def test_all_random_generators_are_put_back() -> None:
+    agent = PolicyFlow("MlpPolicy", make_vec("InvertedPendulum-v5", 1, 0), n_steps=16, batch_size=16, seed=0).learn(16)
+
+    def draw() -> list[Any]:
+        numbers = torch.rand(()).item(), torch.rand((), generator=agent._generator).item()
+        return [random.random(), np.random.rand(), *numbers, agent.action_space.sample().item()]
+
+    state = resume.capture(agent)
+    first = draw()
+    assert draw() != first
+    assert resume.restore(agent, state) == []
+    assert draw() == first
 
 
 def test_what_is_not_restored_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
