@@ -82,14 +82,7 @@ class KillTest:
         begun = time.monotonic()
         _wait(self._start(reference))
         seconds = time.monotonic() - begun
-        count = {
-            "kills": 0,
-            "in the middle of a write": 0,
-            "runs": 0,
-            "corrupt files": 0,
-            "kills that lost more": 0,
-            "runs that differ": 0,
-        }
+        count = dict.fromkeys(("kills", "in the middle of a write", "runs", *WRONG), 0)
         while count["kills"] < kills:
             root = self._root / f"run_{count['runs']}"
             process = self._start(root)
