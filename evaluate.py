@@ -19,7 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from driftrl.agents.runs import find_checkpoint, load_agent, read_settings, run_folder_of, write_json
+from driftrl.agents.durable import write_json
+from driftrl.agents.runs import find_checkpoint, load_agent, read_settings, run_folder_of
 from driftrl.envs import check_env, make_vec, parse_env_kwargs
 
 EVALUATION_SEED = 1_000_000  # far from the seeds that training runs use

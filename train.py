@@ -22,8 +22,10 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import CallbackList
 from tqdm import tqdm
 
+from driftrl.agents.durable import write_json
 from driftrl.agents.registry import AGENTS, Entry
 from driftrl.agents.resume import restore
+from driftrl.agents.run_log import open_logger, warn
 from driftrl.agents.runs import (
     Checkpoints,
     Progress,
@@ -34,15 +36,13 @@ from driftrl.agents.runs import (
     exit_code,
     find_checkpoint,
     has_saved,
+    is_complete,
     load_newest,
     new_run,
-    open_logger,
     read_settings,
     record_resumption,
     save_agent,
     sigterm_as_interrupt,
-    warn,
-    write_json,
 )
 from driftrl.agents.saving import Checkpointed
 from driftrl.envs import make_vec, parse_env_kwargs
@@ -167,7 +167,7 @@ def _resume(args: Sequence[str]) -> int:
         done = found.agent.num_timesteps
         for reason in found.skipped:
             warn(f"skipped {reason}")
-        if done >= settings.total_timesteps:
+        if done >= settings.total_timesteps and is_complete(folder):
             print(
                 f"nothing left to do: {found.file} has {done:,} of {settings.total_timesteps:,} steps; to go on, raise "
                 f"them\n  {_command('train')} --resume {shlex.quote(str(folder))} --total-timesteps {2 * done}"

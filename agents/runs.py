@@ -28,21 +28,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import (
-    CSVOutputFormat,
-    Logger,
-    TensorBoardOutputFormat,
-    filter_excluded_keys,
-)
 from stable_baselines3.common.vec_env import VecEnv
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .. import __version__
 from . import checkpoint, resume
 from .checkpoint import CheckpointError
 from .config import validate
+from .durable import all_or_nothing, write_json
 from .registry import AGENTS
+from .run_log import warn
 from .saving import Checkpointed
 
 _REMEDY = f"expected a .zip file saved by {' or '.join(AGENTS)}, or a run folder"
@@ -81,8 +76,8 @@ class RunSettings:
         )
 
 
+_COMPLETE = ("final.zip", "eval.json")
 _NEEDED = {field.name for field in dataclasses.fields(RunSettings) if field.default is dataclasses.MISSING}
-_STEPS = "time/total_timesteps"  # the column of progress.csv
 
 
 @contextlib.contextmanager
@@ -116,6 +111,11 @@ def has_saved(folder: Path) -> bool:
     return any(folder.rglob("*.zip"))
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether training came to its end and was evaluated."""
+    return all((folder / name).exists() for name in _COMPLETE)
+
+
 def record_resumption(folder: Path, timesteps: int, total_timesteps: int) -> None:
     """Note in config.json that training goes on from `timesteps`, up to `total_timesteps`, and on what."""
     data = json.loads((folder / "config.json").read_text())
@@ -143,13 +143,6 @@ def read_settings(folder: Path) -> RunSettings:
     return settings
 
 
-def write_json(path: Path, data: object) -> None:
-    """Write JSON, all or nothing; a ValueError if a number is not finite, which JSON cannot express."""
-    text = json.dumps(data, indent=2, allow_nan=False)
-    with _all_or_nothing(path) as partial:
-        partial.write_text(text + "\n")
-
-
 def save_agent(agent: Checkpointed, path: Path) -> None:
     """Save an agent, all or nothing."""
     _save(path, {"agent": checkpoint.encode(agent.contents())})
@@ -170,32 +163,8 @@ def save_checkpoint(agent: Checkpointed, folder: Path, keep: int, progress: dict
 
 def _save(path: Path, documents: dict[str, checkpoint.Document]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _all_or_nothing(path) as partial, partial.open("wb") as file:
+    with all_or_nothing(path) as partial, partial.open("wb") as file:
         checkpoint.write(file, documents)
-
-
-@contextlib.contextmanager
-def _all_or_nothing(path: Path) -> Iterator[Path]:
-    """A temporary name to write under, which becomes `path` at the end and goes away if the block fails.
-
-    The file is on the disk before it gets its name, and the name when the block ends: a power failure loses neither.
-    """
-    partial = path.with_name(path.name + ".part")
-    try:
-        yield partial
-        _to_disk(partial)
-        partial.replace(path)
-        _to_disk(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _to_disk(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def checkpoint_path(folder: Path, timesteps: int) -> Path:
@@ -324,65 +293,6 @@ def _provenance() -> dict[str, Any]:
     return {"versions": versions, "git": revision}
 
 
-def open_logger(folder: Path, done: int | None = None) -> Logger:
-    """Logger to TensorBoard's events and progress.csv, which are continued where they exist.
-
-    Args:
-        folder: of the run.
-        done: steps after which a run goes on; what was logged later, before it broke off, is dropped.
-    """
-    return _RunLogger(str(folder), [_Events(folder, done), _ProgressFile(folder / "progress.csv", done)])
-
-
-class _RunLogger(Logger):
-    """A logger that cannot end training: where the disk is full it warns and goes on."""
-
-    def dump(self, step: int = 0) -> None:
-        """Write what was recorded."""
-        try:
-            super().dump(step)
-        except OSError as error:
-            warn(f"the log of step {step} is lost ({error}); training goes on")
-            for values in (self.name_to_value, self.name_to_count, self.name_to_excluded):
-                values.clear()
-
-
-class _Events(TensorBoardOutputFormat):
-    """TensorBoard's events; of a run that goes on it hides those after the step where it does."""
-
-    def __init__(self, folder: Path, done: int | None) -> None:
-        self.writer = SummaryWriter(log_dir=str(folder), purge_step=done + 1 if done else None)
-        self._is_closed = False
-
-
-class _ProgressFile(CSVOutputFormat):
-    """progress.csv, continued where there is one; at no time is a row that was written before in danger."""
-
-    def __init__(self, path: Path, done: int | None) -> None:
-        self._path = path
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        self.keys = [key for key in lines[0].strip().split(",") if key] if lines else []
-        rows = [line.rstrip("\n") for line in lines[1:] if line.endswith("\n")]  # the last may be half a one
-        if _STEPS in self.keys and done is not None:
-            rows = [row for row in rows if int(row.split(",")[self.keys.index(_STEPS)]) <= done]
-        self._rewrite(rows)
-
-    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
-        """Add a row, and columns for new keys in the order in which they came."""
-        new = [key for key in filter_excluded_keys(key_values, key_excluded, "csv") if key not in self.keys]
-        if new:
-            self.file.close()
-            self.keys += new
-            self._rewrite([row + "," * len(new) for row in self._path.read_text().splitlines()[1:]])
-        super().write(key_values, key_excluded, step)
-
-    def _rewrite(self, rows: list[str]) -> None:
-        with _all_or_nothing(self._path) as partial:
-            partial.write_text("".join(f"{line}\n" for line in (",".join(self.keys), *rows)) if self.keys else "")
-        self.file = self._path.open("r+")
-        self.file.seek(0, os.SEEK_END)
-
-
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
     """Within the block SIGTERM raises KeyboardInterrupt, as SIGINT does: what is open gets closed."""
@@ -488,7 +398,8 @@ class Checkpoints(BaseCallback):
         assert self._progress is not None
         with _reported("checkpoint", self.model.num_timesteps):
             save_checkpoint(self.model, self._folder, self._settings.keep_checkpoints, self._progress)
-            (self._folder / "final.zip").unlink(missing_ok=True)  # of a run that goes on: it is final no longer
+            for name in _COMPLETE:  # of a run that goes on: they are final no longer
+                (self._folder / name).unlink(missing_ok=True)
 
     def _look_for_best(self, steps: int) -> None:
         progress, interval = self._progress, max(self._settings.total_timesteps // 100, 1)
@@ -510,11 +421,6 @@ def _reported(what: str, steps: int) -> Iterator[None]:
         yield
     except OSError as error:
         warn(f"no {what} at {steps:,} steps ({error}); the one before is kept, training goes on")
-
-
-def warn(text: str) -> None:
-    """Tell the user, beside a progress bar."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 class Progress(BaseCallback):

@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ import tyro
 
 from driftrl import train
 from driftrl.agents import checkpoint
-from driftrl.agents.runs import checkpoints
+from driftrl.agents.runs import Progress, checkpoints
 
 SMALL = ["--actor-hidden", "8", "8", "--critic-hidden", "8", "8", "--batch-size", "16"]
 TRAINING = {
@@ -40,6 +40,7 @@ TRAINING = {
 }  # fmt: skip
 INTERVAL = {"policyflow": 64, "mbpo": 20}
 """Steps between checkpoints: some ten milliseconds of training."""
+STEPS = "time/total_timesteps"
 WRONG = ("corrupt files", "kills that lost more than an interval", "runs that differ")
 
 
@@ -71,6 +72,7 @@ class KillTest:
 
     def __init__(self, folder: Path, agent: str, env_id: str, rng: random.Random) -> None:
         self._root, self._interval, self._rng = folder, INTERVAL[agent], rng
+        self._agent = agent
         self._arguments = [
             agent, "--env", env_id, "--seed", "3", "--device", "cpu", "--compile", "off",
             "--checkpoint-interval", str(self._interval), *TRAINING[agent], *SMALL,
@@ -78,38 +80,49 @@ class KillTest:
 
     def run(self, kills: int) -> dict[str, int]:
         """Kill so many times; returns what was counted."""
+        warmup = self._root / "warmup"
+        warmup.mkdir()
+        _quietly(
+            warmup, [*self._arguments, "--total-timesteps", "1", "--run-dir", str(warmup)]
+        )  # imports what is needed, once
         reference = self._root / "reference"
+        process = self._start(reference)
         begun = time.monotonic()
-        _wait(self._start(reference))
-        seconds = time.monotonic() - begun
+        _wait_until(lambda: (_folder(reference) / "final.zip").exists(), process)
+        interval = (time.monotonic() - begun) * self._interval / int(_rows(_folder(reference))[-1][STEPS])
+        _wait(process)
         count = dict.fromkeys(("kills", "in the middle of a write", "runs", *WRONG), 0)
         while count["kills"] < kills:
             root = self._root / f"run_{count['runs']}"
             process = self._start(root)
+            _wait_until(lambda root=root: bool(checkpoints(_folder(root))), process)  # type: ignore[misc]
             while process.is_alive() and count["kills"] < kills:
-                if not checkpoints(_folder(root)):
-                    time.sleep(0.001)
-                    continue
-                process.join(self._rng.uniform(0, seconds / 4))
+                process.join(self._rng.uniform(0, 6 * interval))
                 if process.is_alive():
                     process.kill()
                     process.join()
                     self._look(_folder(root), count)
-                    process = self._start(root, resume=True)
-                    _wait_for(root / "resumed", process)
+                    process = self._start(root, "--resume", str(_folder(root)))
             _wait(process)
             count["runs"] += 1
-            count["runs that differ"] += bool(differences(_folder(reference), _folder(root)))
+            if found := differences(_folder(reference), _folder(root)):
+                count["runs that differ"] += 1
+                print(f"run {count['runs']} of {self._agent} differs: {', '.join(found)}", file=sys.stderr)
             shutil.rmtree(root)
         return count
 
-    def _start(self, root: Path, resume: bool = False) -> Any:
-        """Train in a copy of this process: nothing needs to be imported anew."""
+    def _start(self, root: Path, *resume: str) -> Any:
+        """Train in a copy of this process, where nothing needs to be imported anew; returns when training begins.
+
+        One in five does not wait: it is killed, perhaps, while it reads its checkpoint.
+        """
         root.mkdir(exist_ok=True)
-        (root / "resumed").unlink(missing_ok=True)
-        arguments = ["--resume", str(_folder(root))] if resume else [*self._arguments, "--run-dir", str(root)]
-        process = multiprocessing.get_context("fork").Process(target=_train, args=(root, arguments))
+        mark, arguments = root / "training", resume or (*self._arguments, "--run-dir", str(root))
+        mark.unlink(missing_ok=True)
+        process = multiprocessing.get_context("fork").Process(target=_train, args=(mark, arguments))
         process.start()
+        if not resume or self._rng.random() < 0.8:
+            _wait_until(mark.exists, process)
         return process
 
     def _look(self, folder: Path, count: dict[str, int]) -> None:
@@ -123,15 +136,24 @@ class KillTest:
                         checkpoint.read(stream, name, str(file))
                 except checkpoint.CheckpointError:
                     count["corrupt files"] += 1
-        done, kept = _rows(folder)[-1]["time/total_timesteps"], checkpoints(folder)[0].stem.removeprefix("step_")
+        done, kept = _rows(folder)[-1][STEPS], checkpoints(folder)[0].stem.removeprefix("step_")
         count[WRONG[1]] += int(done) - int(kept) > self._interval
 
 
-def _train(root: Path, arguments: Sequence[str]) -> None:
-    with (root / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        torch.set_num_threads(1)
-        (root / "resumed").touch()
-        sys.exit(train.main(arguments))
+def _train(mark: Path, arguments: Sequence[str]) -> None:
+    """Run train.py, and make the file `mark` when training begins."""
+
+    class Marking(Progress):
+        def _on_training_start(self) -> None:
+            mark.touch()
+
+    vars(train)["Progress"] = Marking
+    sys.exit(_quietly(mark.parent, arguments))
+
+
+def _quietly(folder: Path, arguments: Sequence[str]) -> int:
+    with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        return train.main(arguments)
 
 
 def _wait(process: Any) -> None:
@@ -140,8 +162,8 @@ def _wait(process: Any) -> None:
         raise RuntimeError(f"training ended with exit code {process.exitcode}, expected 0")
 
 
-def _wait_for(path: Path, process: Any) -> None:
-    while process.is_alive() and not path.exists():
+def _wait_until(condition: Callable[[], bool], process: Any) -> None:
+    while process.is_alive() and not condition():
         time.sleep(0.001)
 
 

@@ -17,7 +17,8 @@ from gymnasium import spaces
 
 from driftrl import train
 from driftrl.agents.registry import AGENTS
-from driftrl.agents.runs import load_agent, open_logger
+from driftrl.agents.run_log import open_logger
+from driftrl.agents.runs import load_agent
 from driftrl.evaluate import evaluate_modes
 from driftrl.evaluate import main as evaluate
 

@@ -45,9 +45,7 @@ def loaded(file: Path) -> Checkpointed:
     return kind.load(file, env=make_vec("InvertedPendulum-v5", 1, 0), device="cpu", force_reset=False)
 
 
-@pytest.mark.parametrize(
-    "file", [path for path in sorted(KEPT.glob("*.zip")) if "replay" not in path.name], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("file", AGENT_FILES, ids=lambda path: path.name)
 def test_agents_act_and_train_as_they_did(file: Path) -> None:
     agent: Any = loaded(file)
     expected = json.loads(file.with_suffix(".json").read_text())["actions"]

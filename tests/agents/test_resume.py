@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from driftrl import PolicyFlow, train
-from driftrl.agents import checkpoint, resume, runs
+from driftrl.agents import checkpoint, durable, resume, run_log, runs
 from driftrl.agents.runs import checkpoints, load_agent
 from driftrl.envs import make_vec
 
@@ -108,6 +108,17 @@ def test_all_random_generators_are_put_back() -> None:
     assert draw() == first
 
 
+@pytest.mark.parametrize("lost", [["eval.json"], ["final.zip", "eval.json"]])
+def test_a_run_that_broke_off_at_its_end_is_completed(lost: list[str], tmp_path: Path, kill_test: ModuleType) -> None:
+    whole = run(tmp_path / "whole", *FLOW, *PENDULUM, "--total-timesteps", "64")
+    broken = tmp_path / "broken"
+    shutil.copytree(whole, broken)
+    for name in lost:
+        (broken / name).unlink()
+    assert train.main(["--resume", str(broken)]) == 0
+    assert kill_test.differences(whole, broken) == []
+
+
 def test_what_is_not_restored_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run(tmp_path, *FLOW, "--env", "Pendulum-v1", "--total-timesteps", "64", "--checkpoint-interval", "32")
     resume = ["--resume", str(folder), "--total-timesteps"]
@@ -182,7 +193,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_training_goes_on(
 def test_a_log_that_cannot_be_written_does_not_end_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    logger = runs.open_logger(tmp_path)
+    logger = run_log.open_logger(tmp_path)
 
     def fail(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
@@ -242,7 +253,7 @@ def test_files_are_on_the_disk_before_they_get_their_names(tmp_path: Path, monke
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(Path, "replace", noted_replace)
-    runs.write_json(tmp_path / "a.json", {})
+    durable.write_json(tmp_path / "a.json", {})
     assert order == ["fsync a.json.part", "rename a.json.part", f"fsync {tmp_path.name}"]
 
 

@@ -7,7 +7,7 @@ import pytest
 from stable_baselines3 import PPO
 
 from driftrl import PolicyFlow
-from driftrl.agents import checkpoint, runs
+from driftrl.agents import checkpoint, durable, run_log, runs
 from driftrl.agents.registry import AGENTS
 
 
@@ -117,9 +117,9 @@ def test_failed_save_keeps_the_old_file(tmp_path: Path, agent: PolicyFlow, monke
 
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError):
-        runs.write_json(tmp_path / "folder", {})
+        durable.write_json(tmp_path / "folder", {})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        runs.write_json(tmp_path / "nan.json", float("nan"))
+        durable.write_json(tmp_path / "nan.json", float("nan"))
     assert {path.name for path in tmp_path.iterdir()} == {"final.zip", "folder"}
 
 
@@ -168,7 +168,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, agent: PolicyFlow) -> 
 
 def test_progress_file_is_continued(tmp_path: Path) -> None:
     for value in (1, 2):
-        logger = runs.open_logger(tmp_path)
+        logger = run_log.open_logger(tmp_path)
         logger.record("a", value)
         if value == 2:
             logger.record("b", 5)
