@@ -377,7 +377,8 @@ def _write_tensors(file: IO[bytes], tensors: dict[str, Tensor]) -> None:
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
     for _, tensor in ordered:
-        file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        flat = tensor.cpu().contiguous().as_strided((tensor.numel(),), (1,))  # a lone number may have any stride
+        file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _read_tensors(file: IO[bytes], size: int) -> dict[str, Tensor]:

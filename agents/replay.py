@@ -218,8 +218,10 @@ class CheckpointedReplay(Checkpointed, OffPolicyAlgorithm):
                 raise CheckpointError(f"no checkpoint: {label}: {PICKLED}")
             if pickled:
                 super().load_replay_buffer(cast(io.BufferedIOBase, file), truncate_last_traj)
-                return
-            state = checkpoint.read(file, "replay", label)
+                assert self.replay_buffer is not None
+                state = self.replay_buffer.get_state()  # those of before had no room for more than they held
+            else:
+                state = checkpoint.read(file, "replay", label)
         assert self.replay_buffer is not None
         try:
             self.replay_buffer.set_state(state)

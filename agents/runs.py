@@ -258,7 +258,7 @@ def load_newest(folder: Path, device: str, env: VecEnv) -> Resumption:
     for half in folder.rglob("*.part"):  # of a process that was killed while it wrote
         half.unlink()
     skipped: list[str] = []
-    for file in (*checkpoints(folder), folder / "final.zip", folder / "best.zip"):
+    for file in filter(Path.exists, (*checkpoints(folder), folder / "final.zip", folder / "best.zip")):
         try:
             state = None
             if file.parent.name == "checkpoints":
@@ -268,8 +268,6 @@ def load_newest(folder: Path, device: str, env: VecEnv) -> Resumption:
             return Resumption(file, load_agent(file, device, env, force_reset=not exact), state, skipped)
         except CheckpointError as error:
             skipped.append(str(error))
-        except FileNotFoundError:
-            pass
     raise ValueError(f"no checkpoint of {folder} reads: {'; '.join(skipped)}")
 
 

@@ -504,7 +504,7 @@ class MujocoVecEnv(VecEnv):
         return {"r": round(sum(rewards), 6), "l": len(rewards), "t": round(time.time() - self._start, 6)}
 
     def get_state(self) -> dict[str, Any]:
-        """All that determines the course of the environments, as arrays, numbers and lists, for `set_state`."""
+        """All that determines the course of the environments, as arrays, for `set_state`; after the first `reset`."""
         s = self.simulators
         physics = np.empty((self.num_envs, mujoco.mj_stateSize(s.model, _STATE)))
         for row, data in zip(physics, s.datas, strict=True):
@@ -515,8 +515,8 @@ class MujocoVecEnv(VecEnv):
             "observation": self._obs.copy(),
             "elapsed": self._elapsed.copy(),
             "diverged": self.diverged.copy(),
-            "rewards": [list(rewards) for rewards in self._rewards],
-            "random": [rng.bit_generator.state if rng else None for rng in self._rngs],
+            "rewards": np.concatenate(self._rewards),  # of the episodes so far, as many as have elapsed
+            "random": np.array([_random_words(rng) for rng in self._rngs], dtype=np.uint64),
         }
 
     def set_state(self, state: dict[str, Any]) -> Array:
@@ -537,11 +537,9 @@ class MujocoVecEnv(VecEnv):
             s.before = state["before"].copy()
         self._obs = state["observation"].copy()
         self._elapsed, self.diverged = state["elapsed"].copy(), state["diverged"].copy()
-        self._rewards = [list(rewards) for rewards in state["rewards"]]
-        for i, random in enumerate(state["random"]):
-            generator = np.random.Generator(np.random.PCG64())
-            generator.bit_generator.state = random or generator.bit_generator.state
-            self._rngs[i] = generator if random else None
+        ends = np.cumsum(self._elapsed)
+        self._rewards = [part.tolist() for part in np.split(state["rewards"], ends[:-1])]
+        self._rngs = [_generator(words) for words in state["random"].tolist()]
         return self._obs.copy()
 
     def close(self) -> None:
@@ -592,6 +590,24 @@ class MujocoVecEnv(VecEnv):
         """True for Monitor, whose episode statistics the infos have, and for the wrappers of `gymnasium.make`."""
         wrapped = issubclass(Monitor, wrapper_class) or is_wrapped(self._wrapped, wrapper_class)
         return [wrapped for _ in self._get_indices(indices)]
+
+
+def _random_words(rng: np.random.Generator | None) -> list[int]:
+    """The state of a generator as Gymnasium makes them (PCG64), in numbers of 64 bits."""
+    assert rng is not None
+    state = cast("dict[str, Any]", rng.bit_generator.state)
+    words = [word for name in ("state", "inc") for word in divmod(state["state"][name], 2**64)]
+    return [*words, state["has_uint32"], state["uinteger"]]
+
+
+def _generator(words: list[int]) -> np.random.Generator:
+    """The generator whose state `_random_words` returned."""
+    generator = np.random.Generator(np.random.PCG64())
+    numbers = {"state": words[0] * 2**64 + words[1], "inc": words[2] * 2**64 + words[3]}
+    generator.bit_generator.state = {
+        "bit_generator": "PCG64", "state": numbers, "has_uint32": words[4], "uinteger": words[5],
+    }  # fmt: skip
+    return generator
 
 
 def available_cores() -> int:

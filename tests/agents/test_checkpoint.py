@@ -70,6 +70,7 @@ def test_arrays_and_tensors_come_back_to_the_last_bit() -> None:
     shapes = ((), (3,), (2, 0), (4, 1, 3))
     arrays = [(rng.normal(size=shape) * 50).astype(dtype) for dtype in dtypes for shape in shapes]
     tensors = [torch.tensor([math.nan, -0.0]), torch.ones(3, dtype=torch.bfloat16), torch.arange(12).view(3, 4).T]
+    tensors += [torch.ones(()).expand(1), torch.ones(2).expand(3, 2), torch.arange(9.0)[4:6]]
     back = read(written(agent={"arrays": arrays, "tensors": tensors}))
     for saved, loaded in zip(arrays, back["arrays"], strict=True):
         assert (saved.dtype, saved.shape, saved.tobytes()) == (loaded.dtype, loaded.shape, loaded.tobytes())

@@ -130,6 +130,11 @@ def test_what_is_not_restored_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "not restored: all but the agent: the file is no checkpoint\n" in capsys.readouterr().out
     assert load_agent(folder, "cpu").num_timesteps == 128
 
+    (folder / "final.zip").rename(folder / "best.zip")
+    shutil.rmtree(folder / "checkpoints")
+    assert train.main([*resume, "160"]) == 0
+    assert f"resumed from {folder / 'best.zip'} at 128 steps" in capsys.readouterr().out
+
 
 def test_broken_checkpoints_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run(tmp_path, *FLOW, *PENDULUM, "--total-timesteps", "160", "--checkpoint-interval", "32")

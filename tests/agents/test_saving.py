@@ -110,6 +110,21 @@ def test_a_saved_agent_is_the_same(agent: Checkpointed, kind: str, tmp_path: Pat
         path.close()
 
 
+@pytest.mark.gpu
+def test_agents_move_between_cpu_and_gpu(tmp_path: Path) -> None:
+    flow().learn(32).save(tmp_path / "cpu")
+    there = PolicyFlow.load(tmp_path / "cpu", env=pendulum(), device="cuda")
+    there.save(tmp_path / "gpu")
+    first, back = (PolicyFlow.load(tmp_path / name, device="cpu") for name in ("cpu", "gpu"))
+    assert there.device.type == "cuda"
+    assert same(first.get_parameters(), back.get_parameters())
+    obs = np.random.default_rng(0).normal(size=(7, 4))
+    expected = first.predict(obs, deterministic=True)[0]
+    assert there.predict(obs, deterministic=True)[0] == pytest.approx(expected, abs=1e-5)
+    there.learn(32, reset_num_timesteps=False).save(tmp_path / "gpu")
+    assert PolicyFlow.load(tmp_path / "gpu", device="cpu").num_timesteps == 64
+
+
 def test_parameters_are_set_from_a_file(tmp_path: Path) -> None:
     first, second = flow().learn(32), flow(seed=1)
     first.save(tmp_path / "a")
@@ -238,6 +253,7 @@ def test_files_of_the_other_format_are_read_if_allowed(agent: Checkpointed, tmp_
 def test_replay_buffers_are_saved(tmp_path: Path) -> None:
     learner = LipschitzMBPO("MlpPolicy", pendulum(), **MODEL).learn(30)
     learner.save_replay_buffer(tmp_path / "replay")
+    learner._real.rows = learner._real.rows[:30]  # as DriftRL used to pickle them
     save_to_pkl(tmp_path / "replay.pkl", learner.replay_buffer)
     other = LipschitzMBPO("MlpPolicy", pendulum(), **MODEL)
     for path in (tmp_path / "replay", tmp_path / "replay.pkl"):
@@ -245,6 +261,7 @@ def test_replay_buffers_are_saved(tmp_path: Path) -> None:
         other.load_replay_buffer(path, allow_pickle=path.suffix == ".pkl")
         assert same(learner._real.all(), other._real.all())
         assert (other._real.position, other.replay_buffer.pos) == (30, 30)  # type: ignore[union-attr]
+        assert len(other._real.rows) == other._real.capacity == 1_000_000
     hopper = LipschitzMBPO("MlpPolicy", make_vec("Hopper-v5", 1, 0), **MODEL)
     with pytest.raises(CheckpointError, match=r"no replay buffer of this agent: .*\[30, 11\], expected .*\[.., 27\]"):
         hopper.load_replay_buffer(tmp_path / "replay")
