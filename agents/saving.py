@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar, cast
 
 import torch
+from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.save_util import open_path, recursive_getattr, recursive_setattr
 from stable_baselines3.common.type_aliases import GymEnv
@@ -22,7 +23,11 @@ from .checkpoint import CheckpointError
 Self = TypeVar("Self", bound="Checkpointed")
 PathOrFile = str | Path | io.BufferedIOBase
 
-_NEEDED = ("policy_class", "policy_kwargs", "observation_space", "action_space", "config")
+_NEEDED: dict[str, type | tuple[type, ...]] = {
+    "policy_class": (type, str), "policy_kwargs": dict, "observation_space": spaces.Space, "action_space": spaces.Space,
+    "config": object,
+}  # fmt: skip
+"""Attributes without which no agent can be made, and what they are."""
 
 
 class Checkpointed(BaseAlgorithm):
@@ -89,8 +94,8 @@ class Checkpointed(BaseAlgorithm):
 
         Raises:
             CheckpointError: if the file is damaged, no agent of this class, written by a newer version, or in
-                Stable-Baselines3's format without `allow_pickle`. It is a ValueError.
-            ValueError: if env has other spaces, or policy_kwargs are not the saved ones.
+                Stable-Baselines3's format without `allow_pickle`, or policy_kwargs are not the saved ones.
+            ValueError: if env has other spaces.
         """
         if print_system_info:
             get_system_info()
@@ -105,14 +110,17 @@ class Checkpointed(BaseAlgorithm):
         if missing := [name for name in _NEEDED if name not in attributes]:
             given = f"custom_objects={{{missing[0]!r}: ...}}"
             raise CheckpointError(f"{label}: got a file saved without {', '.join(missing)}; give load {given}")
-        if kwargs.get("policy_kwargs", attributes["policy_kwargs"]) != attributes["policy_kwargs"]:
-            got, expected = kwargs["policy_kwargs"], attributes["policy_kwargs"]
-            raise ValueError(f"policy_kwargs: got {got}, expected the saved ones, {expected}")
+        for name, kind in _NEEDED.items():
+            if not isinstance(attributes[name], kind):
+                raise CheckpointError(f"no checkpoint: {label}: got a {type(attributes[name]).__name__} as {name}")
         if env is not None:
             env = cls._wrap_env(env, attributes.get("verbose", 0))
             check_for_correct_spaces(env, attributes["observation_space"], attributes["action_space"])
             attributes |= {"n_envs": env.num_envs} | ({"_last_obs": None} if force_reset else {})
         try:
+            saved = attributes["policy_kwargs"]
+            if kwargs.get("policy_kwargs", saved) != saved:
+                raise ValueError(f"policy_kwargs: got {kwargs['policy_kwargs']}, expected the saved ones, {saved}")
             return cls._rebuild(content, attributes | kwargs, env, device, size)
         except Exception as error:  # whatever data of other kinds and sizes lead to
             reason = error if isinstance(error, ValueError) else repr(error)

@@ -281,6 +281,15 @@ def test_networks_larger_than_the_file_are_refused(tmp_path: Path) -> None:
         PolicyFlow.load(file)
 
 
+@pytest.mark.parametrize("name", ["policy_class", "policy_kwargs", "observation_space"])
+def test_attributes_of_another_type_are_refused(name: str, tmp_path: Path) -> None:
+    learner = flow()
+    vars(learner)[name] = torch.zeros(3)
+    learner.save(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=f"got a Tensor as {name}"):
+        PolicyFlow.load(tmp_path / "a", env=pendulum())
+
+
 def test_attributes_that_are_methods_are_refused(tmp_path: Path) -> None:
     learner = flow()
     vars(learner)["predict"] = 1
