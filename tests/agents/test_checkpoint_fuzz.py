@@ -1,5 +1,6 @@
 """Files that were damaged or forged, by the thousand: each is read or refused by a CheckpointError, none executed."""
 
+import copy
 import dataclasses
 import io
 import json
@@ -23,7 +24,7 @@ from driftrl.agents.checkpoint import CheckpointError
 from driftrl.agents.saving import Checkpointed
 from driftrl.envs import make_vec
 
-ALLOWANCE = 48 * 2**20
+ALLOWANCE = 32 * 2**20
 """Bytes that reading may take beyond twice the size of the file: JSON of 1 MiB, parsed, and the allocator's."""
 
 HOSTILE: list[Any] = [
@@ -106,7 +107,7 @@ def forge_tree(rng: random.Random, text: bytes) -> bytes:
         container, key = rng.choice(found)
         kind = rng.choice(("set", "set", "set", "remove", "copy", "rename", "grow"))
         if kind == "set":
-            container[key] = rng.choice(HOSTILE)
+            container[key] = copy.deepcopy(rng.choice(HOSTILE))  # the next change may be within
         elif kind == "remove":
             del container[key]
         elif kind == "copy":
@@ -255,7 +256,7 @@ def random_config(rng: random.Random, kind: type[Any]) -> dict[str, Any]:
             sound = rng.random() < 0.5
         elif isinstance(sound, int | float):
             sound = rng.choice((sound, sound, type(sound)(sound * rng.choice((-1, 0, 0.1, 3, 1000, 10**6)))))
-        fields[field.name] = rng.choice(HOSTILE) if rng.random() < 0.02 else sound
+        fields[field.name] = copy.deepcopy(rng.choice(HOSTILE)) if rng.random() < 0.02 else sound
     return fields
 
 
