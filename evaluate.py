@@ -1,4 +1,4 @@
-"""Evaluate a saved policy: `python evaluate.py RUN_OR_FILE --episodes 20 [--video out.mp4] [--json FILE]`."""
+"""Evaluate, film or export a saved policy: `python evaluate.py RUN_OR_FILE --episodes 20 [--video out.mp4]`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 
+from driftrl.agents.export import EXPORTERS
 from driftrl.agents.runs import find_checkpoint, load_agent, read_settings, run_folder_of, write_json
 from driftrl.envs import check_env, make_vec, parse_env_kwargs
 
@@ -307,12 +308,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog=Path(sys.argv[0]).name, usage=usage, description="Evaluate a saved policy.")
     parser.add_argument("path", type=Path, nargs="?", metavar="RUN_OR_FILE", help="run folder or saved .zip file")
     parser.add_argument("--episodes", type=int, default=20, help="episodes per policy, >= 1 (default: %(default)s)")
-    parser.add_argument("--sample", action="store_true", help="only the sampled policy, also in the video")
+    parser.add_argument("--sample", action="store_true", help="only the sampled policy, also in video and export")
     parser.add_argument("--env", metavar="ID", help="Gymnasium id (default: the one of the run)")
     parser.add_argument("--env-kwargs", nargs="*", metavar="KEY=VALUE", help="its arguments (default: as in the run)")
     parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help="0 .. 2**31 - 1 (default: %(default)s)")
     parser.add_argument("--video", type=Path, metavar="FILE", help="also write a video of one episode, .mp4 or .gif")
     parser.add_argument("--json", metavar="FILE", help="also write all results as JSON; - for stdout, and nothing else")
+    parser.add_argument(
+        "--export", type=Path, metavar="FILE", help="also write the policy for other programs, .onnx or .pt2 (PyTorch)"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
     torch.set_num_threads(1)  # batches are small: more threads wait for each other
     try:
@@ -335,6 +339,10 @@ def _evaluate(args: argparse.Namespace) -> int:
         _check_target("json", Path(args.json))
     if args.video:
         _check_target("video", args.video)
+    if args.export:
+        _check_target("export", args.export)
+        if args.export.suffix not in EXPORTERS:
+            raise ValueError(f"export: got {args.export}, expected a name that ends in {' or '.join(EXPORTERS)}")
     file = find_checkpoint(args.path)
     folder = run_folder_of(file)
     if folder is None and args.env is None:
@@ -353,8 +361,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     out = sys.stderr if args.json == "-" else sys.stdout
     episodes = f"{args.episodes} episode{'s' if args.episodes != 1 else ''} each"
     print(f"{file}: {agent.num_timesteps:,} steps of training on {env_id}; {episodes}", file=out)
+    policy = "sampled" if args.sample else "deterministic"
+    if args.export:
+        EXPORTERS[args.export.suffix](agent, args.export, sampled=args.sample)
+        print(f"exported the {policy} policy to {args.export}", file=out)
     if args.video:
-        policy = "sampled" if args.sample else "deterministic"
         print(f"recording an episode of the {policy} policy to {args.video}", file=out, flush=True)
         record_video(agent, env_id, env_kwargs, args.video, args.seed, sample=args.sample)
     modes = ("sampled",) if args.sample else ("deterministic", "sampled")

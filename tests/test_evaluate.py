@@ -5,12 +5,13 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 from scipy import stats
 
 from driftrl import PolicyFlow, PolicyFlowConfig
 from driftrl import evaluate as evaluate_module
-from driftrl.agents.runs import RunSettings, new_run, save_agent
+from driftrl.agents.runs import RunSettings, load_agent, new_run, save_agent
 from driftrl.evaluate import bootstrap_interval, evaluate_agent, follow_with_camera, interquartile_mean, main
 
 
@@ -145,6 +146,21 @@ def test_json_on_stdout_is_alone(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert "deterministic" not in report
 
 
+@pytest.mark.parametrize(("options", "inputs"), [([], 1), (["--sample"], 2)])
+def test_export_writes_the_policy_that_is_evaluated(
+    run: Path, tmp_path: Path, options: list[str], inputs: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "policy.pt2"
+    assert main([str(run), "--episodes", "1", "--export", str(path), *options]) == 0
+    assert f"policy to {path}" in capsys.readouterr().out
+    program = torch.export.load(path)
+    assert len(program.graph_signature.user_inputs) == inputs
+    if inputs == 1:
+        obs = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
+        got = program.module()(obs=torch.from_numpy(obs))
+        np.testing.assert_allclose(got, load_agent(run, "cpu").predict(obs, deterministic=True)[0], atol=1e-5)
+
+
 def test_saved_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run / "final.zip"), "--episodes", "1"]) == 0  # config.json beside it tells the environment
     lone = tmp_path / "lone.zip"
@@ -170,6 +186,8 @@ def test_saved_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--video", "out.mp4", "--env", "DriftRLTest/Unseen-v0"], "has the render modes none, expected rgb_array"),
         (["--env", "InvertedPendulum-v5"], "expected Box(-1.0, 1.0, (2,)"),
         (["--env", "CartPole-v1"], "unsupported action space"),
+        (["--export", "missing/out.onnx"], "export: got missing/out.onnx, expected a file in an existing folder"),
+        (["--export", "out.pt"], "export: got out.pt, expected a name that ends in .onnx or .pt2"),
         (["--video", "out.avi"], "expected a name that ends in .mp4"),
         (["--video", "out.mp4", "--env-kwargs", "broken=true"], "no OpenGL"),
     ],
