@@ -12,16 +12,18 @@ import gymnasium as gym
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from .mujoco_batch import TASKS, MujocoVecEnv
+from .workers import SupervisedVecEnv
 
 Backend = Literal["auto", "batched", "sync", "subproc"]
 
-_GYMNASIUM: dict[str, type[DummyVecEnv] | type[SubprocVecEnv]] = {"sync": DummyVecEnv, "subproc": SubprocVecEnv}
 
-
-def make_vec(id: str, n_envs: int, seed: int | None, backend: Backend = "auto", **env_kwargs: Any) -> VecEnv:
+def make_vec(
+    id: str, n_envs: int, seed: int | None, backend: Backend = "auto", *, worker_timeout: float = 60.0,
+    worker_restarts: int = 10, **env_kwargs: Any,
+) -> VecEnv:  # fmt: skip
     """Make ``n_envs`` copies of a registered environment, each with Stable-Baselines3's Monitor.
 
     Args:
@@ -29,8 +31,10 @@ def make_vec(id: str, n_envs: int, seed: int | None, backend: Backend = "auto", 
         n_envs: number of environments, at least 1.
         seed: environment i is seeded with seed + i at its first reset; None for random seeds.
         backend: "batched" steps MuJoCo's v5 tasks on all cores (`MujocoVecEnv`), with the same results; "sync" steps
-            one after the other in this process, "subproc" each in its own process; "auto" is "batched" where that is
-            possible, else "sync".
+            one after the other in this process, "subproc" each in a process of its own (`SupervisedVecEnv`); "auto" is
+            "batched" where that is possible, else "sync".
+        worker_timeout: subproc: seconds for a step, > 0, after which a process counts as hung and is restarted.
+        worker_restarts: subproc: restarts of processes that died or hang, >= 0, all together; the next is an error.
         **env_kwargs: arguments of the environment.
 
     Raises:
@@ -47,13 +51,12 @@ def make_vec(id: str, n_envs: int, seed: int | None, backend: Backend = "auto", 
         env = MujocoVecEnv(id, n_envs, **env_kwargs)
         env.seed(seed)
         return env
-    return make_vec_env(
-        functools.partial(gym.make, id),  # given the id itself, make_vec_env would ask for a render mode
-        n_envs=n_envs,
-        seed=seed,
-        vec_env_cls=_GYMNASIUM[backend],
-        env_kwargs=env_kwargs,
-    )
+    kind: Any = DummyVecEnv  # make_vec_env's own types leave no room for functions
+    if backend == "subproc":
+        kind = functools.partial(SupervisedVecEnv, timeout=worker_timeout, max_restarts=worker_restarts)
+    # Given the id itself, make_vec_env would ask for a render mode.
+    maker = functools.partial(gym.make, id)
+    return make_vec_env(maker, n_envs=n_envs, seed=seed, vec_env_cls=kind, env_kwargs=env_kwargs)
 
 
 def check_env(id: str, **env_kwargs: Any) -> None:
