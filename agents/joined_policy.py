@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -96,6 +96,21 @@ class JoinedPolicy(BasePolicy):
         """Move the follower towards what it follows, which the `joined` vector begins with, by `averaging`."""
         if self._average is not None:
             self._average.lerp_(vector[: len(self._average)], self.averaging)
+
+    def snapshot(self) -> Callable[[], None]:
+        """Keep what an update changes: weights, their average, the optimizer's state. The result puts it back."""
+        vector, states = self.joined(), self.optimizer.state
+        changing = [vector.detach(), self._average, *states.get(vector, {}).values()]
+        kept = [(tensor, tensor.clone()) for tensor in changing if isinstance(tensor, Tensor)]
+        is_new = vector not in states
+
+        def restore() -> None:
+            for tensor, before in kept:
+                tensor.copy_(before)
+            if is_new:
+                states.clear()
+
+        return restore
 
     @abstractmethod
     def decide(self, features: Tensor, noise: Tensor | None) -> Tensor:

@@ -14,7 +14,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
 from .compiling import Batch
-from .rollout import observation_vectors
+from .nonfinite import LEFT_OUT
+from .observations import observation_vectors
 
 
 class Transitions:
@@ -91,7 +92,8 @@ class Transitions:
 class TensorReplay(ReplayBuffer):
     """Stable-Baselines3's replay buffer with its rows in `Transitions`, of observation vectors in float32.
 
-    A transition that a time limit cut off is stored as not terminated, with the observation reached.
+    A transition that a time limit cut off is stored as not terminated, with the observation reached; one whose info has
+    `LEFT_OUT` is not stored.
 
     Args:
         buffer_size: transitions kept, all environments together.
@@ -123,8 +125,10 @@ class TensorReplay(ReplayBuffer):
         """Add one transition of each environment; see `ReplayBuffer.add`."""
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
         vectors = [observation_vectors(each, self.observation_space) for each in (obs, next_obs)]
+        kept = np.array([LEFT_OUT not in info for info in infos])
         columns = (vectors[0], action.reshape(len(done), -1), vectors[1], reward, done & ~truncated)
-        self.transitions.append(*(torch.as_tensor(each, dtype=torch.float32, device=self.device) for each in columns))
+        rows = (torch.as_tensor(each[kept], dtype=torch.float32, device=self.device) for each in columns)
+        self.transitions.append(*rows)
         self.pos, self.full = self.transitions.position, self.transitions.size == self.buffer_size
 
     def size(self) -> int:
