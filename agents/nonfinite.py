@@ -190,7 +190,8 @@ def _first_fault(names: list[str], table: Tensor) -> str:
     for update, row in enumerate(table.tolist()):
         found = {name: value for name, value in zip(names, row, strict=True) if not np.isfinite(value)}
         for name in sorted(found, key=_SUMS.__contains__):  # terms before what they are part of
-            return f"non-finite term of the loss: got {found[name]} for {name} in update {update}"
+            which = f" in update {update}" if len(table) > 1 else ""
+            return f"non-finite term of the loss: got {found[name]} for {name}{which}"
     return ""
 
 
