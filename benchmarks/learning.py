@@ -172,19 +172,42 @@ def mbpo(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     return LipschitzMBPO("MlpPolicy", env, config=config, seed=run.seed, device="cpu"), asdict(config) | {"n_envs": 1}
 
 
+# Of SAC alone against SB3's: SB3's defaults, but for widths that a small machine can train.
+SAC: dict[str, Any] = {
+    "learning_rate": 3e-4, "buffer_size": 1_000_000, "learning_starts": 100, "batch_size": 256, "gradient_steps": 1,
+    "tau": 0.005, "gamma": 0.99,
+}  # fmt: skip
+SAC_HIDDEN = (128, 128)
+
+
+def sac(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
+    """LipschitzMBPO without model and regularizer, with the hyperparameters of the arm sb3-sac."""
+    from driftrl import LipschitzMBPO, LipschitzMBPOConfig
+    from driftrl.envs import make_vec
+
+    plain = {"model": "none", "regularizer": "none", "actor_hidden": SAC_HIDDEN, "critic_hidden": SAC_HIDDEN}
+    config = LipschitzMBPOConfig(**(SAC | plain | overrides))
+    env = make_vec(run.env, 1, run.seed)
+    return LipschitzMBPO("MlpPolicy", env, config=config, seed=run.seed, device="cpu"), asdict(config) | {"n_envs": 1}
+
+
 def sb3_sac(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
-    """SB3's SAC with its own defaults, or fields of it, one environment."""
-    from stable_baselines3 import SAC
+    """SB3's SAC, one environment."""
+    from stable_baselines3 import SAC as Peer
 
     from driftrl.envs import make_vec
 
-    agent = SAC("MlpPolicy", make_vec(run.env, 1, run.seed), seed=run.seed, device="cpu", **overrides)
-    return agent, {"n_envs": 1} | overrides
+    settings = SAC | overrides
+    network = {"net_arch": list(SAC_HIDDEN)}
+    env = make_vec(run.env, 1, run.seed)
+    agent = Peer("MlpPolicy", env, policy_kwargs=network, seed=run.seed, device="cpu", **settings)
+    return agent, settings | network | {"n_envs": 1}
 
 
 ARMS: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "policyflow": policyflow,
     "mbpo": mbpo,
+    "sac": sac,
     "sb3-sac": sb3_sac,
     "sb3-preset": sb3_preset,
     "sb3-zoo": sb3_zoo,
@@ -193,6 +216,8 @@ POLICYFLOW_ARMS = ("policyflow:ratio=interpolation", "policyflow:ratio=endpoint"
 LABELS = {
     "policyflow:ratio=interpolation": "PolicyFlow, interpolation ratio",
     "policyflow:ratio=endpoint": "PolicyFlow, endpoint ratio",
+    "sac": "SAC alone (LipschitzMBPO without model and regularizer)",
+    "sb3-sac": "SB3 SAC",
     "sb3-preset": "SB3 PPO, our preset's hyperparameters",
     "sb3-zoo": "SB3 PPO, rl_zoo3's tuned hyperparameters",
 }
