@@ -364,6 +364,7 @@ def plot(envs: Sequence[str], arms: Sequence[str], total_timesteps: int, path: P
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    unit, word = (1e6, "million") if total_timesteps >= 1e6 else (1e3, "thousand")
     figure, axes = plt.subplots(1, len(envs), figsize=(6 * len(envs), 4), squeeze=False, layout="constrained")
     for axis, env in zip(axes[0], envs, strict=True):
         for i, arm in enumerate(arms):
@@ -372,11 +373,13 @@ def plot(envs: Sequence[str], arms: Sequence[str], total_timesteps: int, path: P
             if not curves:
                 continue
             for curve in curves:
-                axis.plot(curve[:, 0] / 1e6, curve[:, 1], color=color, linewidth=0.6, alpha=0.5)
+                axis.plot(curve[:, 0] / unit, curve[:, 1], color=color, linewidth=0.6, alpha=0.5)
             grid = np.linspace(max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves), 200)
             mean = np.mean([np.interp(grid, c[:, 0], c[:, 1]) for c in curves], axis=0)
-            axis.plot(grid / 1e6, mean, color=color, linewidth=2, label=f"{LABELS.get(arm, arm)} ({len(curves)} seeds)")
-        axis.set(title=env, xlabel="million environment steps", ylabel="training return, last 100 episodes")
+            axis.plot(
+                grid / unit, mean, color=color, linewidth=2, label=f"{LABELS.get(arm, arm)} ({len(curves)} seeds)"
+            )
+        axis.set(title=env, xlabel=f"{word} environment steps", ylabel="training return, last 100 episodes")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
