@@ -45,8 +45,9 @@ def test_environments_are_monitored_and_seeded_one_by_one() -> None:
     assert len(np.unique(first[:, 0])) == 3
 
 
-def test_subprocesses_give_the_same_observations() -> None:
-    sync, subproc = make_vec("InvertedPendulum-v5", 2, 1, "sync"), make_vec("InvertedPendulum-v5", 2, 1, "subproc")
+@pytest.mark.parametrize("id", ["InvertedPendulum-v5", "driftrl/MultiGoal-v0"])  # the latter is registered there too
+def test_subprocesses_give_the_same_observations(id: str) -> None:
+    sync, subproc = make_vec(id, 2, 1, "sync"), make_vec(id, 2, 1, "subproc")
     assert isinstance(subproc, SubprocVecEnv)
     np.testing.assert_array_equal(np.asarray(sync.reset()), np.asarray(subproc.reset()))
     subproc.close()
