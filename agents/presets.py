@@ -63,6 +63,7 @@ LONG: dict[str, dict[str, Any]] = {
     "InvertedPendulum-v5": {
         "total_timesteps": 5000, "learning_starts": 300, "gradient_steps": 12, "learning_rate": 1e-3,
         "temperature": 0.1, "actor_hidden": (128, 128), "critic_hidden": (128, 128), "model_hidden": (100, 100, 100),
+        "normalize_observation": True,  # the pole's angle is a tenth of the velocities
     },
 }  # fmt: skip
 MBPO = {env_id: MBPO_DEFAULT | preset for env_id, preset in LONG.items()}
