@@ -36,7 +36,9 @@ def test_code_of_the_documentation_runs(page: str, tmp_path: Path, monkeypatch: 
         exec(compile(block, page, "exec"), names)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/dynamics.md", "docs/export.md", "docs/sb3.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/dynamics.md", "docs/export.md", "docs/multimodal.md", "docs/sb3.md"]
+)
 def test_links_of_the_documentation_exist(page: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
         assert ((ROOT / page).parent / target).exists(), target
