@@ -1,4 +1,4 @@
-"""Evaluate a saved policy: `python evaluate.py RUN_OR_FILE --episodes 20 [--video out.mp4] [--json FILE]`."""
+"""Evaluate, film or export a saved policy: `python evaluate.py RUN_OR_FILE --episodes 20 [--video out.mp4]`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,12 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from driftrl.agents.durable import write_json
+from driftrl.agents.export import EXPORTERS
+from driftrl.agents.multimodality import format_multimodality, has_several_solutions, multimodality
+from driftrl.agents.pictures import draw_pictures
 from driftrl.agents.runs import find_checkpoint, load_agent, read_settings, run_folder_of
 from driftrl.envs import check_env, make_vec, parse_env_kwargs
+from driftrl.envs.multigoal import GOAL_TASKS
 
 EVALUATION_SEED = 1_000_000  # far from the seeds that training runs use
 _MAX_ENVS = 10
@@ -171,27 +175,38 @@ def evaluate_agent(
 
 
 def evaluate_modes(
-    agent: BaseAlgorithm, env_id: str, env_kwargs: dict[str, Any], episodes: int, seed: int, modes: Sequence[str]
-) -> dict[str, Any]:
-    """Evaluate in the modes "deterministic" and "sampled": what eval.json holds."""
+    agent: BaseAlgorithm, env_id: str, env_kwargs: dict[str, Any], episodes: int, seed: int, modes: Sequence[str],
+    start: Sequence[float] = (0.0, 0.0),
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluate in the modes "deterministic" and "sampled": what eval.json holds.
+
+    On tasks with several solutions this includes their `multimodality`, from `start` where the task lets one choose it.
+    """
     report: dict[str, Any] = {"env_id": env_id, "env_kwargs": env_kwargs, "timesteps": agent.num_timesteps}
     report |= {"episodes": episodes, "seed": seed}
     for mode in modes:
         result = evaluate_agent(agent, env_id, env_kwargs, episodes, seed, sample=mode == "sampled")
         report[mode] = {**result.summary(), "returns": result.returns, "lengths": result.lengths}
+        if has_several_solutions(env_id):
+            agent.set_random_seed(seed)
+            report[mode]["multimodality"] = multimodality(
+                _Checked(agent, env_id), env_id, env_kwargs, start, seed, deterministic=mode == "deterministic"
+            )
     return report
 
 
 def format_table(report: dict[str, Any]) -> str:
-    """The report of `evaluate_modes` as a table."""
+    """The report of `evaluate_modes` as one table or, on tasks with several solutions, two."""
     lines = [f"{'return':14}{'mean':>10}{'std':>10}{'median':>10}{'IQM':>10}{'95 % interval':>22}  episode length"]
-    for mode in ("deterministic", "sampled"):
-        if mode in report:
-            row = report[mode]
-            interval = f"[{row['iqm_low']:.1f}, {row['iqm_high']:.1f}]"
-            numbers = "".join(f"{row[key]:10.1f}" for key in ("mean", "std", "median", "iqm"))
-            length = f"{row['length_mean']:.0f} ({row['length_min']} to {row['length_max']})"
-            lines.append(f"{mode:14}{numbers}{interval:>22}  {length}")
+    modes = [mode for mode in ("deterministic", "sampled") if mode in report]
+    for mode in modes:
+        row = report[mode]
+        interval = f"[{row['iqm_low']:.1f}, {row['iqm_high']:.1f}]"
+        numbers = "".join(f"{row[key]:10.1f}" for key in ("mean", "std", "median", "iqm"))
+        length = f"{row['length_mean']:.0f} ({row['length_min']} to {row['length_max']})"
+        lines.append(f"{mode:14}{numbers}{interval:>22}  {length}")
+    if "multimodality" in report[modes[0]]:
+        lines += ["", format_multimodality({mode: report[mode]["multimodality"] for mode in modes})]
     return "\n".join(lines)
 
 
@@ -308,12 +323,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog=Path(sys.argv[0]).name, usage=usage, description="Evaluate a saved policy.")
     parser.add_argument("path", type=Path, nargs="?", metavar="RUN_OR_FILE", help="run folder or saved .zip file")
     parser.add_argument("--episodes", type=int, default=20, help="episodes per policy, >= 1 (default: %(default)s)")
-    parser.add_argument("--sample", action="store_true", help="only the sampled policy, also in the video")
+    parser.add_argument("--sample", action="store_true", help="only the sampled policy, also in video and export")
     parser.add_argument("--env", metavar="ID", help="Gymnasium id (default: the one of the run)")
     parser.add_argument("--env-kwargs", nargs="*", metavar="KEY=VALUE", help="its arguments (default: as in the run)")
     parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help="0 .. 2**31 - 1 (default: %(default)s)")
     parser.add_argument("--video", type=Path, metavar="FILE", help="also write a video of one episode, .mp4 or .gif")
+    parser.add_argument(
+        "--start", type=float, nargs=2, metavar=("X", "Y"), help="goal tasks: where trajectories begin (default: 0 0)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="goal tasks and mazes: also write pictures, .png")
     parser.add_argument("--json", metavar="FILE", help="also write all results as JSON; - for stdout, and nothing else")
+    parser.add_argument(
+        "--export", type=Path, metavar="FILE", help="also write the policy for other programs, .onnx or .pt2 (PyTorch)"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
     torch.set_num_threads(1)  # batches are small: more threads wait for each other
     try:
@@ -336,6 +358,12 @@ def _evaluate(args: argparse.Namespace) -> int:
         _check_target("json", Path(args.json))
     if args.video:
         _check_target("video", args.video)
+    if args.export:
+        _check_target("export", args.export)
+        if args.export.suffix not in EXPORTERS:
+            raise ValueError(f"export: got {args.export}, expected a name that ends in {' or '.join(EXPORTERS)}")
+    if args.plot and args.plot.is_file():
+        raise ValueError(f"plot: got the file {args.plot}, expected a folder")
     file = find_checkpoint(args.path)
     folder = run_folder_of(file)
     if folder is None and args.env is None:
@@ -346,6 +374,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     env_kwargs = settings.env_kwargs if settings and same_env else {}
     if args.env_kwargs is not None:
         env_kwargs = parse_env_kwargs(args.env_kwargs)
+    if args.start is not None and env_id not in GOAL_TASKS:
+        raise ValueError(f"start: {env_id} has no choice of it; only {' and '.join(GOAL_TASKS)} do")
+    if args.plot and not has_several_solutions(env_id):
+        raise ValueError(f"plot: nothing to draw for {env_id}, only for {', '.join(GOAL_TASKS)} and PointMaze ids")
+    start = args.start or (0.0, 0.0)
     if args.video:
         _choose_renderer()
     check_env(env_id, **env_kwargs)
@@ -354,12 +387,18 @@ def _evaluate(args: argparse.Namespace) -> int:
     out = sys.stderr if args.json == "-" else sys.stdout
     episodes = f"{args.episodes} episode{'s' if args.episodes != 1 else ''} each"
     print(f"{file}: {agent.num_timesteps:,} steps of training on {env_id}; {episodes}", file=out)
+    policy = "sampled" if args.sample else "deterministic"
+    if args.export:
+        EXPORTERS[args.export.suffix](agent, args.export, sampled=args.sample)
+        print(f"exported the {policy} policy to {args.export}", file=out)
     if args.video:
-        policy = "sampled" if args.sample else "deterministic"
         print(f"recording an episode of the {policy} policy to {args.video}", file=out, flush=True)
         record_video(agent, env_id, env_kwargs, args.video, args.seed, sample=args.sample)
+    if args.plot:
+        paths = draw_pictures(agent, _Checked(agent, env_id), env_id, env_kwargs, start, args.seed, args.plot)
+        print(f"wrote {', '.join(map(str, paths))}", file=out, flush=True)
     modes = ("sampled",) if args.sample else ("deterministic", "sampled")
-    report = evaluate_modes(agent, env_id, env_kwargs, args.episodes, args.seed, modes)
+    report = evaluate_modes(agent, env_id, env_kwargs, args.episodes, args.seed, modes, start)
     print(format_table(report), file=out)
     if args.json == "-":
         print(json.dumps({"file": str(file), **report}, indent=2, allow_nan=False))

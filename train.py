@@ -20,6 +20,7 @@ import torch
 import tyro
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
 from driftrl.agents.durable import write_json
@@ -46,6 +47,7 @@ from driftrl.agents.runs import (
 )
 from driftrl.agents.saving import Checkpointed
 from driftrl.envs import make_vec, parse_env_kwargs
+from driftrl.envs.make import Backend
 from driftrl.evaluate import EVALUATION_SEED, Parser, evaluate_modes, fail, format_table
 
 _FINAL_EPISODES = 10
@@ -77,6 +79,12 @@ class Arguments:
     """How many checkpoints to keep, the newest, >= 1; the best agent is kept apart."""
     env_kwargs: tuple[str, ...] = ()
     """Arguments of the environment: key=value pairs, or one JSON object."""
+    backend: Backend = "auto"
+    """How environments are stepped: MuJoCo tasks as a batch, one by one, or each in its own process."""
+    worker_timeout: float = 60.0
+    """Seconds for a step, > 0, after which such a process counts as hung and is restarted."""
+    worker_restarts: int = 10
+    """Restarts of processes that died or hang, >= 0, all together; the next is an error."""
     config: tyro.conf.OmitArgPrefixes[Any] = None
     """Hyperparameters of the agent."""
 
@@ -135,8 +143,11 @@ def _start(name: str, args: Sequence[str]) -> int:
         threads=arguments.threads,
         config=dataclasses.asdict(arguments.config),
         keep_checkpoints=arguments.keep_checkpoints,
+        backend=arguments.backend,
+        worker_timeout=arguments.worker_timeout,
+        worker_restarts=arguments.worker_restarts,
     )
-    with contextlib.closing(make_vec(settings.env_id, settings.n_envs, settings.seed, **settings.env_kwargs)) as env:
+    with contextlib.closing(_make_env(settings, settings.seed)) as env:
         policy = "MultiInputPolicy" if isinstance(env.observation_space, spaces.Dict) else "MlpPolicy"
         agent = entry.agent(policy, env, config=arguments.config, seed=settings.seed, device=settings.device)
         with new_run(arguments.run_dir, settings) as folder:
@@ -162,7 +173,7 @@ def _resume(args: Sequence[str]) -> int:
         total_timesteps=settings.total_timesteps if arguments.total_timesteps is None else arguments.total_timesteps,
         device=arguments.device or settings.device,
     )
-    with contextlib.closing(make_vec(settings.env_id, settings.n_envs, None, **settings.env_kwargs)) as env:
+    with contextlib.closing(_make_env(settings, None)) as env:
         found = load_newest(folder, settings.device, env)
         done = found.agent.num_timesteps
         for reason in found.skipped:
@@ -177,6 +188,13 @@ def _resume(args: Sequence[str]) -> int:
         print(_describe(found.agent, settings))
         print(f"resumed from {found.file} at {done:,} steps")
         return _train(found.agent, folder, settings, found)
+
+
+def _make_env(settings: RunSettings, seed: int | None) -> VecEnv:
+    """The environments of a run."""
+    names = ("backend", "worker_timeout", "worker_restarts")
+    how = {name: getattr(settings, name) for name in names}
+    return make_vec(settings.env_id, settings.n_envs, seed, **how, **settings.env_kwargs)
 
 
 def _parse(name: str, entry: Entry, args: Sequence[str], defaults: Arguments) -> Arguments:
@@ -234,7 +252,7 @@ def _train(agent: Checkpointed, folder: Path, settings: RunSettings, found: Resu
         modes = ("deterministic", "sampled")
         report = evaluate_modes(agent, settings.env_id, settings.env_kwargs, _FINAL_EPISODES, EVALUATION_SEED, modes)
         write_json(folder / "eval.json", {"file": "final.zip", **report})
-    except ValueError as error:
+    except (ValueError, ChildProcessError) as error:
         if not has_saved(folder):
             raise
         raise ValueError(f"{error}; kept what was saved before, in {folder}") from error
@@ -250,7 +268,10 @@ def _train(agent: Checkpointed, folder: Path, settings: RunSettings, found: Resu
 
 
 def _learn(agent: Checkpointed, folder: Path, settings: RunSettings, found: Resumption | None) -> None:
-    """Train and save; raises KeyboardInterrupt after that where a signal ended it early."""
+    """Train and save; raises KeyboardInterrupt after that where a signal ended it early.
+
+    Where an environment's process failed once too often it also saves.
+    """
     done, total = agent.num_timesteps, settings.total_timesteps
     with (
         contextlib.closing(open_logger(folder, done)) as logger,
@@ -260,7 +281,13 @@ def _learn(agent: Checkpointed, folder: Path, settings: RunSettings, found: Resu
         agent.set_logger(logger)
         best = _go_on(agent, settings, found) if found else None
         checkpoints = Checkpoints(folder, settings, stop, best)
-        agent.learn(total - done, callback=CallbackList([checkpoints, progress]), reset_num_timesteps=done == 0)
+        try:
+            agent.learn(total - done, callback=CallbackList([checkpoints, progress]), reset_num_timesteps=done == 0)
+        except ChildProcessError:  # nothing is wrong with the agent
+            if agent.num_timesteps > done:
+                stop.be_patient()
+                checkpoints.save()
+            raise
         stop.be_patient()
         checkpoints.save()
         save_agent(agent, folder / "final.zip")

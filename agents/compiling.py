@@ -101,7 +101,7 @@ class Objective(nn.Module):
         return self.terms(self.policy, batch)
 
     def gradient(self, batch: Batch) -> tuple[Tensor, Batch]:
-        """The (clipped) gradient as one vector, parameter after parameter, and all scalars."""
+        """The (clipped) gradient as one vector, parameter after parameter, and all scalars, its norm among them."""
         parameters: dict[str, nn.Parameter] = self.policy.trained()
         if torch.compiler.is_compiling():  # it cannot look into autograd, and eager mode is slow with torch.func
 
@@ -116,6 +116,7 @@ class Objective(nn.Module):
             terms = self(batch)
             gradients = torch.autograd.grad(terms[self.name], list(parameters.values()), materialize_grads=True)
         vector = torch.cat([each.flatten() for each in gradients])
+        norm = vector.norm()
         if self.max_norm is not None:
-            vector = (self.max_norm / (vector.norm() + 1e-6)).clamp(max=1.0) * vector
-        return vector, {name: term.detach() for name, term in terms.items()}
+            vector = (self.max_norm / (norm + 1e-6)).clamp(max=1.0) * vector
+        return vector, {name: term.detach() for name, term in terms.items()} | {"train/grad_norm": norm}

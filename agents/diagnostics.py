@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 
 import torch
+from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
 from ..dynamics.regularize import spectral_norms
@@ -107,6 +109,12 @@ def value_diagnostics(policy: SACPolicy, batch: Batch, radius: float) -> dict[st
             "lipschitz/spectral_product": torch.stack([*spectral_norms(policy.critic).values()]).prod(0).amax().item(),
             "lipschitz/largest_value": values.abs().amax().item(),
         }
+
+
+def record(logger: Logger, values: Mapping[str, float]) -> None:
+    """Log values by name."""
+    for name, value in values.items():
+        logger.record(name, value)
 
 
 def runs_away(largest: float, real: Transitions, gamma: float) -> bool:

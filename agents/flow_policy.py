@@ -177,6 +177,7 @@ class FlowPolicy(JoinedPolicy):
         self.critic = mlp([self.obs_dim, *net_arch["vf"], 1], activation, 1.0)
         self.averaging = 1 - ema_decay
         self.averaged_actor = copy.deepcopy(self.actor).requires_grad_(False) if ema_decay else None
+        self.draws = self.actor.draws
         self._join(lr_schedule)
 
     def act(self, features: Tensor, noise: Tensor) -> Tensor:
@@ -208,15 +209,10 @@ class FlowPolicy(JoinedPolicy):
         """Values [B, 1] of a batch of observations, in units of normalised returns."""
         return self.value(self.normalize(self.features(obs))).unsqueeze(-1)
 
-    @torch.inference_mode()
-    def _choose(self, features: Tensor, deterministic: bool) -> Tensor:
-        """Actions [B, D] in [-1, 1] given raw observation vectors [B, O]."""
-        vector = self.normalize(features)
-        actor = self.actor if self.averaged_actor is None else self.averaged_actor
-        if deterministic:
-            return actor.mode(vector).clamp(-1, 1)
-        noise = torch.randn(actor.draws, len(vector), self.action_dim, device=vector.device)
-        return actor.sample(vector, noise).action.clamp(-1, 1)
+    def decide(self, features: Tensor, noise: Tensor | None) -> Tensor:
+        """As in `JoinedPolicy`, by the averaged actor where there is one."""
+        obs, actor = self.normalize(features), self.actor if self.averaged_actor is None else self.averaged_actor
+        return (actor.mode(obs) if noise is None else actor.sample(obs, noise).action).clamp(-1, 1)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         spaces_ = {"observation_space": self.observation_space, "action_space": self.action_space}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -35,6 +35,8 @@ class JoinedPolicy(BasePolicy):
 
     obs_norm: RunningNorm
     normalize_observation: bool
+    draws: int
+    """Standard normals per action dimension that a sampled action takes."""
     followed: ClassVar[str]
     """Name of the module that `average` follows; its parameters are the first of the vector."""
     follower: ClassVar[str]
@@ -95,9 +97,27 @@ class JoinedPolicy(BasePolicy):
         if self._average is not None:
             self._average.lerp_(vector[: len(self._average)], self.averaging)
 
+    def snapshot(self) -> Callable[[], None]:
+        """Keep what an update changes: weights, their average, the optimizer's state. The result puts it back."""
+        vector, states = self.joined(), self.optimizer.state
+        changing = [vector.detach(), self._average, *states.get(vector, {}).values()]
+        kept = [(tensor, tensor.clone()) for tensor in changing if isinstance(tensor, Tensor)]
+        is_new = vector not in states
+
+        def restore() -> None:
+            for tensor, before in kept:
+                tensor.copy_(before)
+            if is_new:
+                states.clear()
+
+        return restore
+
     @abstractmethod
-    def _choose(self, features: Tensor, deterministic: bool) -> Tensor:
-        """Actions [B, D] in [-1, 1] given raw observation vectors [B, O]."""
+    def decide(self, features: Tensor, noise: Tensor | None) -> Tensor:
+        """Actions [B, D] in [-1, 1] given raw observation vectors [B, O] and standard normal noise [draws, B, D].
+
+        Without noise the deterministic ones. All of `predict` between the observation and the bounds of the actions.
+        """
 
     def features(self, obs: PyTorchObs) -> Tensor:
         """Flatten a batch of observations to raw vectors [B, O] (Dict entries in the order of their space)."""
@@ -123,6 +143,12 @@ class JoinedPolicy(BasePolicy):
         features = torch.tensor(observation, dtype=torch.float32, device=self.device).view(1, -1)
         action = self._choose(features, deterministic).cpu().numpy()
         return self.unscale_action(action.reshape(self._action_shape)), state
+
+    @torch.inference_mode()
+    def _choose(self, features: Tensor, deterministic: bool) -> Tensor:
+        if deterministic:
+            return self.decide(features, None)
+        return self.decide(features, torch.randn(self.draws, len(features), self.action_dim, device=features.device))
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         return self._choose(self.features(observation), deterministic)

@@ -29,8 +29,9 @@ from ..envs.termination import termination_function
 from .checkpoint import storable
 from .compiling import Batch, Objective, prepared
 from .config import given_at_load, require, resolve, validate
-from .diagnostics import model_diagnostics, runs_away, value_diagnostics
+from .diagnostics import model_diagnostics, record, runs_away, value_diagnostics
 from .lipschitz import adversary, search_noise, value_gap
+from .nonfinite import GuardedOffPolicy
 from .replay import CheckpointedReplay, TensorReplay, Transitions
 from .sac import SACPolicy, sac_losses
 
@@ -112,6 +113,8 @@ class LipschitzMBPOConfig:
     """Largest spectral norm of each layer of the critics, > 0 (spectral)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the update; auto: where the run is long enough and a C++ compiler is found."""
+    nonfinite: Literal["raise", "skip", "rollback"] = "raise"
+    """Numbers that are not finite: an error; leave the transition or update out; or take updates back (docs)."""
     diagnostics_interval: int = 1000
     """Environment steps between the diagnostics of model and value, >= 0; 0: never."""
 
@@ -156,7 +159,7 @@ def losses(policy: SACPolicy, batch: Batch, config: LipschitzMBPOConfig, target_
     return terms
 
 
-class LipschitzMBPO(CheckpointedReplay):
+class LipschitzMBPO(CheckpointedReplay, GuardedOffPolicy):
     """SAC on the rollouts of one learned model, with a Lipschitz-regularized value (arXiv 2302.01244, 1906.08253).
 
     A Stable-Baselines3 algorithm: `learn`, `save`, `load`, `predict`, `save_replay_buffer`, callbacks and loggers are
@@ -277,7 +280,7 @@ class LipschitzMBPO(CheckpointedReplay):
         """Train for total_timesteps environment steps, as Stable-Baselines3's `SAC.learn`.
 
         Raises:
-            ValueError: if the model or the critics diverge, or compile="on" finds no compiler.
+            ValueError: if numbers are not finite (`nonfinite`), the model diverges, or compile="on" finds no compiler.
         """
         done = 0 if reset_num_timesteps else self.num_timesteps  # a run that goes on is compiled as the whole would be
         updates = (done + total_timesteps) * self.config.gradient_steps
@@ -297,19 +300,19 @@ class LipschitzMBPO(CheckpointedReplay):
             if self.transition is not None:
                 self._fit_model(self.transition)
                 self._imagine(self.transition, config.horizon_at(self.num_timesteps))
-        vector, metrics = policy.joined(), []
+        vector, metrics, restore = policy.joined(), [], self._before_updates()
         for batch in self._minibatches(gradient_steps * self.n_envs, batch_size):
             vector.grad, terms = self._gradient(batch)
+            if self._refuses(terms):
+                continue
             policy.optimizer.step()
             policy.average(vector.detach())
             metrics.append(torch.stack(list(terms.values())))
+        record(self.logger, self._settle(terms, metrics, restore))
+        self._record_faults()
         if config.regularizer == "spectral":
             spectral_bound_(policy.critic, config.spectral_bound)
         self._n_updates += len(metrics)
-        for name, value in zip(terms, torch.stack(metrics).mean(0).tolist(), strict=True):
-            self.logger.record(name, value)
-            if name == "train/loss" and not value < float("inf"):
-                raise ValueError(f"the critics diverged: got a loss of {value} at step {self.num_timesteps}")
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if config.diagnostics_interval and self.num_timesteps - self._diagnosed_at >= config.diagnostics_interval:
             self._diagnosed_at = self.num_timesteps
@@ -358,8 +361,7 @@ class LipschitzMBPO(CheckpointedReplay):
             seen["terminated"] > 0 if self._learns_end else None,
             generator=self._generator, max_epochs=self.config.model_epochs,
         )  # fmt: skip
-        for name, value in fitted.items():
-            self.logger.record(name, value)
+        record(self.logger, fitted)
 
     @torch.no_grad()
     def _imagine(self, model: TransitionModel, horizon: int) -> None:
@@ -387,8 +389,7 @@ class LipschitzMBPO(CheckpointedReplay):
             found |= model_diagnostics(self.transition, self.policy, self._real, self.n_envs)
         runaway = runs_away(found["lipschitz/largest_value"], self._real, self.config.gamma)
         found["lipschitz/runaway"] = float(runaway)
-        for name, value in found.items():
-            self.logger.record(name, value)
+        record(self.logger, found)
 
 
 _SB3_ARGUMENTS = ("buffer_size", "learning_starts", "batch_size", "tau", "gamma", "gradient_steps")

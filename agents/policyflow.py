@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, cast
@@ -17,7 +18,7 @@ from ..dynamics.regularize import jacobian_penalty, local_error_penalty
 from .checkpoint import storable
 from .compiling import Objective, prepared
 from .config import given_at_load, require, resolve, validate
-from .diagnostics import flow_diagnostics
+from .diagnostics import flow_diagnostics, record
 from .flow_policy import FlowPolicy
 from .ratios import RATIOS, Ratio, draw_interpolation, interpolate, record_velocities
 from .rollout import Batch, FlowRollouts
@@ -114,6 +115,8 @@ class PolicyFlowConfig:
     """Divide rewards by the running standard deviation of the discounted return."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile rollout and update: the same up to rounding, after 20 s. auto: in long runs, if a compiler is found."""
+    nonfinite: Literal["raise", "skip", "rollback"] = "raise"
+    """Numbers that are not finite: an error; leave the transition or update out; or take updates back (docs)."""
     diagnostics_interval: int = 10
     """Iterations between the flow/ diagnostics in the log, >= 0; 0: never."""
 
@@ -327,14 +330,27 @@ class PolicyFlow(FlowRollouts):
         if config.brownian_coef > 0 or config.jacobian_coef > 0:
             batch = batch if "v_nodes" in batch else record_velocities(policy.actor, batch)
         passes: list[dict[str, float]] = []
+        restore = self._before_updates()
         for _ in range(config.n_epochs):
             epoch = draw_interpolation(policy.actor, batch, self._generator) if "v_nodes" in batch else batch
             if config.solver_error_coef > 0:
                 t_error = torch.empty_like(batch["values"]).uniform_(0, 0.5, generator=self._generator)
                 epoch = epoch | {"t_error": t_error}
-            passes.append(self._fit_once(epoch))
+            if not (means := self._fit_once(epoch, restore)):
+                passes.clear()
+                break
+            passes.append(means)
             if config.target_kl is not None and passes[-1]["train/approx_kl"] > 1.5 * config.target_kl:
                 break
+        if passes:
+            self._report(passes, batch, epoch)
+        if self._iteration > 0:  # the first rollout's are known already
+            policy.obs_norm.update(self.rollout_buffer["features"][:-1].flatten(0, 1))
+        self._iteration += 1
+
+    def _report(self, passes: list[dict[str, float]], batch: Batch, epoch: Batch) -> None:
+        """Adapt the learning rate to the iteration's epochs and log them."""
+        config, policy = self.config, self.policy
         self._n_updates += len(passes)
         means = {name: sum(each[name] for each in passes) / len(passes) for name in passes[0]}
         if self._is_adaptive:
@@ -345,15 +361,11 @@ class PolicyFlow(FlowRollouts):
         means |= {"train/clip_range": config.clip_range, "train/learning_rate": policy.optimizer.param_groups[0]["lr"]}
         means["train/std"] = policy.actor.noise_log_std().exp().mean().item()
         means["flow/base_std"] = policy.actor.base_log_std.exp().mean().item()
-        for name, value in means.items():
-            self.logger.record(name, value)
+        record(self.logger, means)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        if self._iteration > 0:  # the first rollout's are known already
-            policy.obs_norm.update(self.rollout_buffer["features"][:-1].flatten(0, 1))
-        self._iteration += 1
 
-    def _fit_once(self, epoch: Batch) -> dict[str, float]:
-        """One pass over the rollout in random minibatches; returns the means of `losses`."""
+    def _fit_once(self, epoch: Batch, restore: Callable[[], None] | None) -> dict[str, float]:
+        """One pass over the rollout in random minibatches; returns the means of `losses`, none if it was taken back."""
         policy, config = self.policy, self.config
         vector = policy.joined()
         order = torch.randperm(len(epoch["obs"]), generator=self._generator, device=self.device)
@@ -362,11 +374,12 @@ class PolicyFlow(FlowRollouts):
         for start in range(0, len(order), config.batch_size):
             minibatch = {name: tensor[start : start + config.batch_size] for name, tensor in shuffled.items()}
             vector.grad, terms = self._gradient(minibatch)
+            if self._refuses(terms):
+                continue
             policy.optimizer.step()
             policy.average(vector.detach())
             metrics.append(torch.stack(list(terms.values())))
-        # The one point per epoch at which the host waits for the device.
-        return dict(zip(terms, torch.stack(metrics).mean(0).tolist(), strict=True))
+        return self._settle(terms, metrics, restore)
 
     @property
     def _is_adaptive(self) -> bool:

@@ -19,7 +19,8 @@ from . import checkpoint
 from .checkpoint import PICKLED, CheckpointError, storable
 from .compiling import Batch
 from .networks import lazy_zeros
-from .rollout import observation_vectors
+from .nonfinite import LEFT_OUT
+from .observations import observation_vectors
 from .saving import Checkpointed, PathOrFile, label_of, opened
 
 
@@ -108,7 +109,8 @@ class Transitions:
 class TensorReplay(ReplayBuffer):
     """Stable-Baselines3's replay buffer with its rows in `Transitions`, of observation vectors in float32.
 
-    A transition that a time limit cut off is stored as not terminated, with the observation reached.
+    A transition that a time limit cut off is stored as not terminated, with the observation reached; one whose info has
+    `LEFT_OUT` is not stored.
 
     Args:
         buffer_size: transitions kept, all environments together.
@@ -140,8 +142,10 @@ class TensorReplay(ReplayBuffer):
         """Add one transition of each environment; see `ReplayBuffer.add`."""
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
         vectors = [observation_vectors(each, self.observation_space) for each in (obs, next_obs)]
+        kept = np.array([LEFT_OUT not in info for info in infos])
         columns = (vectors[0], action.reshape(len(done), -1), vectors[1], reward, done & ~truncated)
-        self.transitions.append(*(torch.as_tensor(each, dtype=torch.float32, device=self.device) for each in columns))
+        rows = (torch.as_tensor(each[kept], dtype=torch.float32, device=self.device) for each in columns)
+        self.transitions.append(*rows)
         self._note()
 
     def get_state(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def capture(agent: Checkpointed) -> dict[str, Any]:
     """All that training goes on from and `save` leaves out; taken between an update and the next rollout.
 
     Replay, imagined transitions, noise with memory, random generators, environments that can tell their state (those
-    of `MujocoVecEnv`), and what was recorded for the log but not yet written.
+    of `BatchVecEnv`), and what was recorded for the log but not yet written.
     """
     log, env = agent.logger, agent.get_env()
     return {

@@ -17,6 +17,8 @@ from torch import Tensor
 from ..dynamics.noise import StepNoise, step_noise
 from .flow_policy import FlowPolicy
 from .networks import lazy_zeros
+from .nonfinite import Guarded, replaced
+from .observations import batch_of_one, observation_vectors
 from .saving import Checkpointed
 
 Batch: TypeAlias = dict[str, Tensor]
@@ -56,7 +58,7 @@ def generalized_advantage(
     return advantages
 
 
-class FlowRollouts(Checkpointed, OnPolicyAlgorithm):
+class FlowRollouts(Checkpointed, Guarded, OnPolicyAlgorithm):
     """The half of an on-policy agent that lies between the environments and the batch to learn from.
 
     Subclasses build the policy and call `_setup_rollout`, then learn from `batch` in `train`.
@@ -110,9 +112,10 @@ class FlowRollouts(Checkpointed, OnPolicyAlgorithm):
         size = (n_rollout_steps, draws + (memory.terms - 1 if memory else 0), env.num_envs, policy.action_dim)
         noise = torch.randn(size, generator=self._generator, device=self.device)
         moments: list[tuple[Tensor, Tensor]] = []  # of the action noise given its past
-        host_rewards, terminated, truncated = np.zeros(shape, np.float32), np.zeros(shape, bool), np.zeros(shape, bool)
+        host_rewards = np.zeros(shape, np.float32)
+        terminated, truncated, left_out = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape, bool)
         reached: list[Tensor] = []  # raw features of truncated steps, in the order of np.nonzero(truncated)
-        features[0] = self._checked_features(self._last_obs)
+        features[0] = self._features(self._last_obs)
         for step in range(n_rollout_steps):
             if memory is not None:  # its first normal lies where that of the action does, the others last
                 normal = torch.cat([noise[step, 1:2], noise[step, draws:]])
@@ -121,6 +124,7 @@ class FlowRollouts(Checkpointed, OnPolicyAlgorithm):
                 moments.append((given[0], given[1]))
             sample[step] = self._act(features[step], noise[step, :draws])
             actions = sample[step, 2].cpu().numpy().reshape(-1, *self._action_shape)
+            self._check_actions(actions)
             clipped_actions = policy.unscale_action(actions.clip(-1, 1))
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             self.num_timesteps += env.num_envs
@@ -128,21 +132,17 @@ class FlowRollouts(Checkpointed, OnPolicyAlgorithm):
             if not callback.on_step():
                 return False
             self._update_info_buffer(infos, dones)
-            if not np.isfinite(rewards).all():
-                i = int(np.flatnonzero(~np.isfinite(rewards))[0])
-                blame = (
-                    "environment" if np.isfinite(actions).all() else f"the policy's action {actions[i]}, environment"
-                )
-                raise ValueError(f"non-finite reward: got {rewards[i]} from {blame} {i}, expected a finite number")
-            host_rewards[step], terminated[step] = rewards, dones
+            new_obs, left_out[step] = self._screen(new_obs, rewards, dones, infos)
+            host_rewards[step], terminated[step] = np.where(left_out[step], 0, rewards), dones
             for i in np.flatnonzero(dones).tolist():
                 self._diverged += int(infos[i].get("simulation_diverged", False))
                 if infos[i].get("TimeLimit.truncated", False):
                     terminated[step, i], truncated[step, i] = False, True
-                    reached.append(self._checked_features(batch_of_one(infos[i]["terminal_observation"]), first=i))
-            features[step + 1] = self._checked_features(new_obs)
-            self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
+                    reached.append(self._features(batch_of_one(infos[i]["terminal_observation"])))
+            features[step + 1] = self._features(new_obs)
+            self._last_obs, self._last_episode_starts = new_obs, dones
         self.logger.record("rollout/simulations_diverged", self._diverged)
+        self._record_faults()
 
         if policy.obs_norm.count == 0:
             # A new field is zero: no action has looked at an observation yet, so the first statistics change nothing
@@ -155,8 +155,11 @@ class FlowRollouts(Checkpointed, OnPolicyAlgorithm):
         # Bootstrap with the value of the state reached: after a time limit that is not the next row's.
         if reached:
             next_values[to_device(truncated)] = policy.value(policy.normalize(to_device(torch.cat(reached)).float()))
+        terminated |= left_out
         ended = terminated | truncated
         scaled = to_device(self._scale_rewards(host_rewards, ended))
+        if left_out.any():  # advantage 0 there: those before see V(s_t) and nothing of what follows
+            scaled = torch.where(to_device(left_out), values, scaled)
         advantages = generalized_advantage(
             scaled, values, next_values, to_device(terminated).float(), to_device(ended).float(), self.gamma,
             self.gae_lambda,
@@ -181,23 +184,14 @@ class FlowRollouts(Checkpointed, OnPolicyAlgorithm):
             self.batch |= {"noise_mean": torch.cat(mean), "noise_scale": torch.cat(scale)}
         if draws > 2:
             self.batch["path"] = noise[:, 2:draws].transpose(1, 2).flatten(0, 1)
+        if left_out.any():
+            self.batch = replaced(self.batch, to_device(left_out).flatten(), self._generator)
         callback.on_rollout_end()
         return True
 
-    def _checked_features(self, obs: Any, first: int = 0) -> Tensor:
-        """Raw observation vectors [N, O]; the first row is that of environment `first`.
-
-        Raises:
-            ValueError: if one is not finite.
-        """
-        features = observation_vectors(obs, self.observation_space)
-        if not np.isfinite(features).all():
-            i, j = np.argwhere(~np.isfinite(features))[0].tolist()
-            raise ValueError(
-                f"non-finite observation: got {features[i, j]} in entry {j} of environment {first + i}, "
-                "expected finite numbers; check the environment, or clip the actions it receives"
-            )
-        return torch.from_numpy(features)
+    def _features(self, obs: Any) -> Tensor:
+        """Raw observation vectors [N, O]."""
+        return torch.from_numpy(observation_vectors(obs, self.observation_space))
 
     def _scale_rewards(self, rewards: np.ndarray, ended: np.ndarray) -> np.ndarray:
         """Divide rewards [T, N] by the running standard deviation of the discounted return, clipped to +-10."""
@@ -209,16 +203,3 @@ class FlowRollouts(Checkpointed, OnPolicyAlgorithm):
             self._discounted_return = returns[t] * ~ended[t]
         self.policy.return_norm.update(torch.as_tensor(returns, device=self.device).view(-1, 1))
         return (rewards * self.policy.return_norm.scale.item()).clip(-10, 10)
-
-
-def observation_vectors(obs: Any, space: spaces.Space[Any]) -> np.ndarray:
-    """Flatten a batch of observations, or of Dicts of them in the order of their space, to vectors [N, O]."""
-    if isinstance(space, spaces.Dict):
-        return np.concatenate([observation_vectors(obs[key], part) for key, part in space.spaces.items()], axis=1)
-    vectors: np.ndarray = obs.reshape(len(obs), -1)
-    return vectors
-
-
-def batch_of_one(obs: Any) -> Any:
-    """An observation, or a Dict of them, as a batch."""
-    return {k: v[None] for k, v in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]

@@ -62,22 +62,26 @@ class RunSettings:
     threads: int
     config: dict[str, Any]
     keep_checkpoints: int = 3
+    backend: str = "auto"
+    worker_timeout: float = 60.0
+    worker_restarts: int = 10
 
     def __post_init__(self) -> None:
         validate(
             self,
             {
-                "text": "agent env_id",
+                "text": "agent env_id backend",
                 "names with values": "env_kwargs config",
                 "an integer of at least 1": "n_envs total_timesteps checkpoint_interval keep_checkpoints",
                 "an integer of 1 .. 2**31 - 1": "threads",
                 "an integer of 0 .. 2**31 - 1": "seed",
+                "a number above 0": "worker_timeout",
+                "an integer of at least 0": "worker_restarts",
             },
         )
 
 
 _COMPLETE = ("final.zip", "eval.json")
-_NEEDED = {field.name for field in dataclasses.fields(RunSettings) if field.default is dataclasses.MISSING}
 
 
 @contextlib.contextmanager
@@ -132,11 +136,11 @@ def read_settings(folder: Path) -> RunSettings:
     """
     try:
         data = json.loads((folder / "config.json").read_text())
-        fields = [field for field in dataclasses.fields(RunSettings) if field.name in data or field.name in _NEEDED]
-        settings = RunSettings(**{field.name: data[field.name] for field in fields})
+        names = {field.name for field in dataclasses.fields(RunSettings)}
+        settings = RunSettings(**{name: data[name] for name in names & data.keys()})
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no run: got {folder}, expected the folder of a run, with a config.json") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"unreadable run: {folder / 'config.json'} is damaged ({error!r}); restore it") from error
     if settings.agent not in AGENTS:
         raise ValueError(f"unknown agent: {folder} is a run of {settings.agent!r}, expected one of {', '.join(AGENTS)}")

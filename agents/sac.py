@@ -136,6 +136,7 @@ class SACPolicy(JoinedPolicy):
     """
 
     followed, follower = "critic", "target_critic"
+    draws = 1
 
     def __init__(
         self, observation_space: spaces.Space, action_space: spaces.Space,  # type: ignore[type-arg]
@@ -176,14 +177,11 @@ class SACPolicy(JoinedPolicy):
         """Actions [B, D] in [-1, 1] of a batch of observations."""
         return self._predict(obs, deterministic)
 
-    @torch.inference_mode()
-    def _choose(self, features: Tensor, deterministic: bool) -> Tensor:
-        vector = self.normalize(features)
-        if deterministic:
-            action: Tensor = self.actor(vector)
-            return action
-        noise = torch.randn(vector.shape[0], self.action_dim, device=vector.device)
-        return self.actor.sample(vector, noise).action
+    def decide(self, features: Tensor, noise: Tensor | None) -> Tensor:
+        """As in `JoinedPolicy`."""
+        obs = self.normalize(features)
+        action: Tensor = self.actor(obs) if noise is None else self.actor.sample(obs, noise[0]).action
+        return action
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         spaces_ = {"observation_space": self.observation_space, "action_space": self.action_space}

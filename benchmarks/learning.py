@@ -172,19 +172,42 @@ def mbpo(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     return LipschitzMBPO("MlpPolicy", env, config=config, seed=run.seed, device="cpu"), asdict(config) | {"n_envs": 1}
 
 
+# Of SAC alone against SB3's: SB3's defaults, but for widths that a small machine can train.
+SAC: dict[str, Any] = {
+    "learning_rate": 3e-4, "buffer_size": 1_000_000, "learning_starts": 100, "batch_size": 256, "gradient_steps": 1,
+    "tau": 0.005, "gamma": 0.99,
+}  # fmt: skip
+SAC_HIDDEN = (128, 128)
+
+
+def sac(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
+    """LipschitzMBPO without model and regularizer, with the hyperparameters of the arm sb3-sac."""
+    from driftrl import LipschitzMBPO, LipschitzMBPOConfig
+    from driftrl.envs import make_vec
+
+    plain = {"model": "none", "regularizer": "none", "actor_hidden": SAC_HIDDEN, "critic_hidden": SAC_HIDDEN}
+    config = LipschitzMBPOConfig(**(SAC | plain | overrides))
+    env = make_vec(run.env, 1, run.seed)
+    return LipschitzMBPO("MlpPolicy", env, config=config, seed=run.seed, device="cpu"), asdict(config) | {"n_envs": 1}
+
+
 def sb3_sac(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
-    """SB3's SAC with its own defaults, or fields of it, one environment."""
-    from stable_baselines3 import SAC
+    """SB3's SAC, one environment."""
+    from stable_baselines3 import SAC as Peer
 
     from driftrl.envs import make_vec
 
-    agent = SAC("MlpPolicy", make_vec(run.env, 1, run.seed), seed=run.seed, device="cpu", **overrides)
-    return agent, {"n_envs": 1} | overrides
+    settings = SAC | overrides
+    network = {"net_arch": list(SAC_HIDDEN)}
+    env = make_vec(run.env, 1, run.seed)
+    agent = Peer("MlpPolicy", env, policy_kwargs=network, seed=run.seed, device="cpu", **settings)
+    return agent, settings | network | {"n_envs": 1}
 
 
 ARMS: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "policyflow": policyflow,
     "mbpo": mbpo,
+    "sac": sac,
     "sb3-sac": sb3_sac,
     "sb3-preset": sb3_preset,
     "sb3-zoo": sb3_zoo,
@@ -193,6 +216,8 @@ POLICYFLOW_ARMS = ("policyflow:ratio=interpolation", "policyflow:ratio=endpoint"
 LABELS = {
     "policyflow:ratio=interpolation": "PolicyFlow, interpolation ratio",
     "policyflow:ratio=endpoint": "PolicyFlow, endpoint ratio",
+    "sac": "SAC alone (LipschitzMBPO without model and regularizer)",
+    "sb3-sac": "SB3 SAC",
     "sb3-preset": "SB3 PPO, our preset's hyperparameters",
     "sb3-zoo": "SB3 PPO, rl_zoo3's tuned hyperparameters",
 }
@@ -339,6 +364,7 @@ def plot(envs: Sequence[str], arms: Sequence[str], total_timesteps: int, path: P
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    unit, word = (1e6, "million") if total_timesteps >= 1e6 else (1e3, "thousand")
     figure, axes = plt.subplots(1, len(envs), figsize=(6 * len(envs), 4), squeeze=False, layout="constrained")
     for axis, env in zip(axes[0], envs, strict=True):
         for i, arm in enumerate(arms):
@@ -347,11 +373,13 @@ def plot(envs: Sequence[str], arms: Sequence[str], total_timesteps: int, path: P
             if not curves:
                 continue
             for curve in curves:
-                axis.plot(curve[:, 0] / 1e6, curve[:, 1], color=color, linewidth=0.6, alpha=0.5)
+                axis.plot(curve[:, 0] / unit, curve[:, 1], color=color, linewidth=0.6, alpha=0.5)
             grid = np.linspace(max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves), 200)
             mean = np.mean([np.interp(grid, c[:, 0], c[:, 1]) for c in curves], axis=0)
-            axis.plot(grid / 1e6, mean, color=color, linewidth=2, label=f"{LABELS.get(arm, arm)} ({len(curves)} seeds)")
-        axis.set(title=env, xlabel="million environment steps", ylabel="training return, last 100 episodes")
+            axis.plot(
+                grid / unit, mean, color=color, linewidth=2, label=f"{LABELS.get(arm, arm)} ({len(curves)} seeds)"
+            )
+        axis.set(title=env, xlabel=f"{word} environment steps", ylabel="training return, last 100 episodes")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,22 @@
 """Reinforcement-learning agents with flow policies.
 
-The agents load on first use: ``driftrl.dynamics`` alone needs neither Gymnasium nor Stable-Baselines3.
+The import registers the environments ``driftrl/...`` with Gymnasium. The agents load on first use: ``driftrl.dynamics``
+alone needs neither Stable-Baselines3 nor MuJoCo.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import gymnasium
+
 __version__ = "0.1.0.dev0"
 
 __all__ = ["LipschitzMBPO", "LipschitzMBPOConfig", "PolicyFlow", "PolicyFlowConfig", "__version__"]
+
+gymnasium.register("driftrl/MultiGoal-v0", "driftrl.envs.multigoal:MultiGoalEnv", max_episode_steps=50)
+gymnasium.register("driftrl/SoftMultiGoal-v0", "driftrl.envs.multigoal:SoftMultiGoalEnv", max_episode_steps=30)
+gymnasium.register("driftrl/PointMazeMedium-v0", "driftrl.envs.point_maze:PointMazeMedium", max_episode_steps=600)
 
 if TYPE_CHECKING:
     from .agents.lipschitz_mbpo import LipschitzMBPO, LipschitzMBPOConfig

@@ -5,32 +5,44 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import gymnasium as gym
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
+from .batch import BatchVecEnv
 from .mujoco_batch import TASKS, MujocoVecEnv
+from .multigoal import GOAL_TASKS, GoalVecEnv
+from .workers import SupervisedVecEnv
 
 Backend = Literal["auto", "batched", "sync", "subproc"]
 
-_GYMNASIUM: dict[str, type[DummyVecEnv] | type[SubprocVecEnv]] = {"sync": DummyVecEnv, "subproc": SubprocVecEnv}
+_BATCHED: dict[str, Callable[..., BatchVecEnv]] = dict.fromkeys(TASKS, MujocoVecEnv) | dict.fromkeys(
+    GOAL_TASKS, GoalVecEnv
+)
+_REGISTERED_BY = {"PointMaze_": "gymnasium_robotics", "driftrl/": "driftrl"}
+"""Beginnings of ids -> the module whose import registers them, also in the processes of "subproc"."""
 
 
-def make_vec(id: str, n_envs: int, seed: int | None, backend: Backend = "auto", **env_kwargs: Any) -> VecEnv:
+def make_vec(
+    id: str, n_envs: int, seed: int | None, backend: Backend = "auto", *, worker_timeout: float = 60.0,
+    worker_restarts: int = 10, **env_kwargs: Any,
+) -> VecEnv:  # fmt: skip
     """Make ``n_envs`` copies of a registered environment, each with Stable-Baselines3's Monitor.
 
     Args:
         id: Gymnasium id, e.g. "HalfCheetah-v5" or "package.module:Name-v0".
         n_envs: number of environments, at least 1.
         seed: environment i is seeded with seed + i at its first reset; None for random seeds.
-        backend: "batched" steps MuJoCo's v5 tasks on all cores (`MujocoVecEnv`), with the same results; "sync" steps
-            one after the other in this process, "subproc" each in its own process; "auto" is "batched" where that is
-            possible, else "sync".
+        backend: "batched" steps MuJoCo's v5 tasks on all cores (`MujocoVecEnv`) and the multi-goal tasks in NumPy
+            (`GoalVecEnv`), with the same results; "sync" steps one after the other in this process, "subproc" each in
+            a process of its own (`SupervisedVecEnv`); "auto" is "batched" where that is possible, else "sync".
+        worker_timeout: subproc: seconds for a step, > 0, after which a process counts as hung and is restarted.
+        worker_restarts: subproc: restarts of processes that died or hang, >= 0, all together; the next is an error.
         **env_kwargs: arguments of the environment.
 
     Raises:
@@ -42,18 +54,25 @@ def make_vec(id: str, n_envs: int, seed: int | None, backend: Backend = "auto", 
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(get_args(Backend))}")
     check_env(id, **env_kwargs)
     if backend == "auto":
-        backend = "batched" if id in TASKS and env_kwargs.get("render_mode") != "human" else "sync"
+        backend = "batched" if id in _BATCHED and env_kwargs.get("render_mode") != "human" else "sync"
     if backend == "batched":
-        env = MujocoVecEnv(id, n_envs, **env_kwargs)
+        if id not in _BATCHED:
+            raise ValueError(f"batched: got {id!r}, expected one of {', '.join(_BATCHED)}; use another backend")
+        env = _BATCHED[id](id, n_envs, **env_kwargs)
         env.seed(seed)
         return env
-    return make_vec_env(
-        functools.partial(gym.make, id),  # given the id itself, make_vec_env would ask for a render mode
-        n_envs=n_envs,
-        seed=seed,
-        vec_env_cls=_GYMNASIUM[backend],
-        env_kwargs=env_kwargs,
-    )
+    kind: Any = DummyVecEnv  # make_vec_env's own types leave no room for functions
+    if backend == "subproc":
+        kind = functools.partial(SupervisedVecEnv, timeout=worker_timeout, max_restarts=worker_restarts)
+    # Given the id itself, make_vec_env would ask for a render mode.
+    maker = functools.partial(gym.make, _with_module(id))
+    return make_vec_env(maker, n_envs=n_envs, seed=seed, vec_env_cls=kind, env_kwargs=env_kwargs)
+
+
+def _with_module(id: str) -> str:
+    """The id with the module that registers it, if we know one: "module:id"."""
+    modules = (module for beginning, module in _REGISTERED_BY.items() if id.startswith(beginning))
+    return ":".join([*modules, id])
 
 
 def check_env(id: str, **env_kwargs: Any) -> None:
@@ -64,9 +83,10 @@ def check_env(id: str, **env_kwargs: Any) -> None:
             actions with finite bounds and Box observations (or a Dict of Boxes) that are no images.
     """
     try:
-        env: gym.Env[Any, Any] = gym.make(id, **env_kwargs)
+        env: gym.Env[Any, Any] = gym.make(_with_module(id), **env_kwargs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
-        raise ValueError(f"environment {id!r} needs a package that is not installed: {error}") from error
+        remedy = "; run pip install 'driftrl[maze]'" if "gymnasium_robotics" in str(error) else ""
+        raise ValueError(f"environment {id!r} needs a package that is not installed: {error}{remedy}") from error
     except Exception as error:  # whatever the environment raises
         if id.rpartition(":")[2] in gym.registry or not isinstance(error, gym.error.Error):
             message = f"environment {id!r} cannot be made with the arguments {env_kwargs}"

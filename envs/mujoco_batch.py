@@ -9,24 +9,19 @@ pays. What an entry computes follows the operations of `gymnasium.envs.mujoco.<t
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias, cast
 
-import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium.envs.mujoco.humanoid_v5 import mass_center
-from numpy.typing import NDArray
-from stable_baselines3.common.env_util import is_wrapped
-from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
-Array: TypeAlias = NDArray[Any]
+from .batch import Array, BatchVecEnv, make_prototype
+
 Reader: TypeAlias = Callable[["Simulators"], Array]
 Outcome: TypeAlias = tuple[Array, Array, dict[str, Array]]
 """Reward [N] (float64), terminated [N] (bool), and the entries of info, each [N] or [N, k]."""
@@ -356,7 +351,7 @@ TASKS: dict[str, Task] = {
 """The tasks that `MujocoVecEnv` steps in batches, by their Gymnasium id."""
 
 
-class MujocoVecEnv(VecEnv):
+class MujocoVecEnv(BatchVecEnv):
     """A batch of one of the `TASKS` as a Stable-Baselines3 VecEnv, with what its DummyVecEnv and Monitor report.
 
     An episode ends as terminated with ``info["simulation_diverged"]`` if its simulation becomes unstable (MuJoCo finds
@@ -379,23 +374,14 @@ class MujocoVecEnv(VecEnv):
     def __init__(self, id: str, n_envs: int, threads: int | None = None, **env_kwargs: Any) -> None:
         if id not in TASKS:
             raise ValueError(f"batched: got {id!r}, expected one of {', '.join(TASKS)}; use another backend")
-        if n_envs < 1 or (threads is not None and threads < 1):
-            raise ValueError(f"n_envs and threads: got {n_envs} and {threads}, expected integers of at least 1")
-        if env_kwargs.get("render_mode") == "human":
-            raise ValueError("batched: got render_mode='human', expected 'rgb_array' or None; use the backend 'sync'")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads: got {threads}, expected an integer of at least 1")
+        prototype = make_prototype(id, n_envs, env_kwargs)
         self._task = TASKS[id]
-        self._wrapped = gym.make(id, **env_kwargs)
-        self._env = cast(Any, self._wrapped.unwrapped)
-        self._shown = self._env.data
-        self.simulators = Simulators(self._env, n_envs)
-        self.render_index = 0
+        self.simulators = Simulators(prototype.unwrapped, n_envs)
+        self._shown = self.simulators.env.data
+        super().__init__(prototype, n_envs)
         self.diverged = np.zeros(n_envs, dtype=np.int64)  # unstable simulations so far
-        self._rngs: list[np.random.Generator | None] = [None] * n_envs
-        self._elapsed = np.zeros(n_envs, dtype=np.int64)
-        self._rewards: list[list[float]] = [[] for _ in range(n_envs)]
-        limit = self._wrapped.spec.max_episode_steps if self._wrapped.spec else None
-        self._limit = np.inf if limit is None or limit < 0 else limit
-        self._start = time.time()
         datas = self.simulators.datas
         self._controls = [data.ctrl for data in datas]
         self._warnings = [data.warning.number[_BAD_STATE] for data in datas]
@@ -403,32 +389,17 @@ class MujocoVecEnv(VecEnv):
         bounds = [n_envs * i // parts for i in range(parts + 1)]
         self._chunks = [datas[low:high] for low, high in pairwise(bounds)]
         self._pool = ThreadPoolExecutor(parts - 1, "mujoco") if parts > 1 else None
-        self.metadata = self._env.metadata
-        super().__init__(n_envs, self._env.observation_space, self._env.action_space)
-
-    def reset(self) -> Array:
-        """Begin a new episode everywhere; the seeds set by `seed` apply once. Returns observations [N, O]."""
-        rows = [self._reset(i, self._seeds[i], self._options[i] or None) for i in range(self.num_envs)]
-        self._reset_seeds()
-        self._reset_options()
-        self._track()
-        self._obs = np.stack(rows)
-        return self._obs.copy()
-
-    def step_async(self, actions: Array) -> None:
-        """Take the actions [N, nu]; `step_wait` steps.
-
-        Raises:
-            ValueError: if their shape is another.
-        """
-        expected = (self.num_envs, self.simulators.model.nu)
-        if actions.shape != expected:
-            raise ValueError(f"actions: got shape {actions.shape}, expected {expected}")
-        self.simulators.actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:
         """Observations [N, O], rewards [N] (float32), dones [N] and infos; ended episodes begin anew."""
+        obs, rewards, dones, infos = super().step_wait()
+        for i in np.flatnonzero(self._unstable).tolist():
+            infos[i]["simulation_diverged"] = True
+        return obs, rewards, dones, infos
+
+    def _advance(self, actions: Array) -> tuple[Array, Array, Array, dict[str, Array]]:
         s = self.simulators
+        s.actions = actions
         self._simulate()
         obs = np.concatenate([part(s) for part in self._task.observation], axis=1)
         if self._task.point is not None:
@@ -439,26 +410,10 @@ class MujocoVecEnv(VecEnv):
         if diverged.any():
             reward[diverged], terminated, obs[diverged] = 0.0, terminated | diverged, self._obs[diverged]
             self.diverged += diverged
-        self._elapsed += 1
-        truncated = (self._elapsed >= self._limit) & ~terminated
-        info["TimeLimit.truncated"] = truncated
-        columns = [values.tolist() if values.ndim == 1 else list(values) for values in info.values()]
-        names = tuple(info)
-        infos: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-        for history, value in zip(self._rewards, reward.tolist(), strict=True):
-            history.append(value)
+        self._unstable = diverged
         if self._task.point is not None:
             s.before = s.after
-        dones = terminated | truncated
-        if dones.any():
-            for i in np.flatnonzero(dones).tolist():
-                infos[i] |= {"episode": self._episode(i), "terminal_observation": obs[i].copy()}
-                if diverged[i]:
-                    infos[i]["simulation_diverged"] = True
-                obs[i] = self._reset(i)
-            self._track()
-        self._obs = obs
-        return obs.copy(), reward.astype(np.float32), dones, infos
+        return obs, reward, terminated, info
 
     def _simulate(self) -> None:
         """Step all simulators, in parallel: `mj_step` works without Python's lock."""
@@ -478,30 +433,14 @@ class MujocoVecEnv(VecEnv):
             other.result()
         self.simulators.forget()
 
-    def _reset(self, i: int, seed: int | None = None, options: dict[str, Any] | None = None) -> Array:
-        """New episode of environment i by Gymnasium's own reset; returns its observation [O]."""
-        self._elapsed[i] = 0
-        self._rewards[i].clear()
-        self._bind(i)
-        obs, self.reset_infos[i] = self._env.reset(seed=seed, options=options)
-        self._rngs[i] = self._env.np_random
-        return cast(Array, obs)
-
-    def _bind(self, i: int) -> Any:
-        """The prototype in the place of environment i."""
+    def _bind(self, i: int) -> None:
         self._env.data, self._env.np_random = self.simulators.datas[i], self._rngs[i]
-        return self._wrapped
 
-    def _track(self) -> None:
+    def _moved(self) -> None:
         """Note where the next step begins."""
         self.simulators.forget()
         if self._task.point is not None:
             self.simulators.before = self._task.point(self.simulators)
-
-    def _episode(self, i: int) -> dict[str, float]:
-        """What Monitor says of an episode."""
-        rewards = self._rewards[i]
-        return {"r": round(sum(rewards), 6), "l": len(rewards), "t": round(time.time() - self._start, 6)}
 
     def get_state(self) -> dict[str, Any]:
         """All that determines the course of the environments, as arrays, for `set_state`; after the first `reset`."""
@@ -509,15 +448,8 @@ class MujocoVecEnv(VecEnv):
         physics = np.empty((self.num_envs, mujoco.mj_stateSize(s.model, _STATE)))
         for row, data in zip(physics, s.datas, strict=True):
             mujoco.mj_getState(s.model, data, row, _STATE)
-        return {
-            "physics": physics,
-            "before": None if self._task.point is None else s.before.copy(),
-            "observation": self._obs.copy(),
-            "elapsed": self._elapsed.copy(),
-            "diverged": self.diverged.copy(),
-            "rewards": np.concatenate(self._rewards),  # of the episodes so far, as many as have elapsed
-            "random": np.array([_random_words(rng) for rng in self._rngs], dtype=np.uint64),
-        }
+        before = None if self._task.point is None else s.before.copy()
+        return super().get_state() | {"physics": physics, "before": before, "diverged": self.diverged.copy()}
 
     def set_state(self, state: dict[str, Any]) -> Array:
         """Go on where `get_state` was called, on the same or another batch of the task; returns the observations.
@@ -535,79 +467,21 @@ class MujocoVecEnv(VecEnv):
         s.forget()
         if self._task.point is not None:
             s.before = state["before"].copy()
-        self._obs = state["observation"].copy()
-        self._elapsed, self.diverged = state["elapsed"].copy(), state["diverged"].copy()
-        ends = np.cumsum(self._elapsed)
-        self._rewards = [part.tolist() for part in np.split(state["rewards"], ends[:-1])]
-        self._rngs = [_generator(words) for words in state["random"].tolist()]
-        return self._obs.copy()
+        self.diverged = state["diverged"].copy()
+        return super().set_state(state)
 
     def close(self) -> None:
         """End the threads and close the renderer."""
         if self._pool:
             self._pool.shutdown()
         self._env.data = self._shown
-        self._wrapped.close()
+        super().close()
 
     def get_images(self) -> Sequence[Array | None]:
         """The picture of the environment `render_index` alone."""
         mujoco.mj_copyData(self._shown, self.simulators.model, self.simulators.datas[self.render_index])
         self._env.data = self._shown  # the renderer keeps to the MjData that it was made for
         return [cast("Array | None", self._env.render())]
-
-    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """An attribute of the prototype in the place of each environment."""
-        return [self._bind(i).get_wrapper_attr(attr_name) for i in self._get_indices(indices)]
-
-    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Set an attribute of the prototype, for all environments.
-
-        Raises:
-            ValueError: if the indices leave out an environment: they share their attributes.
-        """
-        chosen = set(self._get_indices(indices))
-        if len(chosen) < self.num_envs:
-            raise ValueError(
-                f"set_attr: got {len(chosen)} of {self.num_envs} environments, expected all: a batch shares its "
-                "attributes; use the backend 'sync' for environments that differ"
-            )
-        setattr(self._env if hasattr(self._env, attr_name) else self._wrapped, attr_name, value)
-
-    def env_method(
-        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
-    ) -> list[Any]:
-        """Call a method of the prototype in the place of each environment."""
-        results = [
-            self._bind(i).get_wrapper_attr(method_name)(*method_args, **method_kwargs)
-            for i in self._get_indices(indices)
-        ]
-        self._track()  # set_state, for example, moves them
-        return results
-
-    def env_is_wrapped(
-        self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
-    ) -> list[bool]:
-        """True for Monitor, whose episode statistics the infos have, and for the wrappers of `gymnasium.make`."""
-        wrapped = issubclass(Monitor, wrapper_class) or is_wrapped(self._wrapped, wrapper_class)
-        return [wrapped for _ in self._get_indices(indices)]
-
-
-def _random_words(rng: np.random.Generator | None) -> list[int]:
-    """The state of a generator as Gymnasium makes them (PCG64), in numbers of 64 bits."""
-    assert rng is not None
-    state = cast("dict[str, Any]", rng.bit_generator.state)
-    words = [word for name in ("state", "inc") for word in divmod(state["state"][name], 2**64)]
-    return [*words, state["has_uint32"], state["uinteger"]]
-
-
-def _generator(words: list[int]) -> np.random.Generator:
-    """The generator whose state `_random_words` returned."""
-    generator = np.random.Generator(np.random.PCG64())
-    numbers = {"state": words[0] * 2**64 + words[1], "inc": words[2] * 2**64 + words[3]}
-    generator.bit_generator.state = {
-        "bit_generator": "PCG64", "state": numbers, "has_uint32": words[4], "uinteger": words[5],
-    }  # fmt: skip
-    return generator
 
 
 def available_cores() -> int:

@@ -1,4 +1,4 @@
-"""When Gymnasium's MuJoCo v5 tasks terminate, as functions of the observation reached: for the states of a model.
+"""When Gymnasium's MuJoCo v5 tasks and our own terminate, as functions of the observation reached: for model states.
 
     terminated = termination_function("Hopper-v5", {"healthy_z_range": (0.8, 2.0)})
     if terminated is not None:
@@ -24,8 +24,12 @@ import torch
 from gymnasium.envs.registration import load_env_creator
 from torch import Tensor
 
+from .multigoal import GOAL_TASKS
+
 Termination: TypeAlias = Callable[[Tensor], Tensor]
 """Next observation [B, O] to terminated, bool [B]."""
+
+MULTI_GOAL, SOFT_MULTI_GOAL = GOAL_TASKS["driftrl/MultiGoal-v0"], GOAL_TASKS["driftrl/SoftMultiGoal-v0"]
 
 _Options: TypeAlias = Mapping[str, Any]
 
@@ -80,6 +84,18 @@ def _never(options: _Options) -> Termination:
     return lambda next_obs: torch.zeros(len(next_obs), dtype=torch.bool, device=next_obs.device)
 
 
+def _multi_goal(options: _Options) -> Termination:
+    return lambda next_obs: (next_obs[:, :2].abs() > MULTI_GOAL.half_width).any(1)
+
+
+def _soft_multi_goal(options: _Options) -> Termination:
+    def terminated(next_obs: Tensor) -> Tensor:
+        goals = torch.as_tensor(SOFT_MULTI_GOAL.goals, dtype=next_obs.dtype, device=next_obs.device)
+        return ((next_obs[:, None] - goals).square().sum(-1) < SOFT_MULTI_GOAL.goal_radius**2).any(1)
+
+    return terminated
+
+
 _TASKS: dict[str, Callable[[_Options], Termination]] = {
     "Ant-v5": _ant,
     "HalfCheetah-v5": _never,
@@ -92,6 +108,9 @@ _TASKS: dict[str, Callable[[_Options], Termination]] = {
     "Reacher-v5": _never,
     "Swimmer-v5": _never,
     "Walker2d-v5": _walker,
+    "driftrl/MultiGoal-v0": _multi_goal,
+    "driftrl/PointMazeMedium-v0": _never,
+    "driftrl/SoftMultiGoal-v0": _soft_multi_goal,
 }
 
 
@@ -108,13 +127,15 @@ def termination_function(env_id: str, env_kwargs: Mapping[str, Any] | None = Non
     """
     if env_id not in _TASKS:
         return None
+    if _TASKS[env_id] is _never:
+        return _never({})
     spec = gym.spec(env_id)
     assert isinstance(spec.entry_point, str)
     arguments = inspect.signature(load_env_creator(spec.entry_point)).parameters.values()
     defaults = {argument.name: argument.default for argument in arguments} | spec.kwargs
     options = defaults | dict(env_kwargs or {})
     rule = _TASKS[env_id] if options.get("terminate_when_unhealthy", True) else _never
-    if rule is not _never and options["xml_file"] != defaults["xml_file"]:
+    if rule is not _never and options.get("xml_file") != defaults.get("xml_file"):
         return None
     return rule(options)
 

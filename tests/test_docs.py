@@ -23,7 +23,9 @@ QUICKER = [
 ]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/checkpoints.md", "docs/dynamics.md", "docs/sb3.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/checkpoints.md", "docs/dynamics.md", "docs/export.md", "docs/sb3.md"]
+)
 @pytest.mark.filterwarnings("ignore::tqdm.TqdmExperimentalWarning")  # of the progress bar of Stable-Baselines3
 def test_code_of_the_documentation_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -36,7 +38,12 @@ def test_code_of_the_documentation_runs(page: str, tmp_path: Path, monkeypatch: 
         exec(compile(block, page, "exec"), names)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/checkpoints.md", "docs/dynamics.md", "docs/sb3.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md", "docs/checkpoints.md", "docs/dynamics.md", "docs/export.md", "docs/multimodal.md", "docs/sb3.md",
+    ],
+)  # fmt: skip
 def test_links_of_the_documentation_exist(page: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
         assert ((ROOT / page).parent / target).exists(), target

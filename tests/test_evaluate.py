@@ -1,16 +1,20 @@
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 from scipy import stats
 
-from driftrl import PolicyFlow, PolicyFlowConfig
+from driftrl import LipschitzMBPO, PolicyFlow, PolicyFlowConfig
 from driftrl import evaluate as evaluate_module
-from driftrl.agents.runs import RunSettings, new_run, save_agent
+from driftrl.agents import pictures
+from driftrl.agents.runs import RunSettings, load_agent, new_run, save_agent
+from driftrl.envs import make_vec
 from driftrl.evaluate import bootstrap_interval, evaluate_agent, follow_with_camera, interquartile_mean, main
 
 
@@ -145,6 +149,21 @@ def test_json_on_stdout_is_alone(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert "deterministic" not in report
 
 
+@pytest.mark.parametrize(("options", "inputs"), [([], 1), (["--sample"], 2)])
+def test_export_writes_the_policy_that_is_evaluated(
+    run: Path, tmp_path: Path, options: list[str], inputs: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "policy.pt2"
+    assert main([str(run), "--episodes", "1", "--export", str(path), *options]) == 0
+    assert f"policy to {path}" in capsys.readouterr().out
+    program = torch.export.load(path)
+    assert len(program.graph_signature.user_inputs) == inputs
+    if inputs == 1:
+        obs = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
+        got = program.module()(obs=torch.from_numpy(obs))
+        np.testing.assert_allclose(got, load_agent(run, "cpu").predict(obs, deterministic=True)[0], atol=1e-5)
+
+
 def test_saved_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run / "final.zip"), "--episodes", "1"]) == 0  # config.json beside it tells the environment
     lone = tmp_path / "lone.zip"
@@ -170,7 +189,11 @@ def test_saved_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--video", "out.mp4", "--env", "DriftRLTest/Unseen-v0"], "has the render modes none, expected rgb_array"),
         (["--env", "InvertedPendulum-v5"], "expected Box(-1.0, 1.0, (2,)"),
         (["--env", "CartPole-v1"], "unsupported action space"),
+        (["--export", "missing/out.onnx"], "export: got missing/out.onnx, expected a file in an existing folder"),
+        (["--export", "out.pt"], "export: got out.pt, expected a name that ends in .onnx or .pt2"),
         (["--video", "out.avi"], "expected a name that ends in .mp4"),
+        (["--plot", "out"], "plot: nothing to draw for DriftRLTest/Lengths-v0"),
+        (["--start", "0", "0"], "start: DriftRLTest/Lengths-v0 has no choice of it"),
         (["--video", "out.mp4", "--env-kwargs", "broken=true"], "no OpenGL"),
     ],
 )
@@ -256,3 +279,61 @@ def test_camera_follows_the_body() -> None:
     follow_with_camera(env)
     assert renderer.model.cam(renderer.camera_id).name == "track"
     follow_with_camera(gym.make("Pendulum-v1"))  # nothing to follow, and no error
+
+
+@pytest.fixture(scope="module")
+def goal_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of an untrained policy, whose deterministic action is zero."""
+    settings = RunSettings("policyflow", "driftrl/MultiGoal-v0", {}, 1, 0, 16, 16, "cpu", 1, {})
+    with new_run(tmp_path_factory.mktemp("runs"), settings) as folder:
+        config = PolicyFlowConfig(n_steps=16, batch_size=16, actor_hidden=(8, 8), critic_hidden=(8, 8))
+        agent = PolicyFlow("MlpPolicy", "driftrl/MultiGoal-v0", config=config, device="cpu", seed=0)
+        save_agent(agent, folder / "final.zip")
+    return folder
+
+
+def test_goals_are_reported(goal_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "out.json"
+    assert main([str(goal_run), "--episodes", "1", "--start", "5", "0", "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    goals = report["deterministic"]["multimodality"]
+    assert (goals["reached"], goals["goals_found"], goals["fractions"][0]) == (1, 1, 1)
+    assert goals["return_mean"] == pytest.approx(100 * 0.2, rel=1e-6)  # it stays where it is
+    assert report["sampled"]["multimodality"]["return_mean"] < 20
+    assert "1000 trajectories of up to 100 steps from (5, 0)" in capsys.readouterr().out
+
+
+def test_pictures_are_written(goal_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matplotlib_image = pytest.importorskip("matplotlib.image")
+    monkeypatch.setattr(pictures, "_ACTIONS", 100)
+    folder = tmp_path / "new" / "pictures"
+    assert main([str(goal_run), "--episodes", "1", "--plot", str(folder)]) == 0
+    assert {path.name for path in folder.iterdir()} == {
+        f"multigoal_{kind}.png" for kind in ("trajectories", "actions", "velocity")
+    }
+    for path in folder.iterdir():
+        height, width, _ = matplotlib_image.imread(path).shape
+        assert height > 300 and width > 500
+
+
+def test_pictures_of_an_agent_without_a_flow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("gymnasium_robotics")
+    monkeypatch.setattr(pictures, "_ACTIONS", 100)
+    id, env_kwargs = "driftrl/PointMazeMedium-v0", {"max_episode_steps": 5}
+    agent = LipschitzMBPO("MultiInputPolicy", make_vec(id, 1, 0), device="cpu")
+    written = pictures.draw_pictures(agent, agent, id, env_kwargs, (0, 0), 0, tmp_path)
+    assert [path.name for path in written] == ["pointmazemedium_trajectories.png", "pointmazemedium_actions.png"]
+    assert sorted(written) == sorted(tmp_path.iterdir())
+
+
+def test_missing_matplotlib_is_named(
+    goal_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main([str(goal_run), "--plot", str(tmp_path / "out")]) == 2
+    assert "pip install 'driftrl[plot]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    assert main([str(goal_run), "--plot", str(tmp_path / "file")]) == 2
+    assert f"plot: got the file {tmp_path / 'file'}, expected a folder" in capsys.readouterr().err

@@ -101,8 +101,8 @@ def test_unknown_name_is_an_attribute_error() -> None:
         getattr(driftrl, name)
 
 
-def test_dynamics_needs_neither_gymnasium_nor_stable_baselines3(tmp_path: Path) -> None:
-    code = "import sys, driftrl.dynamics; print({'gymnasium', 'stable_baselines3'} & set(sys.modules))"
+def test_dynamics_needs_neither_stable_baselines3_nor_mujoco(tmp_path: Path) -> None:
+    code = "import sys, driftrl.dynamics; print({'stable_baselines3', 'mujoco'} & set(sys.modules))"
     assert python("-c", code, cwd=tmp_path) == "set()"
 
 

@@ -146,6 +146,9 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["policyflow", "--total-timesteps", "0"], "total_timesteps: got 0"),
         (["policyflow", "--checkpoint-interval", "0"], "checkpoint_interval: got 0"),
         (["policyflow", "--seed", "-1"], "seed: got -1"),
+        (["policyflow", "--backend", "threads"], "'threads'"),
+        (["policyflow", "--worker-timeout", "0"], "worker_timeout: got 0"),
+        (["policyflow", "--worker-restarts", "-1"], "worker_restarts: got -1"),
         (["policyflow", "--env-kwargs", "a"], "expected key=value"),
         (["--resume", "missing"], "no such run: got missing"),
         (["--resume", "."], "no run: got ."),
@@ -174,6 +177,44 @@ def test_wrong_numbers_end_training(wrong: str, capsys: pytest.CaptureFixture[st
     assert start("--env-kwargs", wrong, "--checkpoint-interval", "32", env="DriftRLTest/Turning-v0") == 2
     assert str(only_run()) in capsys.readouterr().err
     assert load_agent(only_run(), "cpu").num_timesteps == 32
+
+
+FAULTY = """
+import os
+import gymnasium as gym, numpy as np
+
+class Faulty(gym.Env):  # dies at its 40th step
+    observation_space, action_space, steps = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,)), 0
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 40:
+            os._exit(1)
+        return np.zeros(2, np.float32), 1.0, False, self.steps % 5 == 0, {}
+
+gym.register("Faulty-v0", Faulty)
+"""
+
+
+def test_a_process_that_fails_once_too_often_ends_training_with_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("faulty.py").write_text(FAULTY)
+    monkeypatch.syspath_prepend(Path.cwd())
+    with pytest.warns(RuntimeWarning, match="restart 1 of 1"):
+        code = start(
+            "--backend", "subproc", "--n-envs", "1", "--worker-restarts", "1", env="faulty:Faulty-v0", steps=999
+        )
+    assert code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: environment 0: its worker failed (died, exit code 1), expected at most 1 restarts")
+    assert str(only_run()) in error
+    assert load_agent(only_run(), "cpu").num_timesteps == 79  # 40 steps end with a restart, 39 with the error
+    config = json.loads((only_run() / "config.json").read_text())
+    assert (config["backend"], config["worker_restarts"]) == ("subproc", 1)
 
 
 def with_signals(function: Callable[..., Any], signals: dict[int, int]) -> Callable[..., Any]:

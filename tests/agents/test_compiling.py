@@ -84,7 +84,9 @@ def test_gradient_of_a_quadratic_is_known_and_clipped(how: str) -> None:
         vector, terms = gradient(batch)
         expected = torch.tensor([12.0, 2.0, -4.0])  # 4 b, 2 a
         torch.testing.assert_close(vector, expected * min(1.0, max_norm / expected.norm().item()))
-        assert {name: term.item() for name, term in terms.items()} == {"loss": 23.0, "other": -1.0}
+        assert {name: term.item() for name, term in terms.items()} == {
+            "loss": 23.0, "other": -1.0, "train/grad_norm": pytest.approx(164**0.5),
+        }  # fmt: skip
 
 
 def test_any_number_of_agents_can_be_compiled_in_a_process() -> None:

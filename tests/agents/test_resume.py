@@ -67,6 +67,7 @@ def interrupted(folder: Path, copy: Path) -> Path:
         ([*FLOW, "--env", "Hopper-v5", "--exploration-noise", "ou", "--ema-decay", "0.9"], 256, 64),
         ([*FLOW, *PENDULUM, "--exploration-noise", "fractional", "--lr-schedule", "linear"], 192, 64),
         pytest.param([*FLOW, "--env", "Ant-v5"], 192, 64, marks=pytest.mark.slow),
+        ([*FLOW, "--env", "driftrl/MultiGoal-v0"], 192, 64),
         ([*MODEL, *PENDULUM, "--n-envs", "1", "--members", "3", "--elites", "2"], 90, 25),
         ([*MODEL, "--env", "Hopper-v5", "--n-envs", "2", "--termination", "learned"], 90, 25),
     ],

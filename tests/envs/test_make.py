@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from driftrl.envs import check_env, make_vec, parse_env_kwargs
 
@@ -43,13 +43,6 @@ def test_environments_are_monitored_and_seeded_one_by_one() -> None:
     np.testing.assert_array_equal(first, again.reset())
     np.testing.assert_array_equal(first[1:], np.asarray(other.reset())[:2])  # environment i has seed + i
     assert len(np.unique(first[:, 0])) == 3
-
-
-def test_subprocesses_give_the_same_observations() -> None:
-    sync, subproc = make_vec("InvertedPendulum-v5", 2, 1, "sync"), make_vec("InvertedPendulum-v5", 2, 1, "subproc")
-    assert isinstance(subproc, SubprocVecEnv)
-    np.testing.assert_array_equal(np.asarray(sync.reset()), np.asarray(subproc.reset()))
-    subproc.close()
 
 
 def test_arguments_reach_the_environment() -> None:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from driftrl.envs.mujoco_batch import TASKS
+from driftrl.envs.multigoal import GOAL_TASKS
 from driftrl.envs.termination import TERMINATIONS, termination_function
 
 SHOWN = {"exclude_current_positions_from_observation": False}
@@ -123,4 +124,4 @@ def test_other_environments_and_other_models_have_no_rule() -> None:
     assert termination_function("Ant-v5", {"xml_file": "other.xml"}) is None
     assert termination_function("HalfCheetah-v5", {"xml_file": "other.xml"}) is not None
     assert termination_function("Ant-v5", {"xml_file": "other.xml", "terminate_when_unhealthy": False}) is not None
-    assert set(TERMINATIONS) == set(TASKS)
+    assert set(TERMINATIONS) == {*TASKS, *GOAL_TASKS, "driftrl/PointMazeMedium-v0"}
