@@ -37,7 +37,7 @@ def flow_diagnostics(actor: FlowActor, ratio: Ratio, batch: Batch, clip_range: f
         clip_range: clip range of the update.
 
     Returns:
-        flow/ratio_correlation: Pearson correlation of the two log-ratios.
+        flow/ratio_correlation: Pearson correlation of the two log-ratios (the mean one, of several per sample).
         flow/ratio_bias: mean of log(used) - log(exact), in nats.
         flow/ratio_error: root mean square of that difference over the root mean square of log(exact).
         flow/exact_clip_fraction: share of samples whose exact ratio lies outside the clip range.
@@ -47,7 +47,7 @@ def flow_diagnostics(actor: FlowActor, ratio: Ratio, batch: Batch, clip_range: f
     # Evenly spaced rows: no random numbers, so that measuring does not change training.
     stride = max(1, len(batch["obs"]) // SAMPLES)
     part = {name: tensor[::stride][:SAMPLES] for name, tensor in batch.items()}
-    used = ratio.terms(actor, part).log_ratio
+    used = ratio.terms(actor, part).log_ratio.view(len(part["obs"]), -1).mean(1)
     exact = EndpointRatio().terms(actor, part).log_ratio
     half = torch.full_like(used, 0.5)
     jacobian = actor.field.jacobian(half, interpolate(part | {"t": half}), part["obs"])[1]

@@ -17,8 +17,10 @@ from ..dynamics.regularize import jacobian_penalty, local_error_penalty
 from .compiling import Objective, prepared
 from .config import given_at_load, require, resolve, validate
 from .diagnostics import flow_diagnostics
+from .entropy import brownian_loss
 from .flow_policy import FlowPolicy
-from .ratios import RATIOS, Ratio, draw_interpolation, interpolate, record_velocities
+from .ratios import Ratio, draw_interpolation, interpolate, record_velocities
+from .rival_ratios import RATIOS, RatioName
 from .rollout import Batch, FlowRollouts
 
 
@@ -66,8 +68,12 @@ class PolicyFlowConfig:
     """Upper bound of the adaptive learning rate, >= lr_min."""
     target_kl: float | None = None
     """End the epochs of an iteration when the KL exceeds 1.5 x this, > 0; None: never."""
-    ratio: Literal["interpolation", "endpoint"] = "interpolation"
-    """Importance ratio: the paper's approximation, or the exact one given z (as many field calls as a rollout step)."""
+    ratio: RatioName = "interpolation"
+    """Importance ratio: the paper's approximation, the exact one given z, or one of those in docs/flow_ratios.md."""
+    ratio_draws: int = 8
+    """ratio marginal: latents, ratio fpo, fpo++: pairs (time, noise), per sample, >= 1."""
+    chain_std: float = 0.1
+    """ratio chain, chain_steps: initial deviation of the steps' noise, > 0, in units of half the action range."""
     solver: Literal["euler", "midpoint", "heun", "rk4"] = "euler"
     """ODE solver of the flow."""
     solver_steps: int = 2
@@ -79,7 +85,7 @@ class PolicyFlowConfig:
     base: Literal["standard", "learned", "gaussian"] = "learned"
     """Base of z: standard N(0, base_std^2); learned N(0, s^2), s learned from base_std; gaussian N(m(obs), s^2)."""
     base_std: float = 0.1
-    """(Initial) standard deviation of the base, > 0, in units of half the action range."""
+    """(Initial) standard deviation of the base, >= 0, in units of half the action range; 0: Gaussian PPO."""
     action_std: float = 0.5
     """Initial standard deviation of the action noise, > 0, in units of half the action range."""
     exploration_noise: Literal["gaussian", "ou", "fractional"] = "gaussian"
@@ -120,27 +126,26 @@ class PolicyFlowConfig:
             self,
             {
                 "a number above 0": "learning_rate clip_range max_grad_norm desired_kl lr_min lr_max "
-                "base_std action_std brownian_std noise_time",
+                "action_std brownian_std noise_time chain_std",
                 "a number above 0, at most 1": "langevin_eps",
                 "a number in [0.3, 1)": "hurst",
                 "a number above 0, or None": "clip_range_vf target_kl",
-                "a number of at least 0": "ent_coef vf_coef weight_decay brownian_coef jacobian_coef solver_error_coef",
+                "a number of at least 0": "ent_coef vf_coef weight_decay brownian_coef jacobian_coef "
+                "solver_error_coef base_std",
                 "a number in [0, 1]": "gamma gae_lambda",
                 "a number in [0, 1)": "ema_decay",
-                "an integer of at least 1": "n_steps batch_size n_epochs solver_steps",
+                "an integer of at least 1": "n_steps batch_size n_epochs solver_steps ratio_draws",
                 "an integer of at least 0": "diagnostics_interval",
                 "positive integers, at least one": "actor_hidden critic_hidden",
                 "True or False": "normalize_advantage normalize_observation normalize_reward",
             },
         )
         require(self, "solver", self.sampler == "ode" or self.solver == "euler", "euler with sampler sde")
+        gaussian = {} if self.base_std else {"base": "standard", "ratio": "endpoint", "sampler": "ode"}
+        for why, needed in ((f"ratio {self.ratio}", RATIOS[self.ratio].requires), ("base_std 0", gaussian)):
+            for name, value in needed.items():
+                require(self, name, getattr(self, name) == value, f"{value} with {why}")
         require(self, "lr_max", self.lr_max >= self.lr_min, f"a number of at least lr_min = {self.lr_min}")
-
-
-def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """PPO's policy loss ``-E[min(rho A, clip(rho, 1 +- clip_range) A)]`` of log-ratios and advantages [B]."""
-    ratio = log_ratio.exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages).mean()
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> Tensor:
@@ -155,28 +160,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
     return error.mean()
 
 
-def brownian_loss(velocity: Tensor, batch: Batch, form: str, std: float) -> Tensor:
-    """Brownian regularizer, summed over action dimensions and averaged over the batch.
-
-    "paper" (Algorithm 1): ``|(1 - t) v - (x_t - t v_old)|^2`` pulls the velocity towards minus the score of the flow
-    that acted, along which Brownian motion would spread it. Alone, it drives the flow to std e * base_std.
-    "consistent": ``(1 - t) |v - c (x_t - m)|^2`` with ``c = log(std / base_std)``: the same gradient for c = 1 while
-    the policy is the one that acted, no old velocity, and any target. m is the mean of the base.
-
-    Args:
-        velocity: v(t, x_t, s) with gradient, [B, D].
-        batch: with t and v_old of the interpolation point.
-        form: "paper" or "consistent".
-        std: target standard deviation of the flow's samples ("consistent" only).
-    """
-    x_t, left = interpolate(batch), 1 - batch["t"].unsqueeze(-1)
-    if form == "paper":
-        residual = left * velocity - (x_t - batch["t"].unsqueeze(-1) * batch["v_old"])
-        return residual.square().sum(-1).mean()
-    rate = math.log(std) - batch["base_log_std"]
-    return (left * (velocity - rate * (x_t - batch["base_mean"])).square()).sum(-1).mean()
-
-
 def losses(policy: FlowPolicy, batch: Batch, ratio: Ratio, config: PolicyFlowConfig) -> dict[str, Tensor]:
     """The objective "train/loss" of a minibatch, its unweighted terms and what is logged beside them; scalars.
 
@@ -184,7 +167,7 @@ def losses(policy: FlowPolicy, batch: Batch, ratio: Ratio, config: PolicyFlowCon
     """
     actor, obs = policy.actor, batch["obs"]
     old_to_new = ratio.terms(actor, batch)
-    policy_loss = clipped_surrogate(old_to_new.log_ratio, batch["advantages"], config.clip_range)
+    policy_loss = ratio.surrogate(old_to_new.log_ratio, batch["advantages"], config.clip_range)
     critic_loss = value_loss(policy.value(obs), batch["values"], batch["returns"], config.clip_range_vf)
     entropy = (actor.noise_log_std() + actor.base_log_std + math.log(2 * math.pi * math.e)).sum()
     total = policy_loss + config.vf_coef * critic_loss - config.ent_coef * entropy
@@ -284,13 +267,14 @@ class PolicyFlow(FlowRollouts):
             "log_std_init": math.log(config.action_std), "solver": config.solver, "solver_steps": config.solver_steps,
             "normalize_observation": config.normalize_observation, "ema_decay": config.ema_decay,
             "langevin_eps": config.langevin_eps if config.sampler == "sde" else 0.0,
+            "chain_std": config.chain_std if config.ratio.startswith("chain") else 0.0,
         }  # fmt: skip
         if "optimizer_class" not in self.policy_kwargs:
             defaults["optimizer_kwargs"] = {"weight_decay": config.weight_decay, "eps": 1e-5, "fused": True}
         self.policy = cast(type[FlowPolicy], self.policy_class)(
             self.observation_space, self.action_space, self.lr_schedule, **(defaults | self.policy_kwargs)
         ).to(self.device)
-        self._ratio, self.normalize_reward = RATIOS[config.ratio](), config.normalize_reward
+        self._ratio, self.normalize_reward = RATIOS[config.ratio](config.ratio_draws), config.normalize_reward
         self._act = self.policy.act
         terms = partial(losses, ratio=self._ratio, config=config)
         self._gradient = Objective(self.policy, terms, "train/loss", config.max_grad_norm).gradient
@@ -320,7 +304,7 @@ class PolicyFlow(FlowRollouts):
             batch["advantages"] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
         # The references are taken now, while the policy still is the one that acted: no copy of it is needed.
-        batch = self._ratio.record(policy.actor, batch)
+        batch = self._ratio.record(policy.actor, batch, self._generator)
         if config.brownian_coef > 0 or config.jacobian_coef > 0:
             batch = batch if "v_nodes" in batch else record_velocities(policy.actor, batch)
         passes: list[dict[str, float]] = []

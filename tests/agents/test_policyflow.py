@@ -80,7 +80,7 @@ def test_ratio_of_a_stored_rollout_is_one_before_each_update(ratio: str, base: s
         seen: ClassVar[list[float]] = []
 
         def train(self) -> None:
-            batch = self._ratio.record(self.policy.actor, self.batch)
+            batch = self._ratio.record(self.policy.actor, self.batch, torch.Generator())
             batch = draw_interpolation(self.policy.actor, batch, torch.Generator()) if "v_nodes" in batch else batch
             terms = self._ratio.terms(self.policy.actor, batch)
             self.seen.extend([terms.log_ratio.abs().max().item(), terms.kl.abs().max().item()])
