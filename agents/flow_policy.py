@@ -53,16 +53,16 @@ class FlowActor(nn.Module):
         solver: name of the ODE solver.
         solver_steps: number of its steps.
         langevin_eps: noise of the flow while sampling, see `flow`; 0: an ODE. Above 0 the solver must be euler.
-        chain_std: (initial) standard deviation of the learned noise between steps, see `chain`; 0: none. As above.
+        chained: noise of learned deviation at every step, see `chain`. The solver must be euler, langevin_eps 0.
     """
 
     def __init__(
         self, obs_dim: int, action_dim: int, *, hidden: tuple[int, ...], activation: str, base: str, base_std: float,
-        log_std_init: float, solver: str, solver_steps: int, langevin_eps: float = 0.0, chain_std: float = 0.0,
+        log_std_init: float, solver: str, solver_steps: int, langevin_eps: float = 0.0, chained: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.solver, self.solver_steps, self.langevin_eps = solver, solver_steps, langevin_eps
-        noises = solver_steps if langevin_eps else solver_steps - 1 if chain_std else 0
+        noises = solver_steps if langevin_eps else solver_steps - 1 if chained else 0
         self.draws = 2 + noises  # standard normals per sample and dimension
         # Last layers are zero: the flow starts as the identity (the paper's best initialisation), the base at mean 0.
         self.field = MLPField(action_dim, obs_dim, hidden=hidden, activation=activation, last_layer_scale=0.0)
@@ -70,8 +70,8 @@ class FlowActor(nn.Module):
         self.has_latent, base_log_std = base_std > 0, math.log(base_std) if base_std else -math.inf
         self.base_log_std = nn.Parameter(torch.full((action_dim,), base_log_std), requires_grad=base != "standard")
         self.log_std = nn.Parameter(torch.full((action_dim,), float(log_std_init)))
-        chain = torch.full((solver_steps - 1, action_dim), math.log(chain_std)) if chain_std else None
-        self.chain_log_std = None if chain is None else nn.Parameter(chain)
+        inner = torch.full((solver_steps - 1, action_dim), float(log_std_init))
+        self.chain_log_std = nn.Parameter(inner) if chained else None
 
     def base(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation of z given obs [B, O]; both [B, D]."""
@@ -137,7 +137,7 @@ class FlowPolicy(JoinedPolicy):
         lr_schedule: progress remaining (1 to 0) -> learning rate.
         net_arch: widths of the hidden layers, one list for both networks or {"pi": [...], "vf": [...]}.
         activation_fn: a key of `ACTIVATIONS` or one of its torch modules.
-        base, base_std, log_std_init, solver, solver_steps, langevin_eps, chain_std: see `FlowActor`.
+        base, base_std, log_std_init, solver, solver_steps, langevin_eps, chained: see `FlowActor`.
         normalize_observation: standardise observations with running statistics.
         ema_decay: decay of the weight average used for prediction; 0 for none.
         optimizer_class: optimizer of all parameters.
@@ -153,7 +153,7 @@ class FlowPolicy(JoinedPolicy):
         self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], lr_schedule: Schedule, *,
         net_arch: list[int] | dict[str, list[int]] | None = None, activation_fn: str | type[nn.Module] = "silu",
         base: str = "learned", base_std: float = 0.1, log_std_init: float = math.log(0.5), solver: str = "euler",
-        solver_steps: int = 2, langevin_eps: float = 0.0, chain_std: float = 0.0, normalize_observation: bool = True,
+        solver_steps: int = 2, langevin_eps: float = 0.0, chained: bool = False, normalize_observation: bool = True,
         ema_decay: float = 0.0, optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
@@ -167,15 +167,15 @@ class FlowPolicy(JoinedPolicy):
             raise ValueError(f"base_std: got {base_std}, expected a number above 0, or 0 with base standard")
         if not 0 <= langevin_eps <= 1:
             raise ValueError(f"langevin_eps: got {langevin_eps}, expected a number in [0, 1]")
-        if (langevin_eps or chain_std) and solver != "euler":
+        if (langevin_eps or chained) and solver != "euler":
             raise ValueError(f"solver: got {solver}, expected euler, the one that integrates the flow as an SDE")
-        if not chain_std >= 0 or (chain_std and langevin_eps):
-            raise ValueError(f"chain_std: got {chain_std}, expected a number of at least 0, and 0 with langevin_eps")
+        if langevin_eps and chained:
+            raise ValueError(f"langevin_eps: got {langevin_eps}, expected 0 with chained, which has noise of its own")
         activation = activation_name(activation_fn)
         self._arguments = {
             "net_arch": net_arch, "activation_fn": activation, "base": base, "base_std": base_std,
             "log_std_init": log_std_init, "solver": solver, "solver_steps": solver_steps, "langevin_eps": langevin_eps,
-            "chain_std": chain_std, "normalize_observation": normalize_observation, "ema_decay": ema_decay,
+            "chained": chained, "normalize_observation": normalize_observation, "ema_decay": ema_decay,
             "optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs,
         }  # fmt: skip
         self.obs_norm = RunningNorm(self.obs_dim)
@@ -184,7 +184,7 @@ class FlowPolicy(JoinedPolicy):
         self.actor = FlowActor(
             self.obs_dim, self.action_dim, hidden=tuple(net_arch["pi"]), activation=activation, base=base,
             base_std=base_std, log_std_init=log_std_init, solver=solver, solver_steps=solver_steps,
-            langevin_eps=langevin_eps, chain_std=chain_std,
+            langevin_eps=langevin_eps, chained=chained,
         )  # fmt: skip
         self.critic = mlp([self.obs_dim, *net_arch["vf"], 1], activation, 1.0)
         self.averaging = 1 - ema_decay

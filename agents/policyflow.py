@@ -17,7 +17,7 @@ from ..dynamics.regularize import jacobian_penalty, local_error_penalty
 from .compiling import Objective, prepared
 from .config import given_at_load, require, resolve, validate
 from .diagnostics import flow_diagnostics
-from .entropy import brownian_loss
+from .entropy import record_spread, spread_loss, steer
 from .flow_policy import FlowPolicy
 from .ratios import Ratio, draw_interpolation, interpolate, record_velocities
 from .rival_ratios import RATIOS, RatioName
@@ -72,8 +72,6 @@ class PolicyFlowConfig:
     """Importance ratio: the paper's approximation, the exact one given z, or one of those in docs/flow_ratios.md."""
     ratio_draws: int = 8
     """ratio marginal: latents, ratio fpo, fpo++: pairs (time, noise), per sample, >= 1."""
-    chain_std: float = 0.1
-    """ratio chain, chain_steps: initial deviation of the steps' noise, > 0, in units of half the action range."""
     solver: Literal["euler", "midpoint", "heun", "rk4"] = "euler"
     """ODE solver of the flow."""
     solver_steps: int = 2
@@ -87,17 +85,19 @@ class PolicyFlowConfig:
     base_std: float = 0.1
     """(Initial) standard deviation of the base, >= 0, in units of half the action range; 0: Gaussian PPO."""
     action_std: float = 0.5
-    """Initial standard deviation of the action noise, > 0, in units of half the action range."""
+    """Initial standard deviation of the action noise (of all steps of a chain), > 0, in half action ranges."""
     exploration_noise: Literal["gaussian", "ou", "fractional"] = "gaussian"
     """Action noise over an episode: independent, Ornstein-Uhlenbeck, increments of fractional Brownian motion."""
     noise_time: float = 2.0
     """exploration_noise ou: correlation time in steps, > 0."""
     hurst: float = 0.7
     """exploration_noise fractional: Hurst exponent in [0.3, 1): below 1/2 alternating, above persistent."""
-    brownian: Literal["paper", "consistent"] = "consistent"
-    """Form of the Brownian regularizer: the paper's, or the self-consistent one that aims at brownian_std."""
+    brownian: Literal["paper", "consistent", "score"] = "consistent"
+    """What spreads actions: the paper's Brownian regularizer, one that aims at brownian_std, the entropy's gradient."""
     brownian_coef: float = 0.0
-    """Weight of the Brownian regularizer, w_b of the paper, >= 0; 0 switches it off."""
+    """(Initial) weight of it, w_b of the paper, >= 0; 0 switches it off."""
+    target_entropy: tuple[float, float] | None = None
+    """Entropy of actions, in nats, that the weight is adapted to, at start and end of the run; None: a fixed weight."""
     brownian_std: float = 0.5
     """Standard deviation that the consistent Brownian regularizer drives the flow's samples to, > 0."""
     jacobian_coef: float = 0.0
@@ -126,7 +126,7 @@ class PolicyFlowConfig:
             self,
             {
                 "a number above 0": "learning_rate clip_range max_grad_norm desired_kl lr_min lr_max "
-                "action_std brownian_std noise_time chain_std",
+                "action_std brownian_std noise_time",
                 "a number above 0, at most 1": "langevin_eps",
                 "a number in [0.3, 1)": "hurst",
                 "a number above 0, or None": "clip_range_vf target_kl",
@@ -137,11 +137,15 @@ class PolicyFlowConfig:
                 "an integer of at least 1": "n_steps batch_size n_epochs solver_steps ratio_draws",
                 "an integer of at least 0": "diagnostics_interval",
                 "positive integers, at least one": "actor_hidden critic_hidden",
+                "two numbers, or None": "target_entropy",
                 "True or False": "normalize_advantage normalize_observation normalize_reward",
             },
         )
         require(self, "solver", self.sampler == "ode" or self.solver == "euler", "euler with sampler sde")
+        steered = self.target_entropy is None or self.brownian_coef > 0
+        require(self, "brownian_coef", steered, "a number above 0 with target_entropy")
         gaussian = {} if self.base_std else {"base": "standard", "ratio": "endpoint", "sampler": "ode"}
+        gaussian |= {"brownian": "score"} if gaussian and self.brownian_coef else {}
         for why, needed in ((f"ratio {self.ratio}", RATIOS[self.ratio].requires), ("base_std 0", gaussian)):
             for name, value in needed.items():
                 require(self, name, getattr(self, name) == value, f"{value} with {why}")
@@ -179,10 +183,8 @@ def losses(policy: FlowPolicy, batch: Batch, ratio: Ratio, config: PolicyFlowCon
         "train/clip_fraction": (old_to_new.log_ratio.expm1().abs() > config.clip_range).float().mean(),
     }
     if config.brownian_coef > 0:
-        v = old_to_new.velocity
-        v = actor.field(batch["t"], interpolate(batch), obs) if v is None else v
-        terms["flow/brownian_loss"] = brownian_loss(v, batch, config.brownian, config.brownian_std)
-        total = total + config.brownian_coef * terms["flow/brownian_loss"]
+        spread = spread_loss(actor, batch, old_to_new.velocity, config.brownian, config.brownian_std)
+        total, terms["flow/brownian_loss"] = total + batch["brownian_weight"][0] * spread, spread
     if config.jacobian_coef > 0:
         terms["flow/jacobian_loss"] = jacobian_penalty(actor.field, batch["t"], interpolate(batch), obs).mean()
         total = total + config.jacobian_coef * terms["flow/jacobian_loss"]
@@ -237,6 +239,7 @@ class PolicyFlow(FlowRollouts):
             fields["learning_rate"] = learning_rate
         self.config = resolve(config or PolicyFlowConfig(), fields)
         self._iteration, self._rate = 0, self.config.learning_rate  # the adaptive learning rate
+        self._brownian_weight = self.config.brownian_coef
         super().__init__(
             policy, env,  # type: ignore[arg-type]
             learning_rate=learning_rate if callable(learning_rate) else self.config.learning_rate,
@@ -248,9 +251,11 @@ class PolicyFlow(FlowRollouts):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        before, self.config = self.config.learning_rate, given_at_load(self.config, self)
-        if self.config.learning_rate != before:  # given to `load`
+        before, self.config = self.config, given_at_load(self.config, self)
+        if self.config.learning_rate != before.learning_rate:  # given to `load`
             self._rate = self.config.learning_rate
+        if self.config.brownian_coef != before.brownian_coef:
+            self._brownian_weight = self.config.brownian_coef
         config, samples = self.config, self.config.n_steps * self.n_envs
         if config.batch_size > samples:
             most = f"n_steps x environments = {config.n_steps} x {self.n_envs} = {samples}"
@@ -267,7 +272,7 @@ class PolicyFlow(FlowRollouts):
             "log_std_init": math.log(config.action_std), "solver": config.solver, "solver_steps": config.solver_steps,
             "normalize_observation": config.normalize_observation, "ema_decay": config.ema_decay,
             "langevin_eps": config.langevin_eps if config.sampler == "sde" else 0.0,
-            "chain_std": config.chain_std if config.ratio.startswith("chain") else 0.0,
+            "chained": config.ratio.startswith("chain"),
         }  # fmt: skip
         if "optimizer_class" not in self.policy_kwargs:
             defaults["optimizer_kwargs"] = {"weight_decay": config.weight_decay, "eps": 1e-5, "fused": True}
@@ -305,8 +310,16 @@ class PolicyFlow(FlowRollouts):
 
         # The references are taken now, while the policy still is the one that acted: no copy of it is needed.
         batch = self._ratio.record(policy.actor, batch, self._generator)
-        if config.brownian_coef > 0 or config.jacobian_coef > 0:
-            batch = batch if "v_nodes" in batch else record_velocities(policy.actor, batch)
+        steered: dict[str, float] = {}
+        if config.target_entropy is not None:
+            given = (self._brownian_weight, config.target_entropy, self._current_progress_remaining)
+            self._brownian_weight, steered = steer(policy.actor, batch["obs"], *given)
+        if config.brownian_coef > 0:
+            weight = steered.get("flow/brownian_coef", config.brownian_coef)
+            batch = record_spread(policy.actor, batch, config.brownian, self._generator)
+            batch["brownian_weight"] = torch.full_like(batch["values"], weight)
+        if config.jacobian_coef > 0 and "v_nodes" not in batch:
+            batch = record_velocities(policy.actor, batch)
         passes: list[dict[str, float]] = []
         for _ in range(config.n_epochs):
             epoch = draw_interpolation(policy.actor, batch, self._generator) if "v_nodes" in batch else batch
@@ -326,7 +339,7 @@ class PolicyFlow(FlowRollouts):
         means |= {"train/clip_range": config.clip_range, "train/learning_rate": policy.optimizer.param_groups[0]["lr"]}
         means["train/std"] = policy.actor.noise_log_std().exp().mean().item()
         means["flow/base_std"] = policy.actor.base_log_std.exp().mean().item()
-        for name, value in means.items():
+        for name, value in (means | steered).items():
             self.logger.record(name, value)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if self._iteration > 0:  # the first rollout's are known already

@@ -156,16 +156,3 @@ class InterpolationRatio(Ratio):
             shift = shift + (1 - _remaining(eps, steps)) * (mean - batch["base_mean"])
             shift = shift + math.sqrt(2 * eps / steps) * (log_std.exp() - batch["base_log_std"].exp()) * noise
         return gaussian_terms(actor, batch, shift)._replace(velocity=velocity)
-
-
-class EndpointRatio(Ratio):
-    """The exact ratio given z (and path): the flow is integrated again, with gradient through every solver step.
-
-    ``rho = N(action; phi_1(z), std^2) / N(action; x1, std_old^2)`` times the base's factor. Costs as many field
-    evaluations as a rollout step.
-    """
-
-    def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
-        """Log-ratio and KL through the solver."""
-        path = batch["path"].transpose(0, 1) if "path" in batch else None
-        return gaussian_terms(actor, batch, actor.flow(batch["z"], batch["obs"], path) - batch["x1"])

@@ -1,7 +1,7 @@
 """Importance ratios beside PolicyFlow's, so that one code base compares them; and the table of all.
 
-What each costs, whether it is unbiased and how its gradient and mean were measured: `docs/flow_ratios.md`. None of them
-knows a path of an SDE; all but `AdjointRatio` want action noise without memory.
+What each costs and works with, whether it is unbiased and how its gradient and mean were measured:
+`docs/flow_ratios.md`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor
 from .flow_policy import LOG_STD_RANGE, FlowActor
 from .networks import gaussian_kl, gaussian_log_prob
 from .ratios import (
-    EndpointRatio,
     InterpolationRatio,
     Ratio,
     RatioTerms,
@@ -35,6 +34,20 @@ def estimated_kl(log_ratio: Tensor) -> Tensor:
     The estimator k3 of Schulman, *Approximating KL divergence* (2020): never negative.
     """
     return log_ratio.expm1() - log_ratio
+
+
+class EndpointRatio(Ratio):
+    """The exact ratio given z (and path): the flow is integrated again, with gradient through every solver step.
+
+    ``rho = N(action; phi_1(z), std^2) / N(action; x1, std_old^2)`` times the base's factor. Without latent (base_std 0)
+    that is Gaussian PPO. Costs as many field
+    evaluations as a rollout step.
+    """
+
+    def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
+        """Log-ratio and KL through the solver."""
+        path = batch["path"].transpose(0, 1) if "path" in batch else None
+        return gaussian_terms(actor, batch, actor.flow(batch["z"], batch["obs"], path) - batch["x1"])
 
 
 class AdjointRatio(Ratio):

@@ -44,8 +44,10 @@ def make_actor(name: str, base: str = "standard", scale: float = 1.0) -> FlowAct
     """The policy that acts; with the chain's ratios it has noise at every step. `scale` multiplies A."""
     actor = FlowActor(
         1, 2, hidden=(4,), activation="silu", base=base, base_std=BASE_STD, log_std_init=math.log(ACTION_STD),
-        solver="euler", solver_steps=STEPS, chain_std=CHAIN_STD if name.startswith("chain") else 0.0,
+        solver="euler", solver_steps=STEPS, chained=name.startswith("chain"),
     ).double()  # fmt: skip
+    if actor.chain_log_std is not None:
+        actor.chain_log_std.data.fill_(math.log(CHAIN_STD))
     field = AffineField()
     with torch.no_grad():
         field.matrix.mul_(scale)

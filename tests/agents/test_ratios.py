@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 from driftrl.agents.flow_policy import FlowActor
-from driftrl.agents.ratios import EndpointRatio, InterpolationRatio, Ratio, draw_interpolation, quadrature
+from driftrl.agents.ratios import InterpolationRatio, Ratio, draw_interpolation, quadrature
+from driftrl.agents.rival_ratios import EndpointRatio
 from driftrl.agents.rollout import Batch
 from driftrl.dynamics import LinearField, ResidualField, VelocityField
 

@@ -22,12 +22,13 @@ from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 from driftrl import PolicyFlow, PolicyFlowConfig
 from driftrl.agents.flow_policy import FlowActor
-from driftrl.agents.ratios import EndpointRatio, InterpolationRatio, draw_interpolation
+from driftrl.agents.ratios import InterpolationRatio, draw_interpolation
 from driftrl.agents.rival_ratios import (
     RATIOS,
     AdjointRatio,
     ChainRatio,
     ChainStepsRatio,
+    EndpointRatio,
     FPOPlusPlusRatio,
     FPORatio,
     MarginalRatio,
@@ -56,7 +57,7 @@ def make_actor(name: str = "adjoint", base: str | None = None, steps: int = STEP
     actor = FlowActor(
         OBS_DIM, ACTION_DIM, hidden=(16, 16), activation="silu", base_std=0.4, log_std_init=math.log(0.3),
         base=base or ("standard" if name.startswith("fpo") else "learned"), solver="euler", solver_steps=steps,
-        chain_std=0.2 if name.startswith("chain") else 0.0,
+        chained=name.startswith("chain"),
     ).double()  # fmt: skip
     perturb(actor, 0.3)
     return actor
@@ -290,9 +291,14 @@ def test_every_ratio_can_be_chosen() -> None:
         ({"ratio": "fpo++", "base": "standard", "ent_coef": 0.1}, "ent_coef: got 0.1, expected 0 with ratio fpo"),
         ({"base_std": 0.0, "base": "standard"}, "ratio: got 'interpolation', expected endpoint with base_std 0"),
         ({"base_std": 0.0, "ratio": "endpoint"}, "base: got 'learned', expected standard with base_std 0"),
+        (
+            {"base_std": 0.0, "base": "standard", "ratio": "endpoint", "brownian_coef": 0.1},
+            "brownian: got 'consistent', expected score with base_std 0",
+        ),
         ({"base_std": -0.1}, "base_std: got -0.1, expected a number of at least 0"),
         ({"ratio_draws": 0}, "ratio_draws: got 0, expected an integer of at least 1"),
-        ({"chain_std": 0.0}, "chain_std: got 0.0, expected a number above 0"),
+        ({"target_entropy": (1.0, 0.0)}, "brownian_coef: got 0.0, expected a number above 0 with target_entropy"),
+        ({"target_entropy": (1.0,), "brownian_coef": 1.0}, "target_entropy: got .* expected two numbers, or None"),
     ],
 )
 def test_what_does_not_go_together_is_refused(fields: dict[str, Any], message: str) -> None:
