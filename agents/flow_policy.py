@@ -22,11 +22,10 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from ..dynamics.fields import MLPField
-from ..dynamics.noise import BrownianGrid
-from ..dynamics.ode import bind, odeint, time_grid
-from ..dynamics.sde import LangevinSDE, interpolant_sde, sdeint, sdeint_path
+from ..dynamics.ode import odeint
 from .joined_policy import JoinedPolicy
 from .networks import RunningNorm, activation_name, gaussian_log_prob, mlp
+from .noisy_flows import gaussian_chain, langevin_flow
 
 LOG_STD_RANGE = (-5.0, 2.0)
 
@@ -52,8 +51,8 @@ class FlowActor(nn.Module):
         log_std_init: initial log standard deviation of the action noise.
         solver: name of the ODE solver.
         solver_steps: number of its steps.
-        langevin_eps: noise of the flow while sampling, see `flow`; 0: an ODE. Above 0 the solver must be euler.
-        chained: noise of learned deviation at every step, see `chain`. The solver must be euler, langevin_eps 0.
+        langevin_eps: noise of the flow while sampling, see `langevin_flow`; 0: an ODE. Above 0 only by euler.
+        chained: learned noise at every step instead, see `gaussian_chain`; only by euler.
     """
 
     def __init__(
@@ -83,33 +82,23 @@ class FlowActor(nn.Module):
         return self.log_std.clamp(*LOG_STD_RANGE)
 
     def flow(self, z: Tensor, obs: Tensor, path: Tensor | None = None) -> Tensor:
-        """Carry z [B, D] to x1 [B, D] given obs [B, O]: by the ODE or, along standard normal noise, by an SDE.
-
-        ``dx = (v + eps s^2 score) dt + sqrt(2 eps) s dW`` with ``s^2 score = (t v - (x - m)) / (1 - t)`` for a base
-        N(m, s^2): `interpolant_sde` in units of the base, by Euler and Maruyama.
+        """Carry z [B, D] to x1 [B, D] given obs [B, O]: by the ODE or, along the noise of each step, a noisy flow.
 
         Args:
             z: start.
             obs: normalised observations.
-            path: the noise of each step, [steps, B, D], or None.
+            path: standard normals, [draws - 2, B, D], or None: the ODE.
         """
         if path is None or self.draws == 2:
             return odeint(self.field, z, steps=self.solver_steps, solver=self.solver, cond=obs)
         if self.chain_log_std is not None:
             return self.chain(z, obs, path)[-1]
-        mean, log_std = self.base(obs)
-        std, step = log_std.exp(), 1 / self.solver_steps
-        velocity = bind(self.field, obs, time_grid(self.solver_steps, "euler")[:-1])
-        sde = interpolant_sde(lambda t, x, cond: velocity(t, mean + std * x) / std, self.langevin_eps)
-        noise = BrownianGrid(step, path * math.sqrt(step))
-        return mean + std * sdeint(sde, (z - mean) / std, steps=self.solver_steps, noise=noise)
+        return langevin_flow(self.field, z, obs, path, *self.base(obs), self.langevin_eps)
 
     def chain(self, z: Tensor, obs: Tensor, path: Tensor) -> Tensor:
-        """Euler steps, learned noise after all but the last, whose noise is the action's: z to x1 [K + 1, B, D]."""
+        """The states of a chain, [K + 1, B, D]: see `gaussian_chain`."""
         assert self.chain_log_std is not None
-        noise = self.chain_log_std.clamp(*LOG_STD_RANGE).exp().unsqueeze(1) * path
-        grid = BrownianGrid(1 / self.solver_steps, torch.cat([noise, torch.zeros_like(z).unsqueeze(0)]))
-        return sdeint_path(LangevinSDE(self.field, 1.0), z, steps=self.solver_steps, noise=grid, cond=obs)
+        return gaussian_chain(self.field, z, obs, path, self.chain_log_std.clamp(*LOG_STD_RANGE))
 
     def sample(self, obs: Tensor, noise: Tensor) -> FlowSample:
         """Draw given obs [B, O] and standard normal noise [draws, B, D]: for z, for the action, for the path."""

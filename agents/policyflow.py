@@ -19,6 +19,7 @@ from .config import given_at_load, require, resolve, validate
 from .diagnostics import flow_diagnostics
 from .entropy import record_spread, spread_loss, steer
 from .flow_policy import FlowPolicy
+from .guard import Guard
 from .ratios import Ratio, draw_interpolation, interpolate, record_velocities
 from .rival_ratios import RATIOS, RatioName
 from .rollout import Batch, FlowRollouts
@@ -118,6 +119,10 @@ class PolicyFlowConfig:
     """Divide rewards by the running standard deviation of the discounted return."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile rollout and update: the same up to rounding, after 20 s. auto: in long runs, if a compiler is found."""
+    guard: Literal["off", "warn", "lower_rate", "rollback"] = "off"
+    """What to do where training collapses: nothing, warn, halve the adaptive learning rate, go back to good weights."""
+    guard_drop: float = 0.5
+    """Fall of the mean return that the guard takes for a collapse, in (0, 1], as a share of its range so far."""
     diagnostics_interval: int = 10
     """Iterations between the flow/ diagnostics in the log, >= 0; 0: never."""
 
@@ -127,7 +132,7 @@ class PolicyFlowConfig:
             {
                 "a number above 0": "learning_rate clip_range max_grad_norm desired_kl lr_min lr_max "
                 "action_std brownian_std noise_time",
-                "a number above 0, at most 1": "langevin_eps",
+                "a number above 0, at most 1": "langevin_eps guard_drop",
                 "a number in [0.3, 1)": "hurst",
                 "a number above 0, or None": "clip_range_vf target_kl",
                 "a number of at least 0": "ent_coef vf_coef weight_decay brownian_coef jacobian_coef "
@@ -142,6 +147,8 @@ class PolicyFlowConfig:
             },
         )
         require(self, "solver", self.sampler == "ode" or self.solver == "euler", "euler with sampler sde")
+        adaptive = self.guard != "lower_rate" or self.lr_schedule == "adaptive"
+        require(self, "lr_schedule", adaptive, "adaptive with guard lower_rate")
         steered = self.target_entropy is None or self.brownian_coef > 0
         require(self, "brownian_coef", steered, "a number above 0 with target_entropy")
         gaussian = {} if self.base_std else {"base": "standard", "ratio": "endpoint", "sampler": "ode"}
@@ -281,6 +288,7 @@ class PolicyFlow(FlowRollouts):
         ).to(self.device)
         self._ratio, self.normalize_reward = RATIOS[config.ratio](config.ratio_draws), config.normalize_reward
         self._act = self.policy.act
+        self._guard = Guard(config.guard, config.guard_drop, config.desired_kl, self.policy.action_dim)
         terms = partial(losses, ratio=self._ratio, config=config)
         self._gradient = Objective(self.policy, terms, "train/loss", config.max_grad_norm).gradient
         self._setup_rollout(config.exploration_noise, config.noise_time, config.hurst)
@@ -333,6 +341,10 @@ class PolicyFlow(FlowRollouts):
         means = {name: sum(each[name] for each in passes) / len(passes) for name in passes[0]}
         if self._is_adaptive:
             self._adapt_learning_rate(means["train/approx_kl"])
+        if config.guard != "off":
+            self._rate, guarded = self._guard.watch(policy, means, self.ep_info_buffer, self._rate)
+            means |= guarded
+            self._update_learning_rate(policy.optimizer)
         if config.diagnostics_interval and self._iteration % config.diagnostics_interval == 0:
             means |= flow_diagnostics(policy.actor, self._ratio, epoch, config.clip_range)
         means["train/explained_variance"] = explained_variance(*(batch[k].cpu().numpy() for k in ("values", "returns")))

@@ -207,6 +207,7 @@ def test_log_holds_the_documented_names(tmp_path: Path) -> None:
     regularizers: dict[str, Any] = {
         "brownian_coef": 1e-3,
         "target_entropy": (1.0, 0.0),
+        "guard": "rollback",
         "jacobian_coef": 1e-3,
         "solver_error_coef": 1e-3,
     }
@@ -219,7 +220,8 @@ def test_log_holds_the_documented_names(tmp_path: Path) -> None:
     names = set(header.split(","))
     assert {"rollout/ep_rew_mean", "train/approx_kl", "train/clip_fraction", "train/explained_variance", "time/fps",
             "flow/ratio_correlation", "flow/ratio_bias", "flow/exact_clip_fraction", "flow/jacobian_norm",
-            "flow/action_entropy", "flow/entropy", "flow/target_entropy", "flow/brownian_coef"} <= names  # fmt: skip
+            "flow/action_entropy", "flow/entropy", "flow/target_entropy", "flow/brownian_coef",
+            "guard/alarms", "guard/rollbacks", "guard/return_fall"} <= names  # fmt: skip
     assert [name for name in sorted(names) if f"`{name}`" not in glossary] == []
 
 
