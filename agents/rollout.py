@@ -89,7 +89,7 @@ class FlowRollouts(Guarded, OnPolicyAlgorithm):
         self._generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed + self.num_timesteps)
 
     def _excluded_save_params(self) -> list[str]:
-        ours = ["batch", "_ratio", "_generator", "_discounted_return", "_act", "_gradient", "_exploration"]
+        ours = ["batch", "_ratio", "_guard", "_generator", "_discounted_return", "_act", "_gradient", "_exploration"]
         return [*super()._excluded_save_params(), *ours]
 
     @torch.no_grad()
