@@ -45,6 +45,7 @@ NOISES: list[dict[str, Any]] = [
         *((ratio, noise) for ratio in ("interpolation", "endpoint") for noise in NOISES),
         *((ratio, {}) for ratio in ("adjoint", "marginal", "chain", "chain_steps")),
         *((ratio, {"base": "standard"}) for ratio in ("fpo", "fpo++")),
+        ("interpolation", {"brownian": "score", "target_entropy": (2.0, 1.0), "guard": "rollback"}),
     ],
 )
 def test_compiled_training_equals_eager_training_up_to_rounding(ratio: str, noise: dict[str, Any]) -> None:
