@@ -150,10 +150,10 @@ class PolicyFlowConfig:
             },
         )
         require(self, "solver", self.sampler == "ode" or self.solver == "euler", "euler with sampler sde")
-        require(
-            self, "guard", self.guard != "lower_rate" or self.lr_schedule == "adaptive", "another with a fixed rate"
-        )
-        require(self, "brownian_coef", self.brownian_coef > 0 or not self.target_entropy, "above 0 with target_entropy")
+        adaptive = self.guard != "lower_rate" or self.lr_schedule == "adaptive"
+        require(self, "lr_schedule", adaptive, "adaptive with guard lower_rate")
+        steered = self.target_entropy is None or self.brownian_coef > 0
+        require(self, "brownian_coef", steered, "a number above 0 with target_entropy")
         gaussian = {} if self.base_std else {"base": "standard", "ratio": "endpoint", "sampler": "ode"}
         gaussian |= {"brownian": "score"} if gaussian and self.brownian_coef else {}
         for why, needed in ((f"ratio {self.ratio}", RATIOS[self.ratio].requires), ("base_std 0", gaussian)):
@@ -183,7 +183,8 @@ def losses(policy: FlowPolicy, batch: Batch, ratio: Ratio, config: PolicyFlowCon
     old_to_new = ratio.terms(actor, batch)
     policy_loss = ratio.surrogate(old_to_new.log_ratio, batch["advantages"], config.clip_range)
     critic_loss = value_loss(policy.value(obs), batch["values"], batch["returns"], config.clip_range_vf)
-    entropy = (actor.noise_log_std() + actor.base_log_std + math.log(2 * math.pi * math.e)).sum()
+    base_log_std = actor.base_log_std.nan_to_num(neginf=0.0)  # a base without spread adds no entropy
+    entropy = (actor.noise_log_std() + base_log_std + math.log(2 * math.pi * math.e)).sum()
     total = policy_loss + config.vf_coef * critic_loss - config.ent_coef * entropy
     terms = {
         "train/policy_gradient_loss": policy_loss,
@@ -221,12 +222,7 @@ class PolicyFlow(FlowRollouts):
         learning_rate: in place of config.learning_rate; a function of what remains (1 to 0) also replaces lr_schedule.
         config: hyperparameters.
         policy_kwargs: arguments of `FlowPolicy` that take precedence over the config.
-        stats_window_size: episodes that rollout/ep_rew_mean averages over.
-        tensorboard_log: folder for TensorBoard, or None.
-        verbose: 0 silent, 1 information, 2 debug.
-        seed: seed of every random number that training draws; None for a random one.
-        device: "auto", "cpu", "cuda" or a torch device.
-        _init_setup_model: build the networks now.
+        stats_window_size, tensorboard_log, verbose, seed, device, _init_setup_model: as Stable-Baselines3's.
         **fields: fields of `PolicyFlowConfig` by keyword, which take precedence over config.
 
     Raises:
@@ -400,3 +396,4 @@ class PolicyFlow(FlowRollouts):
             self._rate = max(self._rate / 1.5, self.config.lr_min)
         elif kl < self.config.desired_kl / 2:
             self._rate = min(self._rate * 1.5, self.config.lr_max)
+        update_learning_rate(self.policy.optimizer, self._rate)
