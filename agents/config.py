@@ -30,6 +30,7 @@ RANGES: dict[str, Callable[[Any], bool]] = {
     "a number in [0, 1)": lambda x: _number(x) and 0 <= x < 1,
     "a number above 0, at most 1": lambda x: _number(x) and 0 < x <= 1,
     "a number in [0.3, 1)": lambda x: _number(x) and 0.3 <= x < 1,
+    "two numbers, or None": lambda x: x is None or (isinstance(x, Collection) and len(x) == 2 and all(map(_number, x))),
     "an integer of at least 1": lambda x: _count(x) and x >= 1,
     "an integer of at least 0": lambda x: _count(x) and x >= 0,
     "an integer of 1 .. 2**31 - 1": lambda x: _count(x) and 1 <= x < 2**31,

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from ..dynamics.regularize import spectral_norms
 from ..dynamics.transition_base import TransitionModel
+from .entropy import policy_entropy
 from .flow_policy import FlowActor
 from .lipschitz import adversary, value_gap
 from .networks import gaussian_log_prob
-from .ratios import EndpointRatio, Ratio, interpolate
+from .ratios import Ratio, interpolate
 from .replay import Transitions
+from .rival_ratios import EndpointRatio
 from .rollout import Batch
 from .sac import SACPolicy
 
@@ -39,17 +41,18 @@ def flow_diagnostics(actor: FlowActor, ratio: Ratio, batch: Batch, clip_range: f
         clip_range: clip range of the update.
 
     Returns:
-        flow/ratio_correlation: Pearson correlation of the two log-ratios.
+        flow/ratio_correlation: Pearson correlation of the two log-ratios (the mean one, of several per sample).
         flow/ratio_bias: mean of log(used) - log(exact), in nats.
         flow/ratio_error: root mean square of that difference over the root mean square of log(exact).
         flow/exact_clip_fraction: share of samples whose exact ratio lies outside the clip range.
         flow/jacobian_norm: mean Frobenius norm of dv/dx halfway between z and x1, at t = 1/2.
         flow/action_entropy: see `action_entropy`, in nats.
+        flow/entropy: see `policy_entropy`, in nats.
     """
     # Evenly spaced rows: no random numbers, so that measuring does not change training.
     stride = max(1, len(batch["obs"]) // SAMPLES)
     part = {name: tensor[::stride][:SAMPLES] for name, tensor in batch.items()}
-    used = ratio.terms(actor, part).log_ratio
+    used = ratio.terms(actor, part).log_ratio.view(len(part["obs"]), -1).mean(1)
     exact = EndpointRatio().terms(actor, part).log_ratio
     half = torch.full_like(used, 0.5)
     jacobian = actor.field.jacobian(half, interpolate(part | {"t": half}), part["obs"])[1]
@@ -60,6 +63,7 @@ def flow_diagnostics(actor: FlowActor, ratio: Ratio, batch: Batch, clip_range: f
         "flow/exact_clip_fraction": (exact.expm1().abs() > clip_range).float().mean().item(),
         "flow/jacobian_norm": jacobian.square().sum((-2, -1)).sqrt().mean().item(),
         "flow/action_entropy": action_entropy(actor, part["obs"]).item(),
+        "flow/entropy": policy_entropy(actor, batch["obs"]).item(),
     }
 
 

@@ -19,8 +19,11 @@ from .checkpoint import storable
 from .compiling import Objective, prepared
 from .config import given_at_load, require, resolve, validate
 from .diagnostics import flow_diagnostics, record
+from .entropy import record_spread, spread_loss, steer
 from .flow_policy import FlowPolicy
-from .ratios import RATIOS, Ratio, draw_interpolation, interpolate, record_velocities
+from .guard import Guard
+from .ratios import Ratio, draw_interpolation, interpolate, record_velocities
+from .rival_ratios import RATIOS, RatioName
 from .rollout import Batch, FlowRollouts
 
 
@@ -69,8 +72,10 @@ class PolicyFlowConfig:
     """Upper bound of the adaptive learning rate, >= lr_min."""
     target_kl: float | None = None
     """End the epochs of an iteration when the KL exceeds 1.5 x this, > 0; None: never."""
-    ratio: Literal["interpolation", "endpoint"] = "interpolation"
-    """Importance ratio: the paper's approximation, or the exact one given z (as many field calls as a rollout step)."""
+    ratio: RatioName = "interpolation"
+    """Importance ratio: the paper's approximation, the exact one given z, or one of those in docs/flow_ratios.md."""
+    ratio_draws: int = 8
+    """ratio marginal: latents, ratio fpo, fpo++: pairs (time, noise), per sample, >= 1."""
     solver: Literal["euler", "midpoint", "heun", "rk4"] = "euler"
     """ODE solver of the flow."""
     solver_steps: int = 2
@@ -82,19 +87,21 @@ class PolicyFlowConfig:
     base: Literal["standard", "learned", "gaussian"] = "learned"
     """Base of z: standard N(0, base_std^2); learned N(0, s^2), s learned from base_std; gaussian N(m(obs), s^2)."""
     base_std: float = 0.1
-    """(Initial) standard deviation of the base, > 0, in units of half the action range."""
+    """(Initial) standard deviation of the base, >= 0, in units of half the action range; 0: Gaussian PPO."""
     action_std: float = 0.5
-    """Initial standard deviation of the action noise, > 0, in units of half the action range."""
+    """Initial standard deviation of the action noise (of all steps of a chain), > 0, in half action ranges."""
     exploration_noise: Literal["gaussian", "ou", "fractional"] = "gaussian"
     """Action noise over an episode: independent, Ornstein-Uhlenbeck, increments of fractional Brownian motion."""
     noise_time: float = 2.0
     """exploration_noise ou: correlation time in steps, > 0."""
     hurst: float = 0.7
     """exploration_noise fractional: Hurst exponent in [0.3, 1): below 1/2 alternating, above persistent."""
-    brownian: Literal["paper", "consistent"] = "consistent"
-    """Form of the Brownian regularizer: the paper's, or the self-consistent one that aims at brownian_std."""
+    brownian: Literal["paper", "consistent", "score"] = "consistent"
+    """What spreads actions: the paper's Brownian regularizer, one that aims at brownian_std, the entropy's gradient."""
     brownian_coef: float = 0.0
-    """Weight of the Brownian regularizer, w_b of the paper, >= 0; 0 switches it off."""
+    """(Initial) weight of it, w_b of the paper, >= 0; 0 switches it off."""
+    target_entropy: tuple[float, float] | None = None
+    """Entropy of actions, in nats, that the weight is adapted to, at start and end of the run; None: a fixed weight."""
     brownian_std: float = 0.5
     """Standard deviation that the consistent Brownian regularizer drives the flow's samples to, > 0."""
     jacobian_coef: float = 0.0
@@ -117,6 +124,10 @@ class PolicyFlowConfig:
     """Compile rollout and update: the same up to rounding, after 20 s. auto: in long runs, if a compiler is found."""
     nonfinite: Literal["raise", "skip", "rollback"] = "raise"
     """Numbers that are not finite: an error; leave the transition or update out; or take updates back (docs)."""
+    guard: Literal["off", "warn", "lower_rate", "rollback"] = "off"
+    """What to do where training collapses: nothing, warn, halve the adaptive learning rate, go back to good weights."""
+    guard_drop: float = 0.5
+    """Fall of the mean return that the guard takes for a collapse, in (0, 1], as a share of its range so far."""
     diagnostics_interval: int = 10
     """Iterations between the flow/ diagnostics in the log, >= 0; 0: never."""
 
@@ -125,27 +136,32 @@ class PolicyFlowConfig:
             self,
             {
                 "a number above 0": "learning_rate clip_range max_grad_norm desired_kl lr_min lr_max "
-                "base_std action_std brownian_std noise_time",
-                "a number above 0, at most 1": "langevin_eps",
+                "action_std brownian_std noise_time",
+                "a number above 0, at most 1": "langevin_eps guard_drop",
                 "a number in [0.3, 1)": "hurst",
                 "a number above 0, or None": "clip_range_vf target_kl",
-                "a number of at least 0": "ent_coef vf_coef weight_decay brownian_coef jacobian_coef solver_error_coef",
+                "a number of at least 0": "ent_coef vf_coef weight_decay brownian_coef jacobian_coef "
+                "solver_error_coef base_std",
                 "a number in [0, 1]": "gamma gae_lambda",
                 "a number in [0, 1)": "ema_decay",
-                "an integer of at least 1": "n_steps batch_size n_epochs solver_steps",
+                "an integer of at least 1": "n_steps batch_size n_epochs solver_steps ratio_draws",
                 "an integer of at least 0": "diagnostics_interval",
                 "positive integers, at least one": "actor_hidden critic_hidden",
+                "two numbers, or None": "target_entropy",
                 "True or False": "normalize_advantage normalize_observation normalize_reward",
             },
         )
         require(self, "solver", self.sampler == "ode" or self.solver == "euler", "euler with sampler sde")
+        adaptive = self.guard != "lower_rate" or self.lr_schedule == "adaptive"
+        require(self, "lr_schedule", adaptive, "adaptive with guard lower_rate")
+        steered = self.target_entropy is None or self.brownian_coef > 0
+        require(self, "brownian_coef", steered, "a number above 0 with target_entropy")
+        gaussian = {} if self.base_std else {"base": "standard", "ratio": "endpoint", "sampler": "ode"}
+        gaussian |= {"brownian": "score"} if gaussian and self.brownian_coef else {}
+        for why, needed in ((f"ratio {self.ratio}", RATIOS[self.ratio].requires), ("base_std 0", gaussian)):
+            for name, value in needed.items():
+                require(self, name, getattr(self, name) == value, f"{value} with {why}")
         require(self, "lr_max", self.lr_max >= self.lr_min, f"a number of at least lr_min = {self.lr_min}")
-
-
-def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """PPO's policy loss ``-E[min(rho A, clip(rho, 1 +- clip_range) A)]`` of log-ratios and advantages [B]."""
-    ratio = log_ratio.exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages).mean()
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> Tensor:
@@ -160,28 +176,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
     return error.mean()
 
 
-def brownian_loss(velocity: Tensor, batch: Batch, form: str, std: float) -> Tensor:
-    """Brownian regularizer, summed over action dimensions and averaged over the batch.
-
-    "paper" (Algorithm 1): ``|(1 - t) v - (x_t - t v_old)|^2`` pulls the velocity towards minus the score of the flow
-    that acted, along which Brownian motion would spread it. Alone, it drives the flow to std e * base_std.
-    "consistent": ``(1 - t) |v - c (x_t - m)|^2`` with ``c = log(std / base_std)``: the same gradient for c = 1 while
-    the policy is the one that acted, no old velocity, and any target. m is the mean of the base.
-
-    Args:
-        velocity: v(t, x_t, s) with gradient, [B, D].
-        batch: with t and v_old of the interpolation point.
-        form: "paper" or "consistent".
-        std: target standard deviation of the flow's samples ("consistent" only).
-    """
-    x_t, left = interpolate(batch), 1 - batch["t"].unsqueeze(-1)
-    if form == "paper":
-        residual = left * velocity - (x_t - batch["t"].unsqueeze(-1) * batch["v_old"])
-        return residual.square().sum(-1).mean()
-    rate = math.log(std) - batch["base_log_std"]
-    return (left * (velocity - rate * (x_t - batch["base_mean"])).square()).sum(-1).mean()
-
-
 def losses(policy: FlowPolicy, batch: Batch, ratio: Ratio, config: PolicyFlowConfig) -> dict[str, Tensor]:
     """The objective "train/loss" of a minibatch, its unweighted terms and what is logged beside them; scalars.
 
@@ -189,9 +183,10 @@ def losses(policy: FlowPolicy, batch: Batch, ratio: Ratio, config: PolicyFlowCon
     """
     actor, obs = policy.actor, batch["obs"]
     old_to_new = ratio.terms(actor, batch)
-    policy_loss = clipped_surrogate(old_to_new.log_ratio, batch["advantages"], config.clip_range)
+    policy_loss = ratio.surrogate(old_to_new.log_ratio, batch["advantages"], config.clip_range)
     critic_loss = value_loss(policy.value(obs), batch["values"], batch["returns"], config.clip_range_vf)
-    entropy = (actor.noise_log_std() + actor.base_log_std + math.log(2 * math.pi * math.e)).sum()
+    base_log_std = actor.base_log_std.nan_to_num(neginf=0.0)  # a base without spread adds no entropy
+    entropy = (actor.noise_log_std() + base_log_std + math.log(2 * math.pi * math.e)).sum()
     total = policy_loss + config.vf_coef * critic_loss - config.ent_coef * entropy
     terms = {
         "train/policy_gradient_loss": policy_loss,
@@ -201,10 +196,8 @@ def losses(policy: FlowPolicy, batch: Batch, ratio: Ratio, config: PolicyFlowCon
         "train/clip_fraction": (old_to_new.log_ratio.expm1().abs() > config.clip_range).float().mean(),
     }
     if config.brownian_coef > 0:
-        v = old_to_new.velocity
-        v = actor.field(batch["t"], interpolate(batch), obs) if v is None else v
-        terms["flow/brownian_loss"] = brownian_loss(v, batch, config.brownian, config.brownian_std)
-        total = total + config.brownian_coef * terms["flow/brownian_loss"]
+        spread = spread_loss(actor, batch, old_to_new.velocity, config.brownian, config.brownian_std)
+        total, terms["flow/brownian_loss"] = total + batch["brownian_weight"][0] * spread, spread
     if config.jacobian_coef > 0:
         terms["flow/jacobian_loss"] = jacobian_penalty(actor.field, batch["t"], interpolate(batch), obs).mean()
         total = total + config.jacobian_coef * terms["flow/jacobian_loss"]
@@ -231,12 +224,7 @@ class PolicyFlow(FlowRollouts):
         learning_rate: in place of config.learning_rate; a function of what remains (1 to 0) also replaces lr_schedule.
         config: hyperparameters.
         policy_kwargs: arguments of `FlowPolicy` that take precedence over the config.
-        stats_window_size: episodes that rollout/ep_rew_mean averages over.
-        tensorboard_log: folder for TensorBoard, or None.
-        verbose: 0 silent, 1 information, 2 debug.
-        seed: seed of every random number that training draws; None for a random one.
-        device: "auto", "cpu", "cuda" or a torch device.
-        _init_setup_model: build the networks now.
+        stats_window_size, tensorboard_log, verbose, seed, device, _init_setup_model: as Stable-Baselines3's.
         **fields: fields of `PolicyFlowConfig` by keyword, which take precedence over config.
 
     Raises:
@@ -259,6 +247,7 @@ class PolicyFlow(FlowRollouts):
             fields["learning_rate"] = learning_rate
         self.config = resolve(config or PolicyFlowConfig(), fields)
         self._iteration, self._rate = 0, self.config.learning_rate  # the adaptive learning rate
+        self._brownian_weight = self.config.brownian_coef
         super().__init__(
             policy, env,  # type: ignore[arg-type]
             learning_rate=learning_rate if callable(learning_rate) else self.config.learning_rate,
@@ -270,9 +259,11 @@ class PolicyFlow(FlowRollouts):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        before, self.config = self.config.learning_rate, given_at_load(self.config, self)
-        if self.config.learning_rate != before:  # given to `load`
+        before, self.config = self.config, given_at_load(self.config, self)
+        if self.config.learning_rate != before.learning_rate:  # given to `load`
             self._rate = self.config.learning_rate
+        if self.config.brownian_coef != before.brownian_coef:
+            self._brownian_weight = self.config.brownian_coef
         config, samples = self.config, self.config.n_steps * self.n_envs
         if config.batch_size > samples:
             most = f"n_steps x environments = {config.n_steps} x {self.n_envs} = {samples}"
@@ -289,14 +280,16 @@ class PolicyFlow(FlowRollouts):
             "log_std_init": math.log(config.action_std), "solver": config.solver, "solver_steps": config.solver_steps,
             "normalize_observation": config.normalize_observation, "ema_decay": config.ema_decay,
             "langevin_eps": config.langevin_eps if config.sampler == "sde" else 0.0,
+            "chained": config.ratio.startswith("chain"),
         }  # fmt: skip
         if "optimizer_class" not in self.policy_kwargs:
             defaults["optimizer_kwargs"] = {"weight_decay": config.weight_decay, "eps": 1e-5, "fused": True}
         self.policy = cast(type[FlowPolicy], self.policy_class)(
             self.observation_space, self.action_space, self.lr_schedule, **(defaults | self.policy_kwargs)
         ).to(self.device)
-        self._ratio, self.normalize_reward = RATIOS[config.ratio](), config.normalize_reward
+        self._ratio, self.normalize_reward = RATIOS[config.ratio](config.ratio_draws), config.normalize_reward
         self._act = self.policy.act
+        self._guard = Guard(config.guard, config.guard_drop, config.desired_kl, self.policy.action_dim)
         terms = partial(losses, ratio=self._ratio, config=config)
         self._gradient = Objective(self.policy, terms, "train/loss", config.max_grad_norm).gradient
         self._setup_rollout(config.exploration_noise, config.noise_time, config.hurst)
@@ -326,9 +319,17 @@ class PolicyFlow(FlowRollouts):
             batch["advantages"] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
         # The references are taken now, while the policy still is the one that acted: no copy of it is needed.
-        batch = self._ratio.record(policy.actor, batch)
-        if config.brownian_coef > 0 or config.jacobian_coef > 0:
-            batch = batch if "v_nodes" in batch else record_velocities(policy.actor, batch)
+        batch = self._ratio.record(policy.actor, batch, self._generator)
+        steered: dict[str, float] = {}
+        if config.target_entropy is not None:
+            given = (batch["obs"], self._brownian_weight, config.target_entropy, self._current_progress_remaining)
+            self._brownian_weight, steered = steer(policy.actor, *given)
+        if config.brownian_coef > 0:
+            weight = steered.get("flow/brownian_coef", config.brownian_coef)
+            batch = record_spread(policy.actor, batch, config.brownian, self._generator)
+            batch["brownian_weight"] = torch.full_like(batch["values"], weight)
+        if config.jacobian_coef > 0 and "v_nodes" not in batch:
+            batch = record_velocities(policy.actor, batch)
         passes: list[dict[str, float]] = []
         restore = self._before_updates()
         for _ in range(config.n_epochs):
@@ -336,12 +337,11 @@ class PolicyFlow(FlowRollouts):
             if config.solver_error_coef > 0:
                 t_error = torch.empty_like(batch["values"]).uniform_(0, 0.5, generator=self._generator)
                 epoch = epoch | {"t_error": t_error}
-            if not (means := self._fit_once(epoch, restore)):
-                passes.clear()
+            means = self._fit_once(epoch, restore)
+            passes = [*passes, means] if means else []
+            if not means or (config.target_kl is not None and means["train/approx_kl"] > 1.5 * config.target_kl):
                 break
-            passes.append(means)
-            if config.target_kl is not None and passes[-1]["train/approx_kl"] > 1.5 * config.target_kl:
-                break
+        record(self.logger, steered)
         if passes:
             self._report(passes, batch, epoch)
         if self._iteration > 0:  # the first rollout's are known already
@@ -355,13 +355,15 @@ class PolicyFlow(FlowRollouts):
         means = {name: sum(each[name] for each in passes) / len(passes) for name in passes[0]}
         if self._is_adaptive:
             self._adapt_learning_rate(means["train/approx_kl"])
+        self._rate, guarded = self._guard.watch(policy, means, self.ep_info_buffer, self._rate)
+        self._update_learning_rate(policy.optimizer)
         if config.diagnostics_interval and self._iteration % config.diagnostics_interval == 0:
             means |= flow_diagnostics(policy.actor, self._ratio, epoch, config.clip_range)
         means["train/explained_variance"] = explained_variance(*(batch[k].cpu().numpy() for k in ("values", "returns")))
         means |= {"train/clip_range": config.clip_range, "train/learning_rate": policy.optimizer.param_groups[0]["lr"]}
         means["train/std"] = policy.actor.noise_log_std().exp().mean().item()
         means["flow/base_std"] = policy.actor.base_log_std.exp().mean().item()
-        record(self.logger, means)
+        record(self.logger, means | guarded)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def _fit_once(self, epoch: Batch, restore: Callable[[], None] | None) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Importance ratios of flow policies: how much more likely a policy makes the (z, action) that was drawn.
 
-All of them condition on z. p(z) is part of the sampled object, so ``E[ratio * advantage]`` over (z, action) is
+Those of this file condition on z. p(z) is part of the sampled object, so ``E[ratio * advantage]`` over (z, action) is
 unbiased, and a base that is learned contributes its own exact factor ``p(z | s) / p_old(z | s)``. They also condition
 on the noise along the flow, whose law does not depend on the policy, and on the memory of correlated action noise:
 that is part of the state, with the policy that acted as its filter, and the action is
@@ -13,7 +13,8 @@ batch what only that policy knows. `terms` runs in every minibatch, with gradien
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,24 +28,45 @@ from .rollout import Batch
 class RatioTerms(NamedTuple):
     """What the losses need of a ratio."""
 
-    log_ratio: Tensor  # [B], in nats
+    log_ratio: Tensor  # [B], or several per sample [B, N], in nats
     kl: Tensor  # [B], in nats: KL(old || new) of the virtual policy whose ratio this is
     velocity: Tensor | None = None  # [B, D]: v(t, x_t) where the ratio evaluates it, for the regularizers to share
 
 
-class Ratio(Protocol):
-    """Strategy that compares the policy with the one that acted."""
+def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """PPO's policy loss ``-E[min(rho A, clip(rho, 1 +- clip_range) A)]`` of log-ratios and advantages."""
+    ratio = log_ratio.exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages).mean()
 
-    def record(self, actor: FlowActor, batch: Batch) -> Batch:
+
+class Ratio(ABC):
+    """Strategy that compares the policy with the one that acted.
+
+    Args:
+        draws: random draws per sample, of the ratios that need several.
+    """
+
+    requires: ClassVar[dict[str, object]] = {}
+    """The value that a field of the Config must have with this ratio."""
+
+    def __init__(self, draws: int = 8) -> None:
+        self.draws = draws
+
+    def record(self, actor: FlowActor, batch: Batch, generator: torch.Generator) -> Batch:
         """Add what `terms` needs; called with the weights that acted."""
-        ...
+        del actor, generator
+        return batch
 
+    @abstractmethod
     def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
         """Log-ratio and KL of `actor` against the policy that acted; both 0 while they are the same."""
-        ...
+
+    def surrogate(self, log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+        """The policy loss, a scalar, of log-ratios as in `RatioTerms` and advantages [B]."""
+        return clipped_surrogate(log_ratio, advantages.view(-1, *[1] * (log_ratio.ndim - 1)), clip_range)
 
 
-def _terms(actor: FlowActor, batch: Batch, shift: Tensor) -> RatioTerms:
+def gaussian_terms(actor: FlowActor, batch: Batch, shift: Tensor) -> RatioTerms:
     """Ratio and KL of a policy whose flow ends `shift` [B, D] away from x1: Gaussians in z and in the action."""
     noise, log_std = batch["action"] - batch["x1"], actor.noise_log_std()
     old_shift, old_log_std = torch.zeros_like(shift), batch["log_std"]
@@ -110,7 +132,7 @@ def draw_interpolation(actor: FlowActor, batch: Batch, generator: torch.Generato
     return {name: value for name, value in batch.items() if name != "v_nodes"} | {"t": times[index], "v_old": v_old}
 
 
-class InterpolationRatio:
+class InterpolationRatio(Ratio):
     """PolicyFlow's ratio: the endpoint's shift is taken to be dv = v - v_old at one point of the chord.
 
     ``rho = N(noise; dv, std^2) / N(noise; 0, std_old^2)`` times the base's factor (arXiv 2602.01156, section 3).
@@ -119,8 +141,9 @@ class InterpolationRatio:
     does to the endpoint is added, with dv/dx = 0 there as well.
     """
 
-    def record(self, actor: FlowActor, batch: Batch) -> Batch:
+    def record(self, actor: FlowActor, batch: Batch, generator: torch.Generator) -> Batch:
         """Add the velocities, of which `draw_interpolation` chooses one per sample and epoch."""
+        del generator
         return record_velocities(actor, batch)
 
     def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
@@ -132,25 +155,4 @@ class InterpolationRatio:
             noise = sum(_remaining(eps, steps - 1 - k) * batch["path"][:, k] for k in range(steps))
             shift = shift + (1 - _remaining(eps, steps)) * (mean - batch["base_mean"])
             shift = shift + math.sqrt(2 * eps / steps) * (log_std.exp() - batch["base_log_std"].exp()) * noise
-        return _terms(actor, batch, shift)._replace(velocity=velocity)
-
-
-class EndpointRatio:
-    """The exact ratio given z (and path): the flow is integrated again, with gradient through every solver step.
-
-    ``rho = N(action; phi_1(z), std^2) / N(action; x1, std_old^2)`` times the base's factor. Costs as many field
-    evaluations as a rollout step.
-    """
-
-    def record(self, actor: FlowActor, batch: Batch) -> Batch:
-        """Nothing to add: z, path, x1 and the action suffice."""
-        del actor
-        return batch
-
-    def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
-        """Log-ratio and KL through the solver."""
-        path = batch["path"].transpose(0, 1) if "path" in batch else None
-        return _terms(actor, batch, actor.flow(batch["z"], batch["obs"], path) - batch["x1"])
-
-
-RATIOS: dict[str, type[Ratio]] = {"interpolation": InterpolationRatio, "endpoint": EndpointRatio}
+        return gaussian_terms(actor, batch, shift)._replace(velocity=velocity)

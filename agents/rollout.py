@@ -71,7 +71,7 @@ class FlowRollouts(Checkpointed, Guarded, OnPolicyAlgorithm):
     _exploration: StepNoise | None  # action noise with memory, which lasts from rollout to rollout
     _diverged = 0  # unstable simulations so far
     _iteration: int  # so many times `train` was called
-    _remade = ("batch", "_ratio", "_discounted_return", "_act", "_gradient", "_exploration")
+    _remade = ("batch", "_ratio", "_guard", "_discounted_return", "_act", "_gradient", "_exploration")
 
     def _setup_rollout(self, exploration_noise: str, noise_time: float, hurst: float) -> None:
         steps, envs, size = self.n_steps, self.n_envs, (self.n_envs, self.policy.action_dim)

@@ -30,6 +30,7 @@ def main(
     regularizers: tuple[str, ...] = REGULARIZERS,
     seeds: tuple[int, ...] = (0, 1, 2),
     total_timesteps: int = 30_000,
+    gradient_steps: int = 10,
     jobs: int = 2,
     table_only: bool = False,
     figure: Path = Path("docs/figures/lipschitz.png"),
@@ -42,6 +43,7 @@ def main(
         regularizers: of REGULARIZERS.
         seeds: one run each.
         total_timesteps: length of a run, in environment steps.
+        gradient_steps: updates per environment step.
         jobs: runs at a time, one thread each.
         table_only: only read the kept results.
         figure: where the learning curves are drawn.
@@ -49,7 +51,7 @@ def main(
     arms = []
     for model in models:
         for regularizer in regularizers if model != "none" else ("none",):
-            arm = f"mbpo:{MODELS[model]},regularizer={regularizer}"
+            arm = f"mbpo:{MODELS[model]},regularizer={regularizer},gradient_steps={gradient_steps}"
             label = f"{model} model, {regularizer}" if model != "none" else "SAC alone"
             learning.LABELS[arm] = label
             arms.append(arm)

@@ -109,7 +109,7 @@ class Profiled:
         best = min(_seconds(turn) for _ in range(5))
         close()
         agent, config = self.agent, self.agent.config
-        batch = agent._ratio.record(agent.policy.actor, agent.batch)
+        batch = agent._ratio.record(agent.policy.actor, agent.batch, agent._generator)
         if "v_nodes" in batch:
             batch = draw_interpolation(agent.policy.actor, batch, agent._generator)
         minibatch = {name: value[: config.batch_size] for name, value in batch.items()}

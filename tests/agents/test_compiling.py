@@ -31,11 +31,22 @@ def agent(**fields: Any) -> PolicyFlow:
     return PolicyFlow("MlpPolicy", env, seed=0, device="cpu", **sizes | fields)
 
 
+NOISES: list[dict[str, Any]] = [
+    {},
+    {"exploration_noise": "fractional", "sampler": "sde", "solver_error_coef": 1.0},
+    {"exploration_noise": "ou"},
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ratio", ["interpolation", "endpoint"])
 @pytest.mark.parametrize(
-    "noise",
-    [{}, {"exploration_noise": "fractional", "sampler": "sde", "solver_error_coef": 1.0}, {"exploration_noise": "ou"}],
+    ("ratio", "noise"),
+    [
+        *((ratio, noise) for ratio in ("interpolation", "endpoint") for noise in NOISES),
+        *((ratio, {}) for ratio in ("adjoint", "marginal", "chain", "chain_steps")),
+        *((ratio, {"base": "standard"}) for ratio in ("fpo", "fpo++")),
+        ("interpolation", {"brownian": "score", "target_entropy": (2.0, 1.0), "guard": "rollback"}),
+    ],
 )
 def test_compiled_training_equals_eager_training_up_to_rounding(ratio: str, noise: dict[str, Any]) -> None:
     fields = {

@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 
+from driftrl.agents.entropy import brownian_loss
 from driftrl.agents.flow_policy import FlowActor
-from driftrl.agents.policyflow import PolicyFlowConfig, brownian_loss, clipped_surrogate, value_loss
-from driftrl.agents.ratios import draw_interpolation, interpolate, record_velocities
+from driftrl.agents.policyflow import PolicyFlowConfig, value_loss
+from driftrl.agents.ratios import clipped_surrogate, draw_interpolation, interpolate, record_velocities
 
 
 def test_surrogate_is_ppos_on_all_four_sides_of_the_band() -> None:

@@ -21,7 +21,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from driftrl import PolicyFlow, PolicyFlowConfig
 from driftrl.agents.diagnostics import action_entropy, flow_diagnostics
-from driftrl.agents.ratios import EndpointRatio, draw_interpolation
+from driftrl.agents.ratios import draw_interpolation
+from driftrl.agents.rival_ratios import EndpointRatio
 
 PENDULUM = "InvertedPendulum-v5"
 SMALL: dict[str, Any] = {"n_steps": 16, "batch_size": 16, "n_epochs": 2, "device": "cpu", "seed": 0}
@@ -80,7 +81,7 @@ def test_ratio_of_a_stored_rollout_is_one_before_each_update(ratio: str, base: s
         seen: ClassVar[list[float]] = []
 
         def train(self) -> None:
-            batch = self._ratio.record(self.policy.actor, self.batch)
+            batch = self._ratio.record(self.policy.actor, self.batch, torch.Generator())
             batch = draw_interpolation(self.policy.actor, batch, torch.Generator()) if "v_nodes" in batch else batch
             terms = self._ratio.terms(self.policy.actor, batch)
             self.seen.extend([terms.log_ratio.abs().max().item(), terms.kl.abs().max().item()])
@@ -203,7 +204,13 @@ def test_a_callback_can_end_training() -> None:
 
 
 def test_log_holds_the_documented_names(tmp_path: Path) -> None:
-    regularizers: dict[str, Any] = {"brownian_coef": 1e-3, "jacobian_coef": 1e-3, "solver_error_coef": 1e-3}
+    regularizers: dict[str, Any] = {
+        "brownian_coef": 1e-3,
+        "target_entropy": (1.0, 0.0),
+        "guard": "rollback",
+        "jacobian_coef": 1e-3,
+        "solver_error_coef": 1e-3,
+    }
     agent = PolicyFlow("MlpPolicy", pendulum(), diagnostics_interval=1, **regularizers, **SMALL)
     agent.set_logger(configure(str(tmp_path), ["csv"]))
     agent.learn(32 * 6)
@@ -213,7 +220,8 @@ def test_log_holds_the_documented_names(tmp_path: Path) -> None:
     names = set(header.split(","))
     assert {"rollout/ep_rew_mean", "train/approx_kl", "train/clip_fraction", "train/explained_variance", "time/fps",
             "flow/ratio_correlation", "flow/ratio_bias", "flow/exact_clip_fraction", "flow/jacobian_norm",
-            "flow/action_entropy"} <= names  # fmt: skip
+            "flow/action_entropy", "flow/entropy", "flow/target_entropy", "flow/brownian_coef",
+            "guard/alarms", "guard/rollbacks", "guard/return_fall"} <= names  # fmt: skip
     assert [name for name in sorted(names) if f"`{name}`" not in glossary] == []
 
 

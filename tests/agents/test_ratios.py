@@ -1,4 +1,4 @@
-"""The importance ratios against torch.distributions, Monte Carlo and the closed form of a linear flow."""
+"""The importance ratios given z against torch.distributions, Monte Carlo and the closed form of a linear flow."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 from driftrl.agents.flow_policy import FlowActor
-from driftrl.agents.ratios import RATIOS, EndpointRatio, InterpolationRatio, draw_interpolation, quadrature
+from driftrl.agents.ratios import InterpolationRatio, Ratio, draw_interpolation, quadrature
+from driftrl.agents.rival_ratios import EndpointRatio
 from driftrl.agents.rollout import Batch
 from driftrl.dynamics import LinearField, ResidualField, VelocityField
 
 OBS_DIM, ACTION_DIM = 3, 2
+RATIOS: dict[str, type[Ratio]] = {"interpolation": InterpolationRatio, "endpoint": EndpointRatio}
 BASES = ("standard", "learned", "gaussian")
 
 
@@ -58,8 +60,9 @@ def roll_out(actor: FlowActor, size: int = 64, correlated: bool = False) -> Batc
 
 def recorded(name: str, actor: FlowActor, batch: Batch, seed: int = 0) -> Batch:
     """What a minibatch of the ratio holds."""
-    batch = RATIOS[name]().record(actor, batch)
-    return draw_interpolation(actor, batch, torch.Generator().manual_seed(seed)) if "v_nodes" in batch else batch
+    generator = torch.Generator().manual_seed(seed)
+    batch = RATIOS[name]().record(actor, batch, generator)
+    return draw_interpolation(actor, batch, generator) if "v_nodes" in batch else batch
 
 
 @pytest.mark.parametrize("name", RATIOS)
