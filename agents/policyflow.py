@@ -223,9 +223,8 @@ class PolicyFlow(FlowRollouts):
         env: environment, vectorised environment or registered id, with Box actions; None only to load.
         learning_rate: in place of config.learning_rate; a function of what remains (1 to 0) also replaces lr_schedule.
         config: hyperparameters.
-        policy_kwargs: arguments of `FlowPolicy` that take precedence over the config.
+        policy_kwargs, **fields: of `FlowPolicy` and of `PolicyFlowConfig`; both take precedence over the config.
         stats_window_size, tensorboard_log, verbose, seed, device, _init_setup_model: as Stable-Baselines3's.
-        **fields: fields of `PolicyFlowConfig` by keyword, which take precedence over config.
 
     Raises:
         TypeError: if a keyword is no field of the config.
@@ -317,7 +316,6 @@ class PolicyFlow(FlowRollouts):
         if config.normalize_advantage:
             advantages = batch["advantages"]
             batch["advantages"] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-
         # The references are taken now, while the policy still is the one that acted: no copy of it is needed.
         batch = self._ratio.record(policy.actor, batch, self._generator)
         steered: dict[str, float] = {}
