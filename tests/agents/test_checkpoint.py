@@ -177,7 +177,7 @@ HOSTILE: dict[str, tuple[Callable[[], io.BytesIO], str]] = {
     "another program": (lambda: rebuilt(written(agent={}), {"agent.json": b"{}"}), "another program's agent.json"),
     "no document": (lambda: written(other={}), "expected agent.json in it"),
     "path traversal": (lambda: rebuilt(written(agent={}), {"../evil.json": b"{}"}), "got a member '../evil.json'"),
-    "absolute path": (lambda: rebuilt(written(agent={}), {"/tmp/evil.json": b"{}"}), "got a member"),
+    "absolute path": (lambda: rebuilt(written(agent={}), {"/etc/evil.json": b"{}"}), "got a member"),
     "code": (lambda: rebuilt(written(agent={}), {"evil.py": b""}), "got a member 'evil.py'"),
     "zip bomb": (
         lambda: rebuilt(written(agent={}), {"agent.json": b" " * 10**8}, compression=zipfile.ZIP_DEFLATED),

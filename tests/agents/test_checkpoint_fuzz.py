@@ -154,7 +154,7 @@ def forged(rng: random.Random, data: bytes) -> bytes:
     elif kind == "bomb":
         members[name], compression = bytes(rng.choice((10**6, 10**7))), zipfile.ZIP_DEFLATED
     elif kind == "path":
-        members[rng.choice(("../x", "/tmp/x", "..\\x", "C:\\x", "a/b.json", "a\nb", "x" * 300))] = b"{}"
+        members[rng.choice(("../x", "/etc/x", "..\\x", "C:\\x", "a/b.json", "a\nb", "x" * 300))] = b"{}"
     elif kind == "deep":
         members["agent.json"] = rng.choice((b"[", b'{"a":')) * rng.choice((100, 10_000, 150_000))
     else:
