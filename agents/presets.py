@@ -40,9 +40,13 @@ POLICYFLOW: dict[str, dict[str, Any]] = {
     "Swimmer-v5": DEFAULT | {"n_envs": 4, "n_steps": 1024, "gamma": 0.9999, "gae_lambda": 0.98},
     # Reaching takes a dozen of the 50 steps.
     "Reacher-v5": DEFAULT | {"gamma": 0.9},
-    # Several solutions want a wide base, and the Brownian regularizer keeps it wide. Not tuned: docs/multimodal.md has
-    # the one seed tried. The paper's weight of 0.25 keeps MultiGoal from being learned.
-    "driftrl/MultiGoal-v0": SPREAD | {"brownian_coef": 0.02},
+    # Several solutions want a wide base, and the Brownian regularizer keeps it wide (docs/multimodal.md). On MultiGoal
+    # a discount of 0.99 makes the way to a far goal too cheap: every start ends at the same.
+    "driftrl/MultiGoal-v0": SPREAD
+    | {
+        "gamma": 0.95, "ratio": "endpoint", "solver_steps": 2, "base_std": 0.5, "action_std": 0.3,
+        "brownian": "consistent", "brownian_std": 0.5, "brownian_coef": 1.0, "target_entropy": (1.5, 0.0),
+    },
     "driftrl/SoftMultiGoal-v0": SPREAD | {"brownian_coef": 0.05},
     "driftrl/PointMazeMedium-v0": MAZE,
     "PointMaze_Medium_Diverse_GDense-v3": MAZE,
