@@ -40,8 +40,7 @@ class EndpointRatio(Ratio):
     """The exact ratio given z (and path): the flow is integrated again, with gradient through every solver step.
 
     ``rho = N(action; phi_1(z), std^2) / N(action; x1, std_old^2)`` times the base's factor. Without latent (base_std 0)
-    that is Gaussian PPO. Costs as many field
-    evaluations as a rollout step.
+    that is Gaussian PPO. Costs as many field evaluations as a rollout step.
     """
 
     def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:

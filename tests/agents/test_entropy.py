@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,17 +25,6 @@ from driftrl.agents.entropy import (
 )
 
 GAUSSIAN = 0.5 * math.log(2 * math.pi * math.e)  # entropy of N(0, 1), in nats
-
-
-@pytest.fixture(scope="module")
-def toy() -> ModuleType:
-    """The linear flow of the benchmark, whose actions are Gaussian."""
-    path = Path(__file__).parents[2] / "benchmarks" / "ratio_gradients.py"
-    spec = importlib.util.spec_from_file_location("ratio_gradients", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["ratio_gradients"] = importlib.util.module_from_spec(spec)  # dataclasses look it up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -38,17 +36,6 @@ from driftrl.agents.rollout import Batch
 
 RIVALS = [name for name in RATIOS if name not in ("interpolation", "endpoint")]
 OBS_DIM, ACTION_DIM, STEPS = 3, 2, 3
-
-
-@pytest.fixture(scope="module")
-def toy() -> ModuleType:
-    """The linear flow of the benchmark, whose policy gradient is known."""
-    path = Path(__file__).parents[2] / "benchmarks" / "ratio_gradients.py"
-    spec = importlib.util.spec_from_file_location("ratio_gradients", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["ratio_gradients"] = importlib.util.module_from_spec(spec)  # dataclasses look it up
-    spec.loader.exec_module(module)
-    return module
 
 
 def make_actor(name: str = "adjoint", base: str | None = None, steps: int = STEPS) -> FlowActor:
