@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,11 @@ import tyro
 RESULTS = Path(__file__).parent / "results" / "learning"
 EVALUATION_EPISODES = 20
 CURVE_POINTS = 100
+LOGGED = (
+    "flow/ratio_correlation", "flow/ratio_error", "flow/ratio_bias", "flow/exact_clip_fraction", "flow/jacobian_norm",
+    "flow/entropy", "train/clip_fraction", "train/approx_kl",
+)  # fmt: skip
+"""PolicyFlow's measurements that are kept over training, all of the iterations that have the first."""
 
 # rl_zoo3 2.9.2, hyperparams/ppo.yml, entries HalfCheetah-v4 and Hopper-v4 (it has none for v5).
 ZOO: dict[str, dict[str, Any]] = {
@@ -248,18 +253,29 @@ def execute(run: Run) -> None:
     from stable_baselines3.common.evaluation import evaluate_policy
     from stable_baselines3.common.vec_env import VecNormalize
 
+    from driftrl.agents.multimodality import has_several_solutions, multimodality
+
     class Curve(BaseCallback):
-        """Mean return of the last training episodes, 100 at most, at CURVE_POINTS times."""
+        """Mean return of the last training episodes, 100 at most, at CURVE_POINTS times; and what LOGGED names."""
 
         def __init__(self) -> None:
             super().__init__()
             self.points: list[list[float]] = []
+            self.logged: dict[str, list[list[float]]] = {}
 
         def _on_step(self) -> bool:
             buffer = self.model.ep_info_buffer
             if buffer and self.num_timesteps >= run.total_timesteps / CURVE_POINTS * (len(self.points) + 1):
                 self.points.append([self.num_timesteps, sum(e["r"] for e in buffer) / len(buffer)])
             return True
+
+        def _on_rollout_start(self) -> None:  # what the last update recorded waits for the log here
+            found = self.logger.name_to_value
+            if LOGGED[0] in found:
+                for name in LOGGED:
+                    self.logged.setdefault(name, []).append([self.num_timesteps, found[name]])
+
+        _on_training_end = _on_rollout_start
 
     torch.set_num_threads(1)
     agent, settings = build(run)
@@ -279,10 +295,14 @@ def execute(run: Run) -> None:
             agent, env, EVALUATION_EPISODES, deterministic=deterministic, return_episode_rewards=True
         )
         evaluation[mode] = {"returns": returns, "lengths": lengths}
+        if has_several_solutions(run.env):
+            start, seed = (0.0, 0.0), 10_000 + run.seed
+            found = multimodality(agent, run.env, {}, start, seed, deterministic=deterministic)
+            evaluation[mode]["multimodality"] = found
 
     result = {
         "env": run.env, "arm": run.arm, "seed": run.seed, "total_timesteps": run.total_timesteps,
-        "settings": settings, "evaluation": evaluation, "curve": curve.points,
+        "settings": settings, "evaluation": evaluation, "curve": curve.points, "logged": curve.logged,
         "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1),
         "threads": torch.get_num_threads(),
         "versions": {
@@ -294,6 +314,23 @@ def execute(run: Run) -> None:
     partial = run.path.with_suffix(".part")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(run.path)
+
+
+def run_missing(runs: Sequence[Run], jobs: int) -> None:
+    """Execute those whose result is not kept yet, `jobs` at a time, each in a process of its own with one thread."""
+
+    def launch(run: Run) -> None:
+        code = (
+            f"import learning; learning.execute(learning.Run(*{(run.env, run.arm, run.seed, run.total_timesteps)!r}))"
+        )
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+        start = time.perf_counter()
+        outcome = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+        state = "done" if outcome.returncode == 0 else f"FAILED with code {outcome.returncode}"
+        print(f"{run.env} {run.arm} seed {run.seed}: {state} in {time.perf_counter() - start:.0f} s", flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(launch, [run for run in runs if not run.path.exists()]))
 
 
 def load(env: str, arm: str, total_timesteps: int) -> list[dict[str, Any]]:
@@ -357,18 +394,28 @@ def time_table(envs: Sequence[str], arms: Sequence[str], total_timesteps: int, r
     return "\n".join(lines)
 
 
-def plot(envs: Sequence[str], arms: Sequence[str], total_timesteps: int, path: Path) -> None:
-    """Training returns of every seed (thin) and their mean (thick)."""
+def plot(
+    envs: Sequence[str], arms: Sequence[str], steps: int | Mapping[str, int], path: Path, columns: int = 4
+) -> None:
+    """Training returns of every seed (thin) and their mean (thick), over `steps`, which may differ by environment.
+
+    Arms with one label have one color; those that an environment has no results of are left out.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    unit, word = (1e6, "million") if total_timesteps >= 1e6 else (1e3, "thousand")
-    figure, axes = plt.subplots(1, len(envs), figsize=(6 * len(envs), 4), squeeze=False, layout="constrained")
-    for axis, env in zip(axes[0], envs, strict=True):
-        for i, arm in enumerate(arms):
-            color = f"C{i}"
+    columns = min(columns, len(envs))
+    rows = math.ceil(len(envs) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False, layout="constrained")
+    labels = list(dict.fromkeys(LABELS.get(arm, arm) for arm in arms))
+    for axis, env in zip(axes.flat, envs, strict=False):
+        total_timesteps = steps if isinstance(steps, int) else steps[env]
+        unit, word = (1e6, "million") if total_timesteps >= 1e6 else (1e3, "thousand")
+        for arm in arms:
+            label = LABELS.get(arm, arm)
+            color = f"C{labels.index(label)}"
             curves = [np.array(r["curve"]) for r in load(env, arm, total_timesteps)]
             if not curves:
                 continue
@@ -376,9 +423,7 @@ def plot(envs: Sequence[str], arms: Sequence[str], total_timesteps: int, path: P
                 axis.plot(curve[:, 0] / unit, curve[:, 1], color=color, linewidth=0.6, alpha=0.5)
             grid = np.linspace(max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves), 200)
             mean = np.mean([np.interp(grid, c[:, 0], c[:, 1]) for c in curves], axis=0)
-            axis.plot(
-                grid / unit, mean, color=color, linewidth=2, label=f"{LABELS.get(arm, arm)} ({len(curves)} seeds)"
-            )
+            axis.plot(grid / unit, mean, color=color, linewidth=2, label=f"{label} ({len(curves)} seeds)")
         axis.set(title=env, xlabel=f"{word} environment steps", ylabel="training return, last 100 episodes")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
@@ -407,27 +452,8 @@ def main(
         table_only: only read the kept results.
         figure: where the learning curves are drawn.
     """
-    missing = [
-        run
-        for seed in seeds
-        for env in envs
-        for arm in arms
-        if not (run := Run(env, arm, seed, total_timesteps)).path.exists()
-    ]
-
-    def launch(run: Run) -> None:
-        code = (
-            f"import learning; learning.execute(learning.Run(*{(run.env, run.arm, run.seed, run.total_timesteps)!r}))"
-        )
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-        start = time.perf_counter()
-        outcome = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
-        state = "done" if outcome.returncode == 0 else f"FAILED with code {outcome.returncode}"
-        print(f"{run.env} {run.arm} seed {run.seed}: {state} in {time.perf_counter() - start:.0f} s", flush=True)
-
     if not table_only:
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(launch, missing))
+        run_missing([Run(env, arm, seed, total_timesteps) for seed in seeds for env in envs for arm in arms], jobs)
     print(table(envs, arms, total_timesteps))
     if "sb3-zoo" in arms:
         print("\n" + time_table(envs, arms, total_timesteps))

@@ -9,15 +9,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def learning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The benchmark's module, with its results elsewhere."""
-    spec = importlib.util.spec_from_file_location("learning", ROOT / "benchmarks" / "learning.py")
+def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A benchmark's module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "learning", module)  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up, and scripts each other
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def learning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmark's module, with its results elsewhere."""
+    module = benchmark("learning", monkeypatch)
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(module, "CURVE_POINTS", 4)
     return module
@@ -49,3 +55,35 @@ def test_controls_get_the_presets_hyperparameters(learning: ModuleType, env: str
     assert (agent.gamma, agent.n_epochs, agent.clip_range(1)) == (config.gamma, config.n_epochs, config.clip_range)
     assert settings["net_arch"]["pi"] == list(config.actor_hidden)
     assert [m.out_features for m in agent.policy.mlp_extractor.policy_net[::2]] == list(config.actor_hidden)
+
+
+def test_ratios_are_tuned_alike_and_compared(
+    learning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env, page = "driftrl/SoftMultiGoal-v0", tmp_path / "page.md"
+    ratios = benchmark("flow_ratios", monkeypatch)
+    small = "n_envs=8,batch_size=64,diagnostics_interval=1,brownian_coef=0"
+    monkeypatch.setattr(ratios, "STEPS", {env: 2048})
+    monkeypatch.setattr(ratios, "GRID", (f"clip_range=0.1,{small}", f"clip_range=0.2,{small}"))
+    monkeypatch.setattr(ratios, "BIAS_TASKS", (env,))
+    monkeypatch.setattr(learning, "run_missing", lambda runs, jobs: [learning.execute(run) for run in runs])
+    page.write_text("before\n<!-- tasks -->\nold\n<!-- /tasks -->\n<!-- bias -->\n<!-- /bias -->\nafter\n")
+
+    ratios.main((env,), ("interpolation", "gaussian"), (0, 1), 1, page=page, figures=tmp_path)
+
+    arms = {clip: ratios.setting("gaussian", f"clip_range={clip},{small}") for clip in (0.1, 0.2)}
+    tried = {clip: ratios.score(learning.load(env, arm, 1024)[0]) for clip, arm in arms.items()}
+    best, worse = sorted(tried, key=tried.__getitem__, reverse=True)
+    kept = learning.load(env, arms[best], 2048)
+    assert [result["seed"] for result in kept] == [0, 1]
+    assert learning.load(env, arms[worse], 2048) == []
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| `")]
+    assert [row[0] for row in rows] == ["| `interpolation`", "| `gaussian`"]
+    assert rows[1][1] == f"0.01, {best}"
+    assert rows[1][3] == ", ".join(f"{ratios.score(result):.0f}" for result in kept)
+    assert page.read_text().startswith("before\n")
+    assert page.read_text().endswith("after\n")
+    assert "old" not in page.read_text()
+    logged = kept[0]["logged"]["flow/exact_clip_fraction"]
+    assert [steps for steps, _ in logged] == [256 * i for i in range(1, 9)]
+    assert all((tmp_path / name).exists() for name in ("flow_ratios.png", "ratio_bias.png"))
