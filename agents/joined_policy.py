@@ -58,6 +58,7 @@ class JoinedPolicy(BasePolicy):
         self.action_dim, self._action_shape = get_flattened_obs_dim(action_space), action_space.shape
         self.averaging = 1.0
         self._average: Tensor | None = None
+        self._first: str | None = None  # name of the first of the trained parameters, which are slow to list
 
     def _join(self, lr_schedule: Schedule) -> None:
         """Make the optimizer, of one vector that holds all `trained` parameters."""
@@ -82,8 +83,9 @@ class JoinedPolicy(BasePolicy):
         A move to another device or a deep copy leaves them on their own; then they are joined anew.
         """
         vector: nn.Parameter = self.optimizer.param_groups[0]["params"][0]
-        parameters = self.trained()
-        if next(iter(parameters.values())).data_ptr() != vector.data_ptr():
+        if self._first is None or self.get_parameter(self._first).data_ptr() != vector.data_ptr():
+            parameters = self.trained()
+            self._first = next(iter(parameters))
             vector.data = _join(list(parameters.values()))
             average: nn.Module | None = getattr(self, self.follower)
             if average is not None:
