@@ -41,11 +41,13 @@ POLICYFLOW: dict[str, dict[str, Any]] = {
     # Reaching takes a dozen of the 50 steps.
     "Reacher-v5": DEFAULT | {"gamma": 0.9},
     # Several solutions want a wide base, and the Brownian regularizer keeps it wide (docs/multimodal.md). On MultiGoal
-    # a discount of 0.99 makes the way to a far goal too cheap: every start ends at the same.
+    # the way to a far goal must not be cheap (discount), and few data or a coarse critic shift the centre from which
+    # all goals are equally far: large rollouts, long returns.
     "driftrl/MultiGoal-v0": SPREAD
     | {
-        "gamma": 0.95, "ratio": "endpoint", "solver_steps": 2, "base_std": 0.5, "action_std": 0.3,
-        "brownian": "consistent", "brownian_std": 0.5, "brownian_coef": 1.0, "target_entropy": (1.5, 0.0),
+        "total_timesteps": 4_000_000, "n_envs": 1024, "batch_size": 4096, "actor_hidden": (64, 64), "gamma": 0.95,
+        "gae_lambda": 0.99, "ratio": "endpoint", "solver_steps": 2, "base_std": 0.5, "action_std": 0.3,
+        "brownian": "consistent", "brownian_std": 0.5, "brownian_coef": 1.0, "target_entropy": (1.5, 0.7),
     },
     "driftrl/SoftMultiGoal-v0": SPREAD | {"brownian_coef": 0.05},
     "driftrl/PointMazeMedium-v0": MAZE,

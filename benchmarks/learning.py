@@ -92,9 +92,10 @@ def sb3_zoo(run: Run) -> tuple[Any, dict[str, Any]]:
 def preset(env_id: str, **overrides: Any) -> tuple[int, Any]:
     """Number of environments and Config that `train.py` uses for this environment."""
     from driftrl import PolicyFlowConfig
-    from driftrl.agents.presets import DEFAULT, POLICYFLOW
+    from driftrl.agents.registry import AGENTS
 
-    fields = POLICYFLOW.get(env_id, DEFAULT) | overrides
+    fields = AGENTS["policyflow"].preset(env_id, "standard") | overrides
+    fields.pop("total_timesteps", None)
     return fields.pop("n_envs"), PolicyFlowConfig(**fields)
 
 
