@@ -45,11 +45,11 @@ POLICYFLOW: dict[str, dict[str, Any]] = {
     # all goals are equally far: large rollouts, long returns.
     "driftrl/MultiGoal-v0": SPREAD
     | {
-        "total_timesteps": 4_000_000, "n_envs": 1024, "batch_size": 4096, "actor_hidden": (64, 64), "gamma": 0.95,
+        "total_timesteps": 8_000_000, "n_envs": 1024, "batch_size": 4096, "actor_hidden": (64, 64), "gamma": 0.95,
         "gae_lambda": 0.99, "ratio": "endpoint", "solver_steps": 2, "base_std": 0.5, "action_std": 0.3,
-        "brownian": "consistent", "brownian_std": 0.5, "brownian_coef": 1.0, "target_entropy": (1.5, 0.7),
+        "brownian": "consistent", "brownian_std": 0.5, "brownian_coef": 1.0, "target_entropy": (1.2, 0.7),
     },
-    "driftrl/SoftMultiGoal-v0": SPREAD | {"brownian_coef": 0.05},
+    "driftrl/SoftMultiGoal-v0": SPREAD | {"total_timesteps": 600_000, "brownian_coef": 0.05},
     "driftrl/PointMazeMedium-v0": MAZE,
     "PointMaze_Medium_Diverse_GDense-v3": MAZE,
 }  # fmt: skip
