@@ -5,6 +5,7 @@ Needs the extra `plot`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,7 +190,10 @@ def _sample(policy: FlowPolicy, obs: Any, number: int) -> NDArray[Any]:
 
 @torch.inference_mode()
 def _draw_velocity(figure: Figure, policy: FlowPolicy, title: str, obs: Any) -> None:
-    """The velocity field at flow times 0, about a half and 1, with samples that it has carried there."""
+    """The velocity field at flow times 0 and about a half, with samples that it has carried there and to 1.
+
+    At 1 the solvers of low order never ask it: nothing was learned there.
+    """
     actor, vector = _acting(policy), policy.normalize(policy.features(policy.obs_to_tensor(obs)[0]))
     z = torch.as_tensor(_sample(policy, obs, 500)[0], device=vector.device)
     path = odeint_path(
@@ -200,15 +204,16 @@ def _draw_velocity(figure: Figure, policy: FlowPolicy, title: str, obs: Any) -> 
     line = torch.linspace(-width, width, 17, device=vector.device)
     grid, step = torch.cartesian_prod(line, line), float(line[1] - line[0])
     chosen = sorted({0, actor.solver_steps // 2, actor.solver_steps})
-    velocities = [actor.field(times[k], grid, vector.expand(len(grid), -1)).cpu().numpy() for k in chosen]
+    velocities = [actor.field(times[k], grid, vector.expand(len(grid), -1)).cpu().numpy() for k in chosen[:-1]]
     # An arrow one grid cell long; an untrained field is zero.
     speed = float(np.quantile(np.linalg.norm(velocities, axis=-1), 0.9)) or 1.0
     x, y = grid.cpu().numpy().T
-    for axes, k, velocity in zip(figure.subplots(1, len(chosen), sharey=True), chosen, velocities, strict=True):
+    for axes, k, velocity in itertools.zip_longest(figure.subplots(1, len(chosen), sharey=True), chosen, velocities):
         axes.plot(*path[k].numpy().T, ".", color="tab:orange", markersize=3, label="samples")
-        axes.quiver(x, y, *velocity.T, angles="xy", scale_units="xy", scale=speed / step, width=0.003)
+        if velocity is not None:
+            axes.quiver(x, y, *velocity.T, angles="xy", scale_units="xy", scale=speed / step, width=0.003)
         axes.set(xlabel="normalised action 1", xlim=(-width, width), ylim=(-width, width), aspect="equal")
-        axes.set_title(f"flow time {times[k]:g}")
+        axes.set_title(f"flow time {times[k]:g}" if velocity is not None else "samples at flow time 1")
     figure.axes[0].set_ylabel("normalised action 2")
     figure.axes[0].legend(loc="upper right", fontsize=8)
     unit = f"{speed:.2g} half action ranges per unit of flow time"

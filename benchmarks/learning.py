@@ -285,7 +285,7 @@ def execute(run: Run) -> None:
     agent.learn(run.total_timesteps, callback=curve)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
 
-    evaluation = {}
+    evaluation: dict[str, dict[str, Any]] = {}
     for mode, deterministic in (("deterministic", True), ("sampled", False)):
         env = make_vec_env(run.env, n_envs=1, seed=10_000 + run.seed)
         normalizer = agent.get_vec_normalize_env()
@@ -297,9 +297,8 @@ def execute(run: Run) -> None:
         )
         evaluation[mode] = {"returns": returns, "lengths": lengths}
         if has_several_solutions(run.env):
-            start, seed = (0.0, 0.0), 10_000 + run.seed
-            found = multimodality(agent, run.env, {}, start, seed, deterministic=deterministic)
-            evaluation[mode]["multimodality"] = found
+            goals = multimodality(agent, run.env, {}, (0, 0), 10_000 + run.seed, deterministic=deterministic)
+            evaluation[mode]["multimodality"] = goals
 
     result = {
         "env": run.env, "arm": run.arm, "seed": run.seed, "total_timesteps": run.total_timesteps,
