@@ -70,7 +70,7 @@ LONG: dict[str, dict[str, Any]] = {
         "total_timesteps": 5000, "learning_starts": 300, "gradient_steps": 12, "learning_rate": 1e-3,
         "temperature": 0.1, "actor_hidden": (128, 128), "critic_hidden": (128, 128), "model_hidden": (100, 100, 100),
         "normalize_observation": True,  # the pole's angle is a tenth of the velocities
-        "pairing": "same_action",  # the other pairings flatten Q over actions, on which everything depends here
+        "pairing": "same_action",  # the paper's flattens Q over actions, on which everything depends here
     },
 }  # fmt: skip
 MBPO = {env_id: MBPO_DEFAULT | preset for env_id, preset in LONG.items()}

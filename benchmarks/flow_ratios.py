@@ -19,11 +19,11 @@ import numpy as np
 import tyro
 
 from driftrl.agents.multimodality import has_several_solutions
-from driftrl.evaluate import bootstrap_interval, interquartile_mean
+from driftrl.evaluate import interquartile_mean
 
 ROOT = Path(__file__).parents[1]
 STEPS = {
-    "driftrl/MultiGoal-v0": 2_000_000,  # half of what its preset takes
+    "driftrl/MultiGoal-v0": 2_000_000,  # a quarter of what its preset takes
     "driftrl/SoftMultiGoal-v0": 300_000,
     "HalfCheetah-v5": 300_000,
     "Hopper-v5": 300_000,
@@ -90,12 +90,11 @@ def table(env: str, ratios: Sequence[str]) -> list[str]:
             continue
         scores = np.array([score(r) for r in kept])
         digits = 0 if np.abs(scores).max() >= 100 else 1
-        low, high = bootstrap_interval(scores, interquartile_mean, rng=np.random.default_rng(0))
         other = interquartile_mean(np.array([np.mean(r["evaluation"]["deterministic"]["returns"]) for r in kept]))
         cells = [
             f"`{ratio}`",
             f"{kept[0]['settings']['desired_kl']}, {kept[0]['settings']['clip_range']}",
-            f"**{interquartile_mean(scores):.{digits}f}** [{low:.{digits}f}, {high:.{digits}f}]",
+            learning.interval(scores, digits),
             ", ".join(f"{value:.{digits}f}" for value in scores),
             f"{other:.{digits}f}",
         ]

@@ -339,9 +339,17 @@ def load(env: str, arm: str, total_timesteps: int) -> list[dict[str, Any]]:
     return sorted((json.loads(path.read_text()) for path in paths), key=lambda r: r["seed"])
 
 
+def interval(scores: np.ndarray, digits: int = 0) -> str:
+    """IQM of the scores of all seeds and its 95 % bootstrap interval, for a table."""
+    from driftrl.evaluate import bootstrap_interval, interquartile_mean
+
+    low, high = bootstrap_interval(scores, interquartile_mean, rng=np.random.default_rng(0))
+    return f"**{interquartile_mean(scores):.{digits}f}** [{low:.{digits}f}, {high:.{digits}f}]"
+
+
 def table(envs: Sequence[str], arms: Sequence[str], total_timesteps: int) -> str:
     """Markdown: IQM over seeds with a 95 % bootstrap interval, every seed's value, median steps per CPU second."""
-    from driftrl.evaluate import bootstrap_interval, interquartile_mean
+    from driftrl.evaluate import interquartile_mean
 
     lines = [
         "| task | agent | IQM [95 %] | sampled | each seed | steps / CPU s |",
@@ -356,12 +364,11 @@ def table(envs: Sequence[str], arms: Sequence[str], total_timesteps: int) -> str
                 np.array([np.mean(r["evaluation"][mode]["returns"]) for r in results])
                 for mode in ("deterministic", "sampled")
             )
-            low, high = bootstrap_interval(scores, interquartile_mean, rng=np.random.default_rng(0))
             # Processor time: it does not count what else the machine did. The first runs did not record it.
             rates = [r["total_timesteps"] / r["cpu_seconds"] for r in results if r.get("cpu_seconds")]
             rate = f"{statistics.median(rates):.0f}" if rates else "-"
             lines.append(
-                f"| {env} | {LABELS.get(arm, arm)} | **{interquartile_mean(scores):.0f}** [{low:.0f}, {high:.0f}] "
+                f"| {env} | {LABELS.get(arm, arm)} | {interval(scores)} "
                 f"| {interquartile_mean(sampled):.0f} | {', '.join(f'{score:.0f}' for score in scores)} | {rate} |"
             )
     return "\n".join(lines)
