@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 STEPS = {
     "driftrl/MultiGoal-v0": 2_000_000,  # a quarter of what its preset takes
     "driftrl/SoftMultiGoal-v0": 300_000,
-    "HalfCheetah-v5": 300_000,
-    "Hopper-v5": 300_000,
+    "HalfCheetah-v5": 200_000,
+    "Hopper-v5": 200_000,
 }
 FPO = "base=standard"  # what FPO's ratios require
 ARMS = {

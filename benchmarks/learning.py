@@ -287,7 +287,7 @@ def execute(run: Run) -> None:
 
     evaluation: dict[str, dict[str, Any]] = {}
     for mode, deterministic in (("deterministic", True), ("sampled", False)):
-        env = make_vec_env(run.env, n_envs=1, seed=10_000 + run.seed)
+        env = make_vec_env(run.env, n_envs=EVALUATION_EPISODES, seed=10_000 + run.seed)  # one episode in each
         normalizer = agent.get_vec_normalize_env()
         if normalizer is not None:
             env = VecNormalize(env, training=False, norm_reward=False)
