@@ -71,8 +71,9 @@ def score_loss(actor: FlowActor, batch: Batch) -> Tensor:
     return 0.5 * residual.square().sum(-1).mean()
 
 
-def record_spread(actor: FlowActor, batch: Batch, form: str, generator: torch.Generator) -> Batch:
-    """Add what `spread_loss` needs of the policy that acted."""
+def record_spread(actor: FlowActor, batch: Batch, form: str, weight: float, generator: torch.Generator) -> Batch:
+    """Add the loss's weight as "brownian_weight" [B], and what `spread_loss` needs of the policy that acted."""
+    batch = batch | {"brownian_weight": torch.full_like(batch["values"], weight)}
     if form == "score":
         return batch | {"posterior_noise": posterior_noise(actor, batch, generator)}
     return batch if "v_nodes" in batch else record_velocities(actor, batch)

@@ -129,6 +129,7 @@ class FlowPolicy(JoinedPolicy):
         net_arch: widths of the hidden layers, one list for both networks or {"pi": [...], "vf": [...]}.
         activation_fn: a key of `ACTIVATIONS` or one of its torch modules.
         base, base_std, log_std_init, solver, solver_steps, langevin_eps, chained: see `FlowActor`.
+        critic_gain: of the critic's last layer at the start; 0: all values are 0, no state is preferred.
         normalize_observation: standardise observations with running statistics.
         ema_decay: decay of the weight average used for prediction; 0 for none.
         optimizer_class: optimizer of all parameters.
@@ -144,8 +145,9 @@ class FlowPolicy(JoinedPolicy):
         self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], lr_schedule: Schedule, *,
         net_arch: list[int] | dict[str, list[int]] | None = None, activation_fn: str | type[nn.Module] = "silu",
         base: str = "learned", base_std: float = 0.1, log_std_init: float = math.log(0.5), solver: str = "euler",
-        solver_steps: int = 2, langevin_eps: float = 0.0, chained: bool = False, normalize_observation: bool = True,
-        ema_decay: float = 0.0, optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        solver_steps: int = 2, langevin_eps: float = 0.0, chained: bool = False, critic_gain: float = 1.0,
+        normalize_observation: bool = True, ema_decay: float = 0.0,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(observation_space, action_space, optimizer_class, optimizer_kwargs)
@@ -166,8 +168,8 @@ class FlowPolicy(JoinedPolicy):
         self._arguments = {
             "net_arch": net_arch, "activation_fn": activation, "base": base, "base_std": base_std,
             "log_std_init": log_std_init, "solver": solver, "solver_steps": solver_steps, "langevin_eps": langevin_eps,
-            "chained": chained, "normalize_observation": normalize_observation, "ema_decay": ema_decay,
-            "optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs,
+            "chained": chained, "critic_gain": critic_gain, "normalize_observation": normalize_observation,
+            "ema_decay": ema_decay, "optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs,
         }  # fmt: skip
         self.obs_norm = RunningNorm(self.obs_dim)
         self.return_norm = RunningNorm(1)
@@ -177,7 +179,7 @@ class FlowPolicy(JoinedPolicy):
             base_std=base_std, log_std_init=log_std_init, solver=solver, solver_steps=solver_steps,
             langevin_eps=langevin_eps, chained=chained,
         )  # fmt: skip
-        self.critic = mlp([self.obs_dim, *net_arch["vf"], 1], activation, 1.0)
+        self.critic = mlp([self.obs_dim, *net_arch["vf"], 1], activation, critic_gain)
         self.averaging = 1 - ema_decay
         self.averaged_actor = copy.deepcopy(self.actor).requires_grad_(False) if ema_decay else None
         self.draws = self.actor.draws

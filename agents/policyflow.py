@@ -112,6 +112,8 @@ class PolicyFlowConfig:
     """Widths of the hidden layers of the velocity field (and of the base's mean)."""
     critic_hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of the critic."""
+    critic_gain: float = 1.0
+    """Gain of the critic's last layer at the start, >= 0; 0: all values are 0, no state is preferred."""
     activation: Literal["silu", "mish", "tanh", "elu", "relu"] = "silu"
     """Activation of all networks."""
     ema_decay: float = 0.0
@@ -141,7 +143,7 @@ class PolicyFlowConfig:
                 "a number in [0.3, 1)": "hurst",
                 "a number above 0, or None": "clip_range_vf target_kl",
                 "a number of at least 0": "ent_coef vf_coef weight_decay brownian_coef jacobian_coef "
-                "solver_error_coef base_std",
+                "solver_error_coef base_std critic_gain",
                 "a number in [0, 1]": "gamma gae_lambda",
                 "a number in [0, 1)": "ema_decay",
                 "an integer of at least 1": "n_steps batch_size n_epochs solver_steps ratio_draws",
@@ -279,7 +281,7 @@ class PolicyFlow(FlowRollouts):
             "log_std_init": math.log(config.action_std), "solver": config.solver, "solver_steps": config.solver_steps,
             "normalize_observation": config.normalize_observation, "ema_decay": config.ema_decay,
             "langevin_eps": config.langevin_eps if config.sampler == "sde" else 0.0,
-            "chained": config.ratio.startswith("chain"),
+            "chained": config.ratio.startswith("chain"), "critic_gain": config.critic_gain,
         }  # fmt: skip
         if "optimizer_class" not in self.policy_kwargs:
             defaults["optimizer_kwargs"] = {"weight_decay": config.weight_decay, "eps": 1e-5, "fused": True}
@@ -324,12 +326,10 @@ class PolicyFlow(FlowRollouts):
             self._brownian_weight, steered = steer(policy.actor, *given)
         if config.brownian_coef > 0:
             weight = steered.get("flow/brownian_coef", config.brownian_coef)
-            batch = record_spread(policy.actor, batch, config.brownian, self._generator)
-            batch["brownian_weight"] = torch.full_like(batch["values"], weight)
+            batch = record_spread(policy.actor, batch, config.brownian, weight, self._generator)
         if config.jacobian_coef > 0 and "v_nodes" not in batch:
             batch = record_velocities(policy.actor, batch)
-        passes: list[dict[str, float]] = []
-        restore = self._before_updates()
+        passes, restore = list[dict[str, float]](), self._before_updates()
         for _ in range(config.n_epochs):
             epoch = draw_interpolation(policy.actor, batch, self._generator) if "v_nodes" in batch else batch
             if config.solver_error_coef > 0:

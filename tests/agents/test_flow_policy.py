@@ -142,6 +142,17 @@ def test_other_spaces_are_refused(
         FlowPolicy(observation_space, action_space, lambda _: 1e-3)
 
 
+def test_critic_without_gain_values_all_states_at_0_until_it_is_trained() -> None:
+    obs = torch.randn(50, 3)
+    assert make_policy().value(obs).abs().min() > 0
+    policy = make_policy(critic_gain=0.0)
+    assert torch.equal(policy.value(obs), torch.zeros(50))
+    last = list(policy.critic.parameters())[-2]
+    policy.value(obs).sum().backward()
+    assert last.grad is not None
+    assert last.grad.abs().min() > 0  # the hidden layers follow one update later
+
+
 def test_unknown_activation_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown activation: got 'relu6', expected one of"):
         make_policy(activation_fn="relu6")
