@@ -51,7 +51,10 @@ POLICYFLOW: dict[str, dict[str, Any]] = {
     },
     # From its start all goals are equally far; a critic with random values prefers one, and that is never unlearned.
     "driftrl/SoftMultiGoal-v0": SPREAD
-    | {"total_timesteps": 600_000, "activation": "relu", "critic_gain": 0.0, "brownian_coef": 0.05},
+    | {
+        "total_timesteps": 1_200_000, "n_envs": 1024, "batch_size": 4096, "activation": "relu", "critic_gain": 0.0,
+        "brownian_coef": 0.05,
+    },
     "driftrl/PointMazeMedium-v0": MAZE,
     "PointMaze_Medium_Diverse_GDense-v3": MAZE,
 }  # fmt: skip
