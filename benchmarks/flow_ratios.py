@@ -10,6 +10,7 @@ results as in `benchmarks/learning.py`: a run whose file exists is not repeated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,16 @@ BIAS = {
 }
 
 
-def setting(ratio: str, values: str) -> str:
-    """The arm of `learning.py` that is this ratio with these values of the grid."""
-    return f"policyflow:{ARMS[ratio]},{values}"
+def setting(env: str, ratio: str, values: str) -> str:
+    """The arm of `learning.py` that is this ratio with these values of the grid.
+
+    A chain has noise at each of its K steps: a K-th of the variance each, so that all ratios explore as much at first.
+    """
+    noise = ""
+    if ratio.startswith("chain"):
+        _, config = learning.preset(env)
+        noise = f",action_std={config.action_std / math.sqrt(config.solver_steps):.3g}"
+    return f"policyflow:{ARMS[ratio]}{noise},{values}"
 
 
 def score(result: dict[str, Any]) -> float:
@@ -66,7 +74,7 @@ def tuned(env: str, ratio: str) -> str | None:
     """The values of the grid with the best run; None until all of them have been tried."""
     tried: dict[str, float] = {}
     for values in GRID:
-        for result in learning.load(env, setting(ratio, values), STEPS[env] // 2):
+        for result in learning.load(env, setting(env, ratio, values), STEPS[env] // 2):
             tried[values] = score(result)
     return max(tried, key=lambda values: tried[values]) if len(tried) == len(GRID) else None
 
@@ -74,7 +82,7 @@ def tuned(env: str, ratio: str) -> str | None:
 def results(env: str, ratio: str) -> list[dict[str, Any]]:
     """All kept results of a ratio as it was tuned."""
     chosen = tuned(env, ratio)
-    return learning.load(env, setting(ratio, chosen), STEPS[env]) if chosen else []
+    return learning.load(env, setting(env, ratio, chosen), STEPS[env]) if chosen else []
 
 
 def table(env: str, ratios: Sequence[str]) -> list[str]:
@@ -178,10 +186,10 @@ def main(
         figures: folder of the figures.
     """
     for env in envs if not table_only else ():
-        tuning = [learning.Run(env, setting(r, v), TUNING_SEED, STEPS[env] // 2) for r in ratios for v in GRID]
+        tuning = [learning.Run(env, setting(env, r, v), TUNING_SEED, STEPS[env] // 2) for r in ratios for v in GRID]
         learning.run_missing(tuning, jobs)
         best = {r: values for r in ratios if (values := tuned(env, r))}
-        runs = [learning.Run(env, setting(r, v), seed, STEPS[env]) for seed in seeds for r, v in best.items()]
+        runs = [learning.Run(env, setting(env, r, v), seed, STEPS[env]) for seed in seeds for r, v in best.items()]
         learning.run_missing(runs, jobs)
 
     text = "\n".join(line for env in envs for line in table(env, ratios))
@@ -194,7 +202,7 @@ def main(
     for env in envs:
         for ratio in ratios:
             if values := tuned(env, ratio):
-                arms.append(setting(ratio, values))
+                arms.append(setting(env, ratio, values))
                 learning.LABELS[arms[-1]] = ratio
     learning.plot(envs, arms, STEPS, figures / "flow_ratios.png", columns=2)
 

@@ -53,7 +53,7 @@ ZOO: dict[str, dict[str, Any]] = {
 
 def result_folder(env: str, arm: str, total_timesteps: int) -> Path:
     """Where the seeds of one row of the table are kept."""
-    return RESULTS / f"{env}-{total_timesteps // 1000}k" / re.sub(r"[^\w.-]+", "_", arm)
+    return RESULTS / f"{env}-{total_timesteps // 1000}k" / re.sub(r"[^\w.+-]+", "_", arm)
 
 
 @dataclass(frozen=True)

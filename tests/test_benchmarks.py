@@ -57,6 +57,19 @@ def test_controls_get_the_presets_hyperparameters(learning: ModuleType, env: str
     assert [m.out_features for m in agent.policy.mlp_extractor.policy_net[::2]] == list(config.actor_hidden)
 
 
+def test_every_ratio_has_results_of_its_own_and_explores_as_much(
+    learning: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratios = benchmark("flow_ratios", monkeypatch)
+    for env in ratios.STEPS:
+        arms = [ratios.setting(env, ratio, values) for ratio in ratios.ARMS for values in ratios.GRID]
+        folders = {learning.result_folder(env, arm, 1000) for arm in arms}
+        assert len(folders) == len(ratios.ARMS) * len(ratios.GRID)
+    _, config = learning.preset("HalfCheetah-v5")
+    assert (config.action_std, config.solver_steps) == (0.5, 4)
+    assert ratios.setting("HalfCheetah-v5", "chain", "x=1") == "policyflow:ratio=chain,action_std=0.25,x=1"
+
+
 def test_ratios_are_tuned_alike_and_compared(
     learning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,7 +84,7 @@ def test_ratios_are_tuned_alike_and_compared(
 
     ratios.main((env,), ("interpolation", "gaussian"), (0, 1), 1, page=page, figures=tmp_path)
 
-    arms = {clip: ratios.setting("gaussian", f"clip_range={clip},{small}") for clip in (0.1, 0.2)}
+    arms = {clip: ratios.setting(env, "gaussian", f"clip_range={clip},{small}") for clip in (0.1, 0.2)}
     tried = {clip: ratios.score(learning.load(env, arm, 1024)[0]) for clip, arm in arms.items()}
     best, worse = sorted(tried, key=tried.__getitem__, reverse=True)
     kept = learning.load(env, arms[best], 2048)
