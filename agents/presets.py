@@ -41,13 +41,14 @@ POLICYFLOW: dict[str, dict[str, Any]] = {
     # Reaching takes a dozen of the 50 steps.
     "Reacher-v5": DEFAULT | {"gamma": 0.9},
     # Several solutions want a wide base, and the Brownian regularizer keeps it wide (docs/multimodal.md). On MultiGoal
-    # the way to a far goal must not be cheap (discount), and few data or a coarse critic shift the centre from which
-    # all goals are equally far: large rollouts, long returns.
+    # the way to a far goal must not be cheap (discount). Noise shifts the centre from which all goals are equally far:
+    # small steps, large rollouts, long returns, and networks with edges.
     "driftrl/MultiGoal-v0": SPREAD
     | {
-        "total_timesteps": 8_000_000, "n_envs": 1024, "batch_size": 4096, "actor_hidden": (64, 64), "gamma": 0.95,
-        "gae_lambda": 0.99, "ratio": "endpoint", "solver_steps": 2, "base_std": 0.5, "action_std": 0.3,
-        "brownian": "consistent", "brownian_std": 0.5, "brownian_coef": 1.0, "target_entropy": (1.2, 0.7),
+        "total_timesteps": 6_000_000, "n_envs": 1024, "batch_size": 4096, "desired_kl": 0.005, "gamma": 0.95,
+        "gae_lambda": 0.99, "actor_hidden": (64, 64), "activation": "relu", "ratio": "endpoint", "solver_steps": 2,
+        "base_std": 0.5, "action_std": 0.3, "brownian": "consistent", "brownian_std": 0.8, "brownian_coef": 1.0,
+        "target_entropy": (1.3, 0.6),
     },
     # From its start all goals are equally far; a critic with random values prefers one, and that is never unlearned.
     "driftrl/SoftMultiGoal-v0": SPREAD
