@@ -45,10 +45,10 @@ POLICYFLOW: dict[str, dict[str, Any]] = {
     # small steps, large rollouts, long returns, and networks with edges.
     "driftrl/MultiGoal-v0": SPREAD
     | {
-        "total_timesteps": 6_000_000, "n_envs": 1024, "batch_size": 4096, "desired_kl": 0.005, "gamma": 0.95,
+        "total_timesteps": 4_000_000, "n_envs": 1024, "batch_size": 4096, "desired_kl": 0.005, "gamma": 0.95,
         "gae_lambda": 0.99, "actor_hidden": (64, 64), "activation": "relu", "ratio": "endpoint", "solver_steps": 2,
-        "base_std": 0.5, "action_std": 0.3, "brownian": "consistent", "brownian_std": 0.8, "brownian_coef": 1.0,
-        "target_entropy": (1.3, 0.6),
+        "base_std": 0.5, "action_std": 0.3, "brownian": "consistent", "brownian_std": 0.7, "brownian_coef": 1.0,
+        "target_entropy": (1.3, 0.8),
     },
     # From its start all goals are equally far; a critic with random values prefers one, and that is never unlearned.
     "driftrl/SoftMultiGoal-v0": SPREAD

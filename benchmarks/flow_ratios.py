@@ -24,8 +24,8 @@ from driftrl.evaluate import interquartile_mean
 
 ROOT = Path(__file__).parents[1]
 STEPS = {
-    "driftrl/MultiGoal-v0": 2_000_000,  # a third of what its preset takes
-    "driftrl/SoftMultiGoal-v0": 600_000,  # half
+    "driftrl/MultiGoal-v0": 2_000_000,  # half of what its preset takes
+    "driftrl/SoftMultiGoal-v0": 600_000,  # likewise
     "HalfCheetah-v5": 200_000,
     "Hopper-v5": 200_000,
 }
