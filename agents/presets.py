@@ -15,8 +15,8 @@ DEFAULT: dict[str, Any] = {"n_envs": 64, "n_steps": 32, "batch_size": 256}
 WIDE: dict[str, Any] = {"actor_hidden": (128, 128), "critic_hidden": (128, 128)}
 
 SPREAD: dict[str, Any] = WIDE | {
-    "n_envs": 256, "n_steps": 32, "batch_size": 1024, "n_epochs": 5, "base": "standard", "base_std": 1.0,
-    "brownian": "paper",
+    "n_envs": 1024, "n_steps": 32, "batch_size": 4096, "n_epochs": 5, "activation": "relu", "base": "standard",
+    "base_std": 1.0, "brownian": "paper",
 }  # fmt: skip
 MAZE: dict[str, Any] = WIDE | {
     "n_envs": 32, "n_steps": 64, "batch_size": 256, "base": "standard", "base_std": 1.0, "ent_coef": 0.01,
@@ -45,17 +45,14 @@ POLICYFLOW: dict[str, dict[str, Any]] = {
     # small steps, large rollouts, long returns, and networks with edges.
     "driftrl/MultiGoal-v0": SPREAD
     | {
-        "total_timesteps": 4_000_000, "n_envs": 1024, "batch_size": 4096, "desired_kl": 0.005, "gamma": 0.95,
-        "gae_lambda": 0.99, "actor_hidden": (64, 64), "activation": "relu", "ratio": "endpoint", "solver_steps": 2,
+        "total_timesteps": 4_000_000, "desired_kl": 0.005, "gamma": 0.95,
+        "gae_lambda": 0.99, "actor_hidden": (64, 64), "ratio": "endpoint", "solver_steps": 2,
         "base_std": 0.5, "action_std": 0.3, "brownian": "consistent", "brownian_std": 0.7, "brownian_coef": 1.0,
         "target_entropy": (1.3, 0.8),
     },
-    # From its start all goals are equally far; a critic with random values prefers one, and that is never unlearned.
+    # From its start all goals are equally far; a critic with random values prefers one, and that is slow to go.
     "driftrl/SoftMultiGoal-v0": SPREAD
-    | {
-        "total_timesteps": 1_200_000, "n_envs": 1024, "batch_size": 4096, "activation": "relu", "critic_gain": 0.0,
-        "brownian_coef": 0.05,
-    },
+    | {"total_timesteps": 1_200_000, "critic_gain": 0.0, "brownian_coef": 0.05},
     "driftrl/PointMazeMedium-v0": MAZE,
     "PointMaze_Medium_Diverse_GDense-v3": MAZE,
 }  # fmt: skip
