@@ -66,8 +66,10 @@ def test_every_ratio_has_results_of_its_own_and_explores_as_much(
         folders = {learning.result_folder(env, arm, 1000) for arm in arms}
         assert len(folders) == len(arms)
     _, config = learning.preset("HalfCheetah-v5")
-    assert (config.action_std, config.solver_steps) == (0.5, 4)
+    assert (config.action_std, config.solver_steps, config.base_std) == (0.5, 4, 0.1)
     assert ratios.setting("HalfCheetah-v5", "chain", "x=1") == "policyflow:ratio=chain,action_std=0.25,x=1"
+    fpo = "policyflow:ratio=fpo,base=standard,base_std=0.5,action_std=0.1,x=1"
+    assert ratios.setting("HalfCheetah-v5", "fpo", "x=1") == fpo
 
 
 def test_ratios_are_tuned_alike_and_compared(
