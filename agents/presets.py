@@ -42,13 +42,13 @@ POLICYFLOW: dict[str, dict[str, Any]] = {
     "Reacher-v5": DEFAULT | {"gamma": 0.9},
     # Several solutions want a wide base, and the Brownian regularizer keeps it wide (docs/multimodal.md). On MultiGoal
     # the way to a far goal must not be cheap (discount). Noise shifts the centre from which all goals are equally far:
-    # small steps, large rollouts, long returns, and networks with edges.
+    # steps that end at 0, large rollouts, long returns, and networks with edges. A heavier weight at the start spreads
+    # actions beyond their bounds.
     "driftrl/MultiGoal-v0": SPREAD
     | {
-        "total_timesteps": 4_000_000, "desired_kl": 0.005, "gamma": 0.95,
+        "total_timesteps": 4_000_000, "learning_rate": 1e-3, "lr_schedule": "linear", "gamma": 0.95,
         "gae_lambda": 0.99, "actor_hidden": (64, 64), "ratio": "endpoint", "solver_steps": 2,
-        "base_std": 0.5, "action_std": 0.3, "brownian": "consistent", "brownian_std": 0.7, "brownian_coef": 1.0,
-        "target_entropy": (1.3, 0.8),
+        "base_std": 0.5, "action_std": 0.3, "brownian": "score", "brownian_coef": 0.05, "target_entropy": (1.8, 1.2),
     },
     # From its start all goals are equally far; a critic with random values prefers one, and that is slow to go.
     "driftrl/SoftMultiGoal-v0": SPREAD
