@@ -1,13 +1,18 @@
-"""SAC's networks against PyTorch's own, and its losses: each reaches only its own networks."""
+"""SAC's networks against PyTorch's own; its losses: against SB3's gradients, and each reaches only its own networks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from stable_baselines3 import SAC
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import Tensor, distributions, nn
 
 from driftrl.agents.sac import SACPolicy, SquashedActor, TwinCritic, sac_losses
@@ -89,6 +94,49 @@ def test_terminated_states_have_no_future_and_the_target_is_soft() -> None:
         one, two = policy.critic(batch["obs"], batch["action"])
         expected = 0.5 * (nn.functional.mse_loss(one, target) + nn.functional.mse_loss(two, target))
     assert loss["train/critic_loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_gradients_are_those_of_stable_baselines3(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer: Any = SAC("MlpPolicy", gym.make("Pendulum-v1"), policy_kwargs={"net_arch": [16, 16]}, gamma=0.9, seed=0)
+    peer.set_logger(configure(None, []))
+    ours: Any = SACPolicy(peer.observation_space, peer.action_space, lambda _: 1e-3, net_arch=[16, 16])
+    # SB3 has a head each for mean and log standard deviation.
+    body, heads = peer.actor.latent_pi.parameters(), (peer.actor.mu.parameters(), peer.actor.log_std.parameters())
+    actor = [(p,) for p in body] + list(zip(*heads, strict=True))
+    for mine, theirs in zip(ours.actor.parameters(), actor, strict=True):
+        mine.data.copy_(torch.cat(theirs))
+
+    def copy_critics() -> None:
+        for critic, twins in ((ours.critic, peer.critic), (ours.target_critic, peer.critic_target)):
+            for i, twin in enumerate(twins.q_networks):
+                for mine, theirs in zip(critic.layers[::2], twin[::2], strict=True):
+                    mine.weight.data[i], mine.bias.data[i, 0] = theirs.weight.T, theirs.bias
+
+    copy_critics()
+    batch = make_batch(ours)
+    batch |= {name: batch[name][:, :1] for name in ("action", "noise", "next_noise")}  # Pendulum has one action
+    ends = [batch[name].unsqueeze(1) for name in ("terminated", "reward")]
+    samples = ReplayBufferSamples(batch["obs"], batch["action"], batch["next_obs"], *ends)
+    monkeypatch.setattr(peer.replay_buffer, "sample", lambda *_, **__: samples)
+    noises = iter((batch["noise"], batch["next_noise"]))
+    monkeypatch.setattr(distributions.normal, "_standard_normal", lambda *_, **__: next(noises))
+    of_critics: list[Tensor] = []  # as its optimizer sees them: the actor's loss adds to them later
+    weights = list(peer.critic.parameters())
+    peer.critic.optimizer.register_step_post_hook(lambda *_: of_critics.extend(p.grad.clone() for p in weights))
+    peer.train(1, 64)
+
+    def gradients(loss: str, parameters: Iterable[Tensor]) -> tuple[Tensor, ...]:
+        terms = sac_losses(ours, batch, ours.critic(batch["obs"], batch["action"]), 0.9, -1.0)
+        return torch.autograd.grad(terms[loss], list(parameters))
+
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+    twins = zip(of_critics[:6], of_critics[6:], strict=True)
+    for gradient, both in zip(gradients("train/critic_loss", ours.critic.parameters()), twins, strict=True):
+        close(gradient, torch.stack([theirs.t().reshape(gradient.shape[1:]) for theirs in both]))
+    close(gradients("train/ent_coef_loss", [ours.log_alpha])[0], peer.log_ent_coef.grad)
+    copy_critics()  # SB3's actor learns from critics that have taken their step
+    for gradient, theirs in zip(gradients("train/actor_loss", ours.actor.parameters()), actor, strict=True):
+        close(gradient, torch.cat([p.grad for p in theirs]))
 
 
 def test_temperature_rises_where_entropy_is_short() -> None:
