@@ -97,8 +97,11 @@ def test_terminated_states_have_no_future_and_the_target_is_soft() -> None:
 
 
 def test_gradients_are_those_of_stable_baselines3(monkeypatch: pytest.MonkeyPatch) -> None:
-    peer: Any = SAC("MlpPolicy", gym.make("Pendulum-v1"), policy_kwargs={"net_arch": [16, 16]}, gamma=0.9, seed=0)
+    net = {"net_arch": [16, 16]}
+    peer: Any = SAC("MlpPolicy", gym.make("Pendulum-v1"), policy_kwargs=net, gamma=0.9, seed=0, device="cpu")
     peer.set_logger(configure(None, []))
+    for parameter in peer.critic_target.parameters():  # at first a copy of the critics, which would hide a mix-up
+        parameter.data.mul_(1.5)
     ours: Any = SACPolicy(peer.observation_space, peer.action_space, lambda _: 1e-3, net_arch=[16, 16])
     # SB3 has a head each for mean and log standard deviation.
     body, heads = peer.actor.latent_pi.parameters(), (peer.actor.mu.parameters(), peer.actor.log_std.parameters())
