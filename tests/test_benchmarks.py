@@ -1,9 +1,11 @@
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -102,3 +104,38 @@ def test_ratios_are_tuned_alike_and_compared(
     logged = kept[0]["logged"]["flow/exact_clip_fraction"]
     assert [steps for steps, _ in logged] == [256 * i for i in range(1, 9)]
     assert all((tmp_path / name).exists() for name in ("flow_ratios.png", "ratio_bias.png"))
+
+
+def test_moving_the_centre_moves_what_the_policy_sees_near_the_origin_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark("paired", monkeypatch)
+    centre = benchmark("multigoal_centre", monkeypatch)
+
+    class Echo:
+        def predict(self, observation: np.ndarray, **kwargs: bool) -> tuple[np.ndarray, None]:
+            return observation, None
+
+    obs = np.array([[0, 0, 3, 4], [1.5, 0, 0, 0], [7, 7, 1, 2]], dtype=np.float32)
+    moved, _ = centre.Moved(Echo(), np.array([0.5, -1])).predict(obs)
+    near = math.exp(-0.5)  # one width from the origin
+    expected = np.array([[0.5, -1, 3, 4], [1.5 + 0.5 * near, -near, 0, 0], [7, 7, 1, 2]])
+    np.testing.assert_allclose(moved, expected, atol=1e-6)
+
+
+def test_returns_near_the_origin_of_a_policy_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark("paired", monkeypatch)
+    centre = benchmark("multigoal_centre", monkeypatch)
+    starts = []
+
+    class Still:
+        def predict(self, observation: np.ndarray, **kwargs: bool) -> tuple[np.ndarray, None]:
+            starts.append(observation)
+            return np.zeros((len(observation), 2), dtype=np.float32), None
+
+    returns = centre.near_returns(Still(), 500)
+    distances = np.hypot(*starts[0][:, :2].T)
+    assert distances.max() < 2
+    np.testing.assert_allclose((distances < np.sqrt(2)).mean(), 0.5, atol=0.1)  # uniform: half of the disc
+    goals = 5 * np.exp(1j * np.pi / 3 * np.arange(6))
+    m = np.square(np.abs(starts[0][:, :1] + 1j * starts[0][:, 1:2] - goals).min(axis=1))
+    reward = 0.1 * (np.exp(-0.3 * m) + np.exp(-0.1 * m))
+    np.testing.assert_allclose(returns, reward * (1 - 0.95**50) / (1 - 0.95), rtol=1e-5)
