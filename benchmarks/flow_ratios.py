@@ -216,7 +216,7 @@ def main(
             if values := tuned(env, ratio):
                 arms.append(setting(env, ratio, values))
                 learning.LABELS[arms[-1]] = ratio
-    learning.plot(envs, arms, STEPS, figures / "flow_ratios.png", columns=2)
+    learning.plot(envs, tuple(dict.fromkeys(arms)), STEPS, figures / "flow_ratios.png", columns=2)
 
 
 if __name__ == "__main__":

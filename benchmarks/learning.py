@@ -434,6 +434,8 @@ def plot(
         axis.set(title=env, xlabel=f"{word} environment steps", ylabel="training return, last 100 episodes")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
+    for axis in axes.flat[len(envs) :]:
+        axis.set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
