@@ -210,13 +210,9 @@ def main(
     inexact = tuple(ratio for ratio in ratios if ratio not in ("endpoint", "gaussian"))
     write_between(page, "bias", "\n".join(bias_table(inexact)))
     plot_bias(inexact, figures / "ratio_bias.png")
-    arms = []
-    for env in envs:
-        for ratio in ratios:
-            if values := tuned(env, ratio):
-                arms.append(setting(env, ratio, values))
-                learning.LABELS[arms[-1]] = ratio
-    learning.plot(envs, tuple(dict.fromkeys(arms)), STEPS, figures / "flow_ratios.png", columns=2)
+    labels = {setting(env, r, values): r for env in envs for r in ratios if (values := tuned(env, r))}
+    learning.LABELS |= labels
+    learning.plot(envs, tuple(labels), STEPS, figures / "flow_ratios.png", columns=2)
 
 
 if __name__ == "__main__":
