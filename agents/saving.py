@@ -33,6 +33,8 @@ _NEEDED: dict[str, type | tuple[type, ...]] = {
 class Checkpointed(BaseAlgorithm):
     """An agent whose saved files hold data only. A mixin, before the algorithm's own base class."""
 
+    gamma: float
+    """Discount factor."""
     _remade: ClassVar[tuple[str, ...]]
     """Attributes that `_setup_model` or `learn` makes anew: saved agents lack them."""
 

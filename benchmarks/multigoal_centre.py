@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 import tyro
@@ -25,7 +26,8 @@ from driftrl.agents.runs import load_agent
 from driftrl.envs.multigoal import GOAL_TASKS
 
 TASK_ID = "driftrl/MultiGoal-v0"
-WIDTH, NEAR, STEPS, DISCOUNT = 1.5, 2.0, 50, 0.95
+STEPS = gym.spec(TASK_ID).max_episode_steps or 0
+WIDTH, NEAR = 1.5, 2.0
 
 
 class Moved:
@@ -44,7 +46,7 @@ class Moved:
         return self.policy.predict(moved, deterministic=deterministic)
 
 
-def near_returns(policy: Any, number: int) -> NDArray[Any]:
+def near_returns(policy: Any, number: int, gamma: float) -> NDArray[Any]:
     """Discounted returns [number] of the sampled policy from starts at rest, uniform within NEAR of the origin."""
     task, rng = GOAL_TASKS[TASK_ID], np.random.default_rng(0)
     torch.manual_seed(0)
@@ -54,7 +56,7 @@ def near_returns(policy: Any, number: int) -> NDArray[Any]:
     for step in range(STEPS):
         action, _ = policy.predict(state.astype(np.float32), deterministic=False)
         state, reward, terminated = task.step(state, action.astype(np.float64))
-        returns += DISCOUNT**step * alive * reward
+        returns += gamma**step * alive * reward
         alive &= ~terminated
     return returns
 
@@ -83,15 +85,16 @@ def main(
     print("| run | moved by, m | return: mean and best of 8 directions | bits: mean, lowest, highest |")
     print("|---|---|---|---|")
     for index, run in enumerate(runs):
-        policy = load_agent(run, "cpu").policy
-        before = near_returns(policy, number)
+        agent = load_agent(run, "cpu")
+        policy, gamma = agent.policy, agent.gamma
+        before = near_returns(policy, number, gamma)
         bits = [goal_bits(policy)]
         print(f"| {index} | 0 | {before.mean():.3f} | {bits[0]:.2f} |", flush=True)
         rows.append({"run": index, "distance": 0.0, "near_return": float(before.mean()), "bits": bits})
         for distance in distances:
             angles = np.pi / 4 * np.arange(8)
             moved = [Moved(policy, distance * np.array([np.cos(angle), np.sin(angle)])) for angle in angles]
-            changes = np.array([near_returns(other, number) - before for other in moved])  # [8, number]
+            changes = np.array([near_returns(other, number, gamma) - before for other in moved])  # [8, number]
             change = changes.mean(axis=1) / before.mean()
             error = changes.std(axis=1).mean() / np.sqrt(number) / before.mean()
             bits = [goal_bits(other) for other in moved]

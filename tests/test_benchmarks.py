@@ -131,7 +131,7 @@ def test_returns_near_the_origin_of_a_policy_that_stays(monkeypatch: pytest.Monk
             starts.append(observation)
             return np.zeros((len(observation), 2), dtype=np.float32), None
 
-    returns = centre.near_returns(Still(), 500)
+    returns = centre.near_returns(Still(), 500, 0.95)
     distances = np.hypot(*starts[0][:, :2].T)
     assert distances.max() < 2
     np.testing.assert_allclose((distances < np.sqrt(2)).mean(), 0.5, atol=0.1)  # uniform: half of the disc
