@@ -166,15 +166,6 @@ def plot_bias(ratios: Sequence[str], path: Path) -> None:
     plt.close(figure)
 
 
-def write_between(page: Path, mark: str, text: str) -> None:
-    """Replace what lies between ``<!-- mark -->`` and ``<!-- /mark -->`` of a page."""
-    before, begin, rest = page.read_text().partition(f"<!-- {mark} -->\n")
-    _, end, after = rest.partition(f"<!-- /{mark} -->")
-    assert begin, f"{page} has no <!-- {mark} -->"
-    assert end, f"{page} has no <!-- /{mark} -->"
-    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
-
-
 def main(
     envs: tuple[str, ...] = tuple(STEPS),
     ratios: tuple[str, ...] = tuple(ARMS),
@@ -206,9 +197,9 @@ def main(
 
     text = "\n".join(line for env in envs for line in table(env, ratios))
     print(text)
-    write_between(page, "tasks", text)
+    learning.write_between(page, "tasks", text)
     inexact = tuple(ratio for ratio in ratios if ratio not in ("endpoint", "gaussian"))
-    write_between(page, "bias", "\n".join(bias_table(inexact)))
+    learning.write_between(page, "bias", "\n".join(bias_table(inexact)))
     plot_bias(inexact, figures / "ratio_bias.png")
     labels = {setting(env, r, values): r for env in envs for r in ratios if (values := tuned(env, r))}
     learning.LABELS |= labels

@@ -441,6 +441,15 @@ def plot(
     plt.close(figure)
 
 
+def write_between(page: Path, mark: str, text: str) -> None:
+    """Replace what lies between ``<!-- mark -->`` and ``<!-- /mark -->`` of a page."""
+    before, begin, rest = page.read_text().partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition(f"<!-- /{mark} -->")
+    assert begin, f"{page} has no <!-- {mark} -->"
+    assert end, f"{page} has no <!-- /{mark} -->"
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
 def main(
     envs: tuple[str, ...] = ("HalfCheetah-v5", "Hopper-v5"),
     arms: tuple[str, ...] = POLICYFLOW_ARMS,

@@ -139,3 +139,34 @@ def test_returns_near_the_origin_of_a_policy_that_stays(monkeypatch: pytest.Monk
     m = np.square(np.abs(starts[0][:, :1] + 1j * starts[0][:, 1:2] - goals).min(axis=1))
     reward = 0.1 * (np.exp(-0.3 * m) + np.exp(-0.1 * m))
     np.testing.assert_allclose(returns, reward * (1 - 0.95**50) / (1 - 0.95), rtol=1e-5)
+
+
+def test_models_and_regularizers_are_compared_from_kept_results(
+    learning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lipschitz, page = benchmark("lipschitz", monkeypatch), tmp_path / "page.md"
+    labels = lipschitz.arms(("none", "ensemble"), ("none", "robust"), 3)
+    assert list(labels.values()) == ["SAC alone", "ensemble, none", "ensemble, robust"]
+    sac, _, robust = labels
+    assert "members=7,elites=5,regularizer=robust,gradient_steps=3" in robust
+    for arm, seed, training, final in ((sac, 0, 10, 20), (robust, 0, 30, 40), (robust, 1, 50, 70)):
+        run = learning.Run("Hopper-v5", arm, seed, 1000)
+        run.path.parent.mkdir(parents=True, exist_ok=True)
+        evaluation = {"deterministic": {"returns": [final - 1, final + 1]}, "sampled": {"returns": [0]}}
+        curve = [[500, 1], [1000, training]]
+        kept = {"seed": seed, "evaluation": evaluation, "curve": curve, "cpu_seconds": 8 + 2 * seed}
+        run.path.write_text(json.dumps(kept))
+    page.write_text("before\n<!-- models -->\nold\n<!-- /models -->\nafter\n")
+    options = {"total_timesteps": 1000, "gradient_steps": 3, "table_only": True}
+
+    lipschitz.main(
+        models=("none", "ensemble"), regularizers=("none", "robust"), page=page, figure=tmp_path / "f.png", **options
+    )
+
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith(("| SAC", "| ensemble"))]
+    assert [(row[0], row[2], row[4], row[5]) for row in rows] == [
+        ("| SAC alone", "10", "20", "8 |"), ("| ensemble, robust", "30, 50", "40, 70", "9 |"),
+    ]  # fmt: skip
+    assert rows[1][1] == "**40** [30, 50]"
+    assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
+    assert (tmp_path / "f.png").exists()
