@@ -2,7 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/mbpo_speed.py --output benchmarks/results/mbpo_speed.json
 
-Contenders take turns; medians [quartiles] of the ratios. Models against ensembles: benchmarks/transition_speed.py.
+Then whole agents as `benchmarks/lipschitz.py` trains them, halfway through their runs: steps of the environment, the
+model's fit and rollouts, all updates. Contenders take turns; medians [quartiles] of the ratios. The models by
+themselves: benchmarks/transition_speed.py.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from paired import machine, ratio, spread, take_turns, write
 from stable_baselines3 import SAC
 
 from driftrl import LipschitzMBPO
+from driftrl.agents.presets import MBPO_FAST
 from driftrl.envs import make_vec
 
 CONTENDERS: dict[str, dict[str, Any]] = {
@@ -27,18 +30,43 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "spectral": {"regularizer": "spectral"},
 }
 BASELINE = "Stable-Baselines3 SAC"
+AGENTS: dict[str, dict[str, Any]] = {
+    "SAC alone": {"model": "none", "regularizer": "none"},
+    "single model": {"regularizer": "none"},
+    "single model, robust": {"regularizer": "robust"},
+    "ensemble of 7, 5 elites": {"regularizer": "none", "members": 7, "elites": 5},
+}
+SINGLE = "single model"
 
 
-def main(env_id: str = "Hopper-v5", updates: int = 20, rounds: int = 11, output: Path | None = None) -> None:
-    """Print the table.
+def main(
+    env_id: str = "Hopper-v5",
+    updates: int = 20,
+    rounds: int = 11,
+    gradient_steps: int = 10,
+    agent_rounds: int = 8,
+    output: Path | None = None,
+) -> None:
+    """Print the tables.
 
     Args:
-        env_id: whose sizes the networks have.
+        env_id: whose sizes the networks have, and in which the whole agents act.
         updates: in a turn; of LipschitzMBPO those of one environment step.
         rounds: turns of each contender.
+        gradient_steps: updates per environment step of the whole agents, all else as in their preset "fast".
+        agent_rounds: turns of each whole agent, of as many environment steps as lie between two fits of the model.
         output: also write the figures there, as JSON.
     """
     torch.set_num_threads(1)
+    report: dict[str, Any] = {"machine": machine("torch", "stable-baselines3", "gymnasium", "mujoco", "numpy")}
+    print(report["machine"])
+    report |= {"env_id": env_id, "rows": update_rows(env_id, updates, rounds)}
+    report["agents"] = agent_rows(env_id, gradient_steps, agent_rounds)
+    write(output, report)
+
+
+def update_rows(env_id: str, updates: int, rounds: int) -> dict[str, Any]:
+    """Gradient updates of SAC and of its regularised critics."""
     env = make_vec(env_id, 1, seed=0)
     baseline = SAC("MlpPolicy", env, learning_starts=300, device="cpu", seed=0)
     baseline.learn(310)
@@ -51,15 +79,36 @@ def main(env_id: str = "Hopper-v5", updates: int = 20, rounds: int = 11, output:
             ).learn(310)  # fmt: skip
             contenders[f"{name}, {'compiled' if compile == 'on' else 'eager'}"] = partial(agent.train, updates, 256)
     seconds = take_turns(contenders, rounds)
-    report: dict[str, Any] = {"machine": machine("torch", "stable-baselines3", "numpy"), "env_id": env_id, "rows": {}}
-    print(report["machine"])
+    rows: dict[str, Any] = {}
     print(f"| contender | ms per update | updates/s over {BASELINE}'s |")
     print("|---|---|---|")
     for name, times in seconds.items():
         row = {"ms": 1e3 * spread(times).median / updates, "speed": ratio(seconds[BASELINE], times)}
-        report["rows"][name] = row
-        print(f"| {name} | {row['ms']:.2f} | {row['speed']} |")
-    write(output, report)
+        rows[name] = row
+        print(f"| {name} | {row['ms']:.2f} | {row['speed']} |", flush=True)
+    return rows
+
+
+def agent_rows(env_id: str, gradient_steps: int, rounds: int) -> dict[str, Any]:
+    """Whole agents at equal environment steps; what the first half of a run would have seen is seen at random."""
+    preset = dict(MBPO_FAST[env_id])
+    n_envs = preset.pop("n_envs")
+    preset["learning_starts"] = preset.pop("total_timesteps") // 2
+    turns: dict[str, Callable[[], object]] = {}
+    for name, fields in AGENTS.items():
+        settings = preset | {"gradient_steps": gradient_steps, "compile": "on", "diagnostics_interval": 0} | fields
+        agent = LipschitzMBPO("MlpPolicy", make_vec(env_id, n_envs, seed=0), device="cpu", seed=0, **settings)
+        agent.learn(agent.config.learning_starts)
+        turns[name] = partial(agent.learn, agent.config.model_interval, reset_num_timesteps=False)
+    seconds = take_turns(turns, rounds)
+    rows = {}
+    print(f"| agent, {gradient_steps} updates per step | ms per environment step | time over {SINGLE}'s |")
+    print("|---|---|---|")
+    for name, times in seconds.items():
+        row = {"ms": 1e3 * spread(times).median / agent.config.model_interval, "time": ratio(times, seconds[SINGLE])}
+        rows[name] = row
+        print(f"| {name} | {row['ms']:.1f} | {row['time']} |", flush=True)
+    return rows
 
 
 if __name__ == "__main__":
