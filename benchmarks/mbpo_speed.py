@@ -44,7 +44,7 @@ def main(
     updates: int = 20,
     rounds: int = 11,
     gradient_steps: int = 10,
-    agent_rounds: int = 8,
+    agent_rounds: int = 6,
     output: Path | None = None,
 ) -> None:
     """Print the tables.

@@ -26,7 +26,6 @@ from driftrl.agents.runs import load_agent
 from driftrl.envs.multigoal import GOAL_TASKS
 
 TASK_ID = "driftrl/MultiGoal-v0"
-STEPS = gym.spec(TASK_ID).max_episode_steps or 0
 WIDTH, NEAR = 1.5, 2.0
 
 
@@ -53,7 +52,9 @@ def near_returns(policy: Any, number: int, gamma: float) -> NDArray[Any]:
     radius, angle = NEAR * np.sqrt(rng.uniform(size=number)), rng.uniform(0, 2 * np.pi, number)
     state = task.at_rest(np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1))
     returns, alive = np.zeros(number), np.ones(number, dtype=bool)
-    for step in range(STEPS):
+    steps = gym.spec(TASK_ID).max_episode_steps
+    assert steps is not None
+    for step in range(steps):
         action, _ = policy.predict(state.astype(np.float32), deterministic=False)
         state, reward, terminated = task.step(state, action.astype(np.float64))
         returns += gamma**step * alive * reward
