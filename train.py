@@ -18,13 +18,12 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from gymnasium import spaces
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
 from driftrl.agents.durable import write_json
-from driftrl.agents.registry import AGENTS, Entry
+from driftrl.agents.registry import AGENTS, Entry, policy_alias
 from driftrl.agents.resume import restore
 from driftrl.agents.run_log import open_logger, warn
 from driftrl.agents.runs import (
@@ -148,8 +147,7 @@ def _start(name: str, args: Sequence[str]) -> int:
         worker_restarts=arguments.worker_restarts,
     )
     with contextlib.closing(_make_env(settings, settings.seed)) as env:
-        policy = "MultiInputPolicy" if isinstance(env.observation_space, spaces.Dict) else "MlpPolicy"
-        agent = entry.agent(policy, env, config=arguments.config, seed=settings.seed, device=settings.device)
+        agent = entry.agent(policy_alias(env), env, config=arguments.config, seed=settings.seed, device=settings.device)
         with new_run(arguments.run_dir, settings) as folder:
             print(_describe(agent, settings))
             print(_describe_preset(entry, defaults, arguments))

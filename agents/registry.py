@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 from . import presets
@@ -77,3 +78,8 @@ AGENTS: dict[str, Entry] = {
         default_env="Hopper-v5",
     ),
 }
+
+
+def policy_alias(env: VecEnv) -> str:
+    """Stable-Baselines3's name of the policy that reads the environment's observations."""
+    return "MultiInputPolicy" if isinstance(env.observation_space, spaces.Dict) else "MlpPolicy"

@@ -158,24 +158,27 @@ def sb3_preset(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
 def policyflow(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     """PolicyFlow as `python train.py policyflow --env ENV` makes it."""
     from driftrl import PolicyFlow
+    from driftrl.agents.registry import policy_alias
     from driftrl.envs import make_vec
 
     n_envs, config = preset(run.env, **overrides)
-    agent = PolicyFlow("MlpPolicy", make_vec(run.env, n_envs, run.seed), config=config, seed=run.seed, device="cpu")
+    env = make_vec(run.env, n_envs, run.seed)
+    agent = PolicyFlow(policy_alias(env), env, config=config, seed=run.seed, device="cpu")
     return agent, asdict(config) | {"n_envs": n_envs}
 
 
 def mbpo(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     """LipschitzMBPO as `python train.py mbpo --preset fast --env ENV` makes it; model=none is SAC alone."""
     from driftrl import LipschitzMBPO, LipschitzMBPOConfig
-    from driftrl.agents.registry import AGENTS
+    from driftrl.agents.registry import AGENTS, policy_alias
     from driftrl.envs import make_vec
 
     fields = AGENTS["mbpo"].preset(run.env, "fast") | overrides
     fields.pop("total_timesteps")
     env = make_vec(run.env, fields.pop("n_envs"), run.seed)
     config = LipschitzMBPOConfig(**fields)
-    return LipschitzMBPO("MlpPolicy", env, config=config, seed=run.seed, device="cpu"), asdict(config) | {"n_envs": 1}
+    agent = LipschitzMBPO(policy_alias(env), env, config=config, seed=run.seed, device="cpu")
+    return agent, asdict(config) | {"n_envs": 1}
 
 
 # Of SAC alone against SB3's: SB3's defaults, but for widths that a small machine can train.
