@@ -19,7 +19,7 @@ from .checkpoint import storable
 from .compiling import Objective, prepared
 from .config import given_at_load, require, resolve, validate
 from .diagnostics import flow_diagnostics, record
-from .entropy import record_spread, spread_loss, steer
+from .entropy import record_spread, spread_loss, steer, transport_cost
 from .flow_policy import FlowPolicy
 from .guard import Guard
 from .ratios import Ratio, draw_interpolation, interpolate, record_velocities
@@ -104,6 +104,8 @@ class PolicyFlowConfig:
     """Entropy of actions, in nats, that the weight is adapted to, at start and end of the run; None: a fixed weight."""
     brownian_std: float = 0.5
     """Standard deviation that the consistent Brownian regularizer drives the flow's samples to, > 0."""
+    transport_coef: float = 0.0
+    """Weight of the transport cost |x1 - z|^2, >= 0: the flow moves z only as far as advantages ask for; 0: off."""
     jacobian_coef: float = 0.0
     """Weight of the squared Frobenius norm of the field's Jacobian, >= 0; 0 switches it off."""
     solver_error_coef: float = 0.0
@@ -134,25 +136,23 @@ class PolicyFlowConfig:
     """Iterations between the flow/ diagnostics in the log, >= 0; 0: never."""
 
     def __post_init__(self) -> None:
-        validate(
-            self,
-            {
-                "a number above 0": "learning_rate clip_range max_grad_norm desired_kl lr_min lr_max "
-                "action_std brownian_std noise_time",
-                "a number above 0, at most 1": "langevin_eps guard_drop",
-                "a number in [0.3, 1)": "hurst",
-                "a number above 0, or None": "clip_range_vf target_kl",
-                "a number of at least 0": "ent_coef vf_coef weight_decay brownian_coef jacobian_coef "
-                "solver_error_coef base_std critic_gain",
-                "a number in [0, 1]": "gamma gae_lambda",
-                "a number in [0, 1)": "ema_decay",
-                "an integer of at least 1": "n_steps batch_size n_epochs solver_steps ratio_draws",
-                "an integer of at least 0": "diagnostics_interval",
-                "positive integers, at least one": "actor_hidden critic_hidden",
-                "two numbers, or None": "target_entropy",
-                "True or False": "normalize_advantage normalize_observation normalize_reward",
-            },
-        )
+        ranges = {
+            "a number above 0": "learning_rate clip_range max_grad_norm desired_kl lr_min lr_max "
+            "action_std brownian_std noise_time",
+            "a number above 0, at most 1": "langevin_eps guard_drop",
+            "a number in [0.3, 1)": "hurst",
+            "a number above 0, or None": "clip_range_vf target_kl",
+            "a number of at least 0": "ent_coef vf_coef weight_decay brownian_coef transport_coef "
+            "jacobian_coef solver_error_coef base_std critic_gain",
+            "a number in [0, 1]": "gamma gae_lambda",
+            "a number in [0, 1)": "ema_decay",
+            "an integer of at least 1": "n_steps batch_size n_epochs solver_steps ratio_draws",
+            "an integer of at least 0": "diagnostics_interval",
+            "positive integers, at least one": "actor_hidden critic_hidden",
+            "two numbers, or None": "target_entropy",
+            "True or False": "normalize_advantage normalize_observation normalize_reward",
+        }
+        validate(self, ranges)
         require(self, "solver", self.sampler == "ode" or self.solver == "euler", "euler with sampler sde")
         adaptive = self.guard != "lower_rate" or self.lr_schedule == "adaptive"
         require(self, "lr_schedule", adaptive, "adaptive with guard lower_rate")
@@ -200,6 +200,9 @@ def losses(policy: FlowPolicy, batch: Batch, ratio: Ratio, config: PolicyFlowCon
     if config.brownian_coef > 0:
         spread = spread_loss(actor, batch, old_to_new.velocity, config.brownian, config.brownian_std)
         total, terms["flow/brownian_loss"] = total + batch["brownian_weight"][0] * spread, spread
+    if config.transport_coef > 0:
+        terms["flow/transport_cost"] = transport_cost(actor, batch)
+        total = total + config.transport_coef * terms["flow/transport_cost"]
     if config.jacobian_coef > 0:
         terms["flow/jacobian_loss"] = jacobian_penalty(actor.field, batch["t"], interpolate(batch), obs).mean()
         total = total + config.jacobian_coef * terms["flow/jacobian_loss"]
@@ -333,8 +336,7 @@ class PolicyFlow(FlowRollouts):
         for _ in range(config.n_epochs):
             epoch = draw_interpolation(policy.actor, batch, self._generator) if "v_nodes" in batch else batch
             if config.solver_error_coef > 0:
-                t_error = torch.empty_like(batch["values"]).uniform_(0, 0.5, generator=self._generator)
-                epoch = epoch | {"t_error": t_error}
+                epoch["t_error"] = torch.empty_like(batch["values"]).uniform_(0, 0.5, generator=self._generator)
             means = self._fit_once(epoch, restore)
             passes = [*passes, means] if means else []
             if not means or (config.target_kl is not None and means["train/approx_kl"] > 1.5 * config.target_kl):
@@ -366,8 +368,7 @@ class PolicyFlow(FlowRollouts):
 
     def _fit_once(self, epoch: Batch, restore: Callable[[], None] | None) -> dict[str, float]:
         """One pass over the rollout in random minibatches; returns the means of `losses`, none if it was taken back."""
-        policy, config = self.policy, self.config
-        vector = policy.joined()
+        policy, config, vector = self.policy, self.config, self.policy.joined()
         order = torch.randperm(len(epoch["obs"]), generator=self._generator, device=self.device)
         shuffled = {name: tensor[order] for name, tensor in epoch.items()}
         metrics = []
@@ -397,4 +398,3 @@ class PolicyFlow(FlowRollouts):
             self._rate = max(self._rate / 1.5, self.config.lr_min)
         elif kl < self.config.desired_kl / 2:
             self._rate = min(self._rate * 1.5, self.config.lr_max)
-        update_learning_rate(self.policy.optimizer, self._rate)

@@ -53,6 +53,7 @@ def test_compiled_training_equals_eager_training_up_to_rounding(ratio: str, nois
         "ratio": ratio,
         "base": "gaussian",
         "brownian_coef": 0.01,
+        "transport_coef": 0.01,
         "jacobian_coef": 0.01,
         "ema_decay": 0.9,
     } | noise

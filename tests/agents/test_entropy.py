@@ -22,6 +22,7 @@ from driftrl.agents.entropy import (
     posterior_noise,
     score_loss,
     steer,
+    transport_cost,
 )
 
 GAUSSIAN = 0.5 * math.log(2 * math.pi * math.e)  # entropy of N(0, 1), in nats
@@ -92,6 +93,25 @@ def test_gradient_of_the_score_loss_is_that_of_the_entropy(toy: ModuleType, late
             assert (ours.norm() / theirs.norm()).item() == pytest.approx(1 - shortfall, abs=0.05), name
 
 
+def test_transport_cost_of_a_linear_flow(toy: ModuleType) -> None:
+    # x1 = M z + m: E|x1 - z|^2 = |m|^2 + base_std^2 |M - 1|^2, whatever the base's std was when z was drawn.
+    actor, generator = toy.make_actor("endpoint", "learned"), torch.Generator().manual_seed(0)
+    batch = toy.roll_out(actor, 400_000, generator)
+    for base_std in (toy.BASE_STD, 0.8):
+        with torch.no_grad():
+            actor.base_log_std.fill_(math.log(base_std))
+        unit = torch.eye(2, dtype=torch.float64)
+        step = torch.linalg.matrix_power(unit + actor.field.matrix / toy.STEPS, toy.STEPS)
+        exact = toy.moments(actor)[0].square().sum() + base_std**2 * (step - unit).square().sum()
+        cost = transport_cost(actor, batch)
+        assert cost.item() == pytest.approx(exact.item(), rel=0.01)
+        learned = [actor.field.matrix, actor.field.offset, actor.base_log_std]
+        for ours, theirs in zip(
+            torch.autograd.grad(cost, learned), torch.autograd.grad(exact, learned[:2]), strict=False
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.01)
+
+
 @pytest.mark.parametrize(
     ("remaining", "error", "clipped"), [(1.0, -0.2, -0.2), (0.0, 0.3, 0.3), (0.5, 7.0, 1.0), (0.5, -7.0, -1.0)]
 )
@@ -119,6 +139,7 @@ class Bandit(gym.Env[Any, Any]):
 
     observation_space = spaces.Box(-1, 1, (1,), np.float32)
     action_space = spaces.Box(-1, 1, (2,), np.float32)
+    scale = 1.0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
@@ -127,16 +148,20 @@ class Bandit(gym.Env[Any, Any]):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.steps += 1
-        return np.zeros(1, np.float32), -float(np.square(action).sum()), False, self.steps >= 50, {}
+        reward = -self.scale * float(np.square(action).sum())
+        return np.zeros(1, np.float32), reward, False, self.steps >= 50, {}
 
 
-def train(iterations: int, **fields: Any) -> PolicyFlow:
+def make(**fields: Any) -> PolicyFlow:
     settings: dict[str, Any] = {
         "n_steps": 64, "batch_size": 128, "n_epochs": 4, "gamma": 0.0, "base": "standard", "base_std": 0.5,
         "action_std": 0.3, "actor_hidden": (16, 16), "critic_hidden": (16,), "compile": "off",
     }  # fmt: skip
-    agent = PolicyFlow("MlpPolicy", make_vec_env(Bandit, 8, seed=0), seed=0, device="cpu", **settings | fields)
-    return agent.learn(512 * iterations, log_interval=10**6)
+    return PolicyFlow("MlpPolicy", make_vec_env(Bandit, 8, seed=0), seed=0, device="cpu", **settings | fields)
+
+
+def train(iterations: int, **fields: Any) -> PolicyFlow:
+    return make(**fields).learn(512 * iterations, log_interval=10**6)
 
 
 @pytest.mark.slow
@@ -156,3 +181,18 @@ def test_steer_is_saved_and_a_given_one_is_used(tmp_path: Path) -> None:
     agent.save(tmp_path / "agent")
     assert PolicyFlow.load(tmp_path / "agent")._brownian_weight == agent._brownian_weight
     assert PolicyFlow.load(tmp_path / "agent", brownian_coef=0.7)._brownian_weight == 0.7
+
+
+@pytest.mark.parametrize("ratio", ["interpolation", "endpoint"])
+def test_transport_cost_leaves_actions_to_the_base_where_nothing_is_rewarded(ratio: str) -> None:
+    def move(**fields: Any) -> float:
+        agent = make(ratio=ratio, desired_kl=0.05, **fields)
+        with torch.no_grad():
+            agent.policy.actor.field.output.bias.fill_(0.3)
+        agent.get_env().env_method("set_wrapper_attr", "scale", 0.0)  # type: ignore[union-attr]
+        agent.learn(512 * 10, log_interval=10**6)
+        mean, _ = agent.predict(np.zeros((1, 1), np.float32), deterministic=True)
+        return float(np.abs(mean).max())
+
+    assert move() > 0.2
+    assert move(transport_coef=0.5) < 0.05

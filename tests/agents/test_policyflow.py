@@ -208,6 +208,7 @@ def test_log_holds_the_documented_names(tmp_path: Path) -> None:
         "brownian_coef": 1e-3,
         "target_entropy": (1.0, 0.0),
         "guard": "rollback",
+        "transport_coef": 1e-3,
         "jacobian_coef": 1e-3,
         "solver_error_coef": 1e-3,
     }
@@ -230,6 +231,7 @@ def test_learning_rate_follows_the_kl() -> None:
     rates = []
     for kl in (0.021, 0.019, 0.006, 0.004, 0.004, 1.0, 1.0, 1.0):
         agent._adapt_learning_rate(kl)
+        agent._update_learning_rate(agent.policy.optimizer)
         rates.append(agent.policy.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([2e-4, 2e-4, 2e-4, 3e-4, 4e-4, 4e-4 / 1.5, 4e-4 / 2.25, 1.5e-4])
 

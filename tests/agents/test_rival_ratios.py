@@ -323,8 +323,8 @@ def settings(name: str) -> dict[str, Any]:
 def test_trains_reproducibly_and_loads(name: str, tmp_path: Path) -> None:
     def train(seed: int) -> PolicyFlow:
         agent = PolicyFlow(
-            "MlpPolicy", "Pendulum-v1", n_steps=32, batch_size=16, n_epochs=2, brownian_coef=0.01, jacobian_coef=0.01,
-            diagnostics_interval=1, seed=seed, device="cpu", **settings(name),
+            "MlpPolicy", "Pendulum-v1", n_steps=32, batch_size=16, n_epochs=2, brownian_coef=0.01, transport_coef=0.01,
+            jacobian_coef=0.01, diagnostics_interval=1, seed=seed, device="cpu", **settings(name),
         )  # fmt: skip
         return agent.learn(96)
 
