@@ -42,13 +42,14 @@ POLICYFLOW: dict[str, dict[str, Any]] = {
     "Reacher-v5": DEFAULT | {"gamma": 0.9},
     # Several solutions want a wide base, and the Brownian regularizer keeps it wide (docs/multimodal.md). On MultiGoal
     # the way to a far goal must not be cheap (discount). Noise shifts the centre from which all goals are equally far:
-    # steps that end at 0, large rollouts, long returns, and networks with edges. A heavier weight at the start spreads
-    # actions beyond their bounds.
+    # steps that end at 0, large rollouts, long returns, networks with edges, and a cost of transport. A heavier weight
+    # at the start spreads actions beyond their bounds.
     "driftrl/MultiGoal-v0": SPREAD
     | {
-        "total_timesteps": 4_000_000, "learning_rate": 1e-3, "lr_schedule": "linear", "gamma": 0.95,
-        "gae_lambda": 0.99, "actor_hidden": (64, 64), "ratio": "endpoint", "solver_steps": 2,
-        "base_std": 0.5, "action_std": 0.3, "brownian": "score", "brownian_coef": 0.05, "target_entropy": (1.8, 1.2),
+        "n_envs": 2048, "batch_size": 8192, "total_timesteps": 8_000_000, "learning_rate": 1e-3,
+        "lr_schedule": "linear", "gamma": 0.95, "gae_lambda": 0.99, "actor_hidden": (64, 64), "ratio": "endpoint",
+        "solver_steps": 2, "base_std": 0.5, "action_std": 0.3, "brownian": "score", "brownian_coef": 0.05,
+        "target_entropy": (1.8, 1.2), "transport_coef": 0.2,
     },
     # From its start all goals are equally far; a critic with random values prefers one, and that is slow to go.
     "driftrl/SoftMultiGoal-v0": SPREAD
