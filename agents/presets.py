@@ -18,7 +18,7 @@ SPREAD: dict[str, Any] = WIDE | {
     "n_envs": 1024, "n_steps": 32, "batch_size": 4096, "n_epochs": 5, "activation": "relu", "base": "standard",
     "base_std": 1.0, "brownian": "paper",
 }  # fmt: skip
-# The paper's base of 1, which cannot shrink, and ratio lose touch with the exact ratio here (docs/multimodal.md).
+# With the paper's base of 1, which cannot shrink, its ratio loses touch with the exact one here (docs/multimodal.md).
 MAZE: dict[str, Any] = WIDE | {
     "n_envs": 32, "n_steps": 64, "batch_size": 256, "base_std": 0.5, "ratio": "endpoint", "ent_coef": 0.01,
 }  # fmt: skip

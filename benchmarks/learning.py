@@ -109,6 +109,8 @@ def sb3_preset(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     from stable_baselines3.common.vec_env import VecNormalize
     from torch import nn
 
+    from driftrl.agents.registry import policy_alias
+
     n_envs, config = preset(run.env, **overrides)
 
     class AdaptivePPO(PPO):
@@ -144,7 +146,7 @@ def sb3_preset(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
         "net_arch": {"pi": list(config.actor_hidden), "vf": list(config.critic_hidden)},
     }
     env = VecNormalize(make_vec_env(run.env, n_envs=n_envs, seed=run.seed), gamma=config.gamma)
-    agent = AdaptivePPO("MlpPolicy", env, rate, policy_kwargs=network, seed=run.seed, device="cpu", **settings)
+    agent = AdaptivePPO(policy_alias(env), env, rate, policy_kwargs=network, seed=run.seed, device="cpu", **settings)
     adaptive = {
         "learning_rate": config.learning_rate,
         "lr_schedule": config.lr_schedule,
@@ -192,24 +194,27 @@ SAC_HIDDEN = (128, 128)
 def sac(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     """LipschitzMBPO without model and regularizer, with the hyperparameters of the arm sb3-sac."""
     from driftrl import LipschitzMBPO, LipschitzMBPOConfig
+    from driftrl.agents.registry import policy_alias
     from driftrl.envs import make_vec
 
     plain = {"model": "none", "regularizer": "none", "actor_hidden": SAC_HIDDEN, "critic_hidden": SAC_HIDDEN}
     config = LipschitzMBPOConfig(**(SAC | plain | overrides))
     env = make_vec(run.env, 1, run.seed)
-    return LipschitzMBPO("MlpPolicy", env, config=config, seed=run.seed, device="cpu"), asdict(config) | {"n_envs": 1}
+    agent = LipschitzMBPO(policy_alias(env), env, config=config, seed=run.seed, device="cpu")
+    return agent, asdict(config) | {"n_envs": 1}
 
 
 def sb3_sac(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     """SB3's SAC, one environment."""
     from stable_baselines3 import SAC as Peer
 
+    from driftrl.agents.registry import policy_alias
     from driftrl.envs import make_vec
 
     settings = SAC | overrides
     network = {"net_arch": list(SAC_HIDDEN)}
     env = make_vec(run.env, 1, run.seed)
-    agent = Peer("MlpPolicy", env, policy_kwargs=network, seed=run.seed, device="cpu", **settings)
+    agent = Peer(policy_alias(env), env, policy_kwargs=network, seed=run.seed, device="cpu", **settings)
     return agent, settings | network | {"n_envs": 1}
 
 

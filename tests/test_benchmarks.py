@@ -59,7 +59,7 @@ def test_controls_get_the_presets_hyperparameters(learning: ModuleType, env: str
     assert [m.out_features for m in agent.policy.mlp_extractor.policy_net[::2]] == list(config.actor_hidden)
 
 
-@pytest.mark.parametrize("arm", ["policyflow", "mbpo"])
+@pytest.mark.parametrize("arm", ["policyflow", "mbpo", "sac", "sb3-sac", "sb3-preset"])
 def test_agents_read_dict_observations(learning: ModuleType, arm: str) -> None:
     pytest.importorskip("gymnasium_robotics")
     agent, _ = learning.build(learning.Run("driftrl/PointMazeMedium-v0", arm, 0, 1))
