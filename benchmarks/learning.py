@@ -38,7 +38,7 @@ LOGGED = (
 )  # fmt: skip
 """PolicyFlow's measurements that are kept over training, all of the iterations that have the first."""
 
-# rl_zoo3 2.9.2, hyperparams/ppo.yml, entries HalfCheetah-v4 and Hopper-v4 (it has none for v5).
+# rl_zoo3 2.9.2, hyperparams/ppo.yml, entries of the v4 tasks (it has none for v5). Ant's are SB3's defaults.
 ZOO: dict[str, dict[str, Any]] = {
     "HalfCheetah-v5": {
         "n_steps": 512, "batch_size": 64, "n_epochs": 20, "learning_rate": 2.0633e-05, "gamma": 0.98,
@@ -48,6 +48,15 @@ ZOO: dict[str, dict[str, Any]] = {
         "n_steps": 512, "batch_size": 32, "n_epochs": 5, "learning_rate": 9.80828e-05, "gamma": 0.999,
         "gae_lambda": 0.99, "clip_range": 0.2, "ent_coef": 0.00229519, "vf_coef": 0.835671, "max_grad_norm": 0.7,
     },
+    "Walker2d-v5": {
+        "n_steps": 512, "batch_size": 32, "n_epochs": 20, "learning_rate": 5.05041e-05, "gamma": 0.99,
+        "gae_lambda": 0.95, "clip_range": 0.1, "ent_coef": 0.000585045, "vf_coef": 0.871923, "max_grad_norm": 1.0,
+    },
+    "Humanoid-v5": {
+        "n_steps": 512, "batch_size": 256, "n_epochs": 5, "learning_rate": 3.56987e-05, "gamma": 0.95,
+        "gae_lambda": 0.9, "clip_range": 0.3, "ent_coef": 0.00238306, "vf_coef": 0.431892, "max_grad_norm": 2.0,
+    },
+    "Ant-v5": {"gamma": 0.99},
 }  # fmt: skip
 
 
@@ -71,7 +80,7 @@ class Run:
 
 
 def sb3_zoo(run: Run) -> tuple[Any, dict[str, Any]]:
-    """SB3's PPO with rl_zoo3's tuned hyperparameters, one environment, VecNormalize."""
+    """SB3's PPO with rl_zoo3's hyperparameters, one environment, VecNormalize."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
@@ -84,9 +93,12 @@ def sb3_zoo(run: Run) -> tuple[Any, dict[str, Any]]:
         "activation_fn": nn.ReLU,
         "net_arch": {"pi": [256, 256], "vf": [256, 256]},
     }
+    stated: dict[str, Any] = {"net_arch": [256, 256], "log_std_init": -2, "activation": "relu"}
+    if run.env == "Ant-v5":
+        network, stated = {}, {}
     env = VecNormalize(make_vec_env(run.env, n_envs=1, seed=run.seed), gamma=settings["gamma"])
     agent = PPO("MlpPolicy", env, policy_kwargs=network, seed=run.seed, device="cpu", **settings)
-    return agent, settings | {"n_envs": 1, "net_arch": [256, 256], "log_std_init": -2, "activation": "relu"}
+    return agent, settings | stated | {"n_envs": 1}
 
 
 def preset(env_id: str, **overrides: Any) -> tuple[int, Any]:
