@@ -1,1 +1,1 @@
-"""Agents: one algorithm, one file, on Stable-Baselines3's base classes."""
+"""Agents: one algorithm, one folder, on Stable-Baselines3's base classes."""

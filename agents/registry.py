@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from . import presets
 from .lipschitz_mbpo import LipschitzMBPO, LipschitzMBPOConfig
 from .policyflow import PolicyFlow, PolicyFlowConfig
-from .saving import Checkpointed
+from .storage.saving import Checkpointed
 
 
 class AgentClass(Protocol):

@@ -20,8 +20,8 @@ from paired import machine, ratio, spread, take_turns, write
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from driftrl.agents.registry import AGENTS
-from driftrl.agents.runs import save_checkpoint
 from driftrl.envs import make_vec
+from driftrl.runs.folder import save_checkpoint
 
 STEPS = {"policyflow": 16_384, "mbpo": 400}
 """Environment steps that are timed, after as many to warm up."""

@@ -21,7 +21,7 @@ from latency import block
 from paired import machine, ratio, take_turns, write
 
 from driftrl import LipschitzMBPO, PolicyFlow
-from driftrl.agents.export import export_onnx
+from driftrl.analysis.export import export_onnx
 
 
 def main(

@@ -19,8 +19,8 @@ import learning
 import numpy as np
 import tyro
 
-from driftrl.agents.multimodality import has_several_solutions
-from driftrl.evaluate import interquartile_mean
+from driftrl.analysis.multimodality import has_several_solutions
+from driftrl.analysis.statistics import interquartile_mean
 
 ROOT = Path(__file__).parents[1]
 STEPS = {

@@ -26,9 +26,10 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from driftrl import train
-from driftrl.agents import checkpoint
-from driftrl.agents.runs import Progress, checkpoints
+from driftrl.agents.storage import format as checkpoint
+from driftrl.commands import train
+from driftrl.runs.callbacks import Progress
+from driftrl.runs.folder import checkpoints
 
 SMALL = ["--actor-hidden", "8", "8", "--critic-hidden", "8", "8", "--batch-size", "16"]
 TRAINING = {

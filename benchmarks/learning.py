@@ -274,7 +274,7 @@ def execute(run: Run) -> None:
     from stable_baselines3.common.evaluation import evaluate_policy
     from stable_baselines3.common.vec_env import VecNormalize
 
-    from driftrl.agents.multimodality import has_several_solutions, multimodality
+    from driftrl.analysis.multimodality import has_several_solutions, multimodality
 
     class Curve(BaseCallback):
         """Mean return of the last training episodes, 100 at most, at CURVE_POINTS times; and what LOGGED names."""
@@ -361,7 +361,7 @@ def load(env: str, arm: str, total_timesteps: int) -> list[dict[str, Any]]:
 
 def interval(scores: np.ndarray, digits: int = 0) -> str:
     """IQM of the scores of all seeds and its 95 % bootstrap interval, for a table."""
-    from driftrl.evaluate import bootstrap_interval, interquartile_mean
+    from driftrl.analysis.statistics import bootstrap_interval, interquartile_mean
 
     low, high = bootstrap_interval(scores, interquartile_mean, rng=np.random.default_rng(0))
     return f"**{interquartile_mean(scores):.{digits}f}** [{low:.{digits}f}, {high:.{digits}f}]"
@@ -369,7 +369,7 @@ def interval(scores: np.ndarray, digits: int = 0) -> str:
 
 def table(envs: Sequence[str], arms: Sequence[str], total_timesteps: int) -> str:
     """Markdown: IQM over seeds with a 95 % bootstrap interval, every seed's value, median steps per CPU second."""
-    from driftrl.evaluate import interquartile_mean
+    from driftrl.analysis.statistics import interquartile_mean
 
     lines = [
         "| task | agent | IQM [95 %] | sampled | each seed | steps / CPU s |",

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from paired import write
 from stable_baselines3.common.type_aliases import PolicyPredictor
 
-from driftrl.agents.multimodality import multimodality
-from driftrl.agents.runs import load_agent
+from driftrl.analysis.multimodality import multimodality
 from driftrl.envs.multigoal import GOAL_TASKS
+from driftrl.runs.folder import load_agent
 
 TASK_ID = "driftrl/MultiGoal-v0"
 WIDTH, NEAR = 1.5, 2.0

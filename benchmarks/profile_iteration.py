@@ -24,9 +24,9 @@ from paired import machine, ratio, spread, take_turns, write
 from torch.utils.flop_counter import FlopCounterMode
 
 from driftrl import PolicyFlow
-from driftrl.agents.compiling import Compiled, Objective
-from driftrl.agents.policyflow import losses
-from driftrl.agents.ratios import draw_interpolation
+from driftrl.agents.common.update import Compiled, Objective
+from driftrl.agents.policyflow.algorithm import losses
+from driftrl.agents.policyflow.ratios import draw_interpolation
 from driftrl.envs.mujoco_batch import MujocoVecEnv
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -15,10 +15,10 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from driftrl.agents.flow_policy import FlowActor
-from driftrl.agents.ratios import Ratio, draw_interpolation
-from driftrl.agents.rival_ratios import RATIOS
-from driftrl.agents.rollout import Batch
+from driftrl.agents.policyflow.other_ratios import RATIOS
+from driftrl.agents.policyflow.policy import FlowActor
+from driftrl.agents.policyflow.ratios import Ratio, draw_interpolation
+from driftrl.agents.policyflow.rollout import Batch
 from driftrl.dynamics import VelocityField
 
 STEPS, BASE_STD, ACTION_STD, CHAIN_STD = 4, 0.5, 0.3, 0.2

@@ -26,10 +26,10 @@ import tyro
 from torch import Tensor
 
 from driftrl import PolicyFlow
-from driftrl.agents.flow_policy import FlowActor
-from driftrl.agents.runs import load_agent, read_settings, run_folder_of
+from driftrl.agents.policyflow.policy import FlowActor
 from driftrl.dynamics import odeint, odeint_adaptive
 from driftrl.envs import make_vec
+from driftrl.runs.folder import load_agent, read_settings, run_folder_of
 
 CASES = [("euler", 1), ("euler", 2), ("euler", 4), ("euler", 8), ("midpoint", 2), ("midpoint", 10), ("rk4", 2)]
 REPETITIONS = 200

@@ -9,7 +9,7 @@ from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from driftrl import LipschitzMBPO, PolicyFlow, PolicyFlowConfig
-from driftrl.agents.run_log import open_logger
+from driftrl.runs.log import open_logger
 
 ROOT = Path(__file__).parents[1]
 

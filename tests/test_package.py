@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -56,11 +57,12 @@ def test_wheel_installs_driftrl_and_no_other_name(wheel_files: dict[str, bytes],
 
 def test_wheel_holds_every_module_of_the_checkout(wheel_files: dict[str, bytes]) -> None:
     folders = ("agents", "envs", "dynamics")
-    modules = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    modules += [ROOT / "train.py", ROOT / "evaluate.py"]
-    expected = {f"driftrl/{path.relative_to(ROOT).as_posix()}": path.read_bytes() for path in modules}
-    assert {f"driftrl/{folder}/__init__.py" for folder in folders} <= set(expected)
-    expected["driftrl/__init__.py"] = (ROOT / "driftrl" / "__init__.py").read_bytes()
+    modules = {
+        f"driftrl/{path.relative_to(ROOT).as_posix()}": path for each in folders for path in (ROOT / each).rglob("*.py")
+    }
+    modules |= {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "driftrl").rglob("*.py")}  # links it skips
+    expected = {name: path.read_bytes() for name, path in modules.items()}
+    assert {f"driftrl/{folder}/__init__.py" for folder in (*folders, "commands", "runs", "analysis")} <= set(expected)
     assert {name: content for name, content in wheel_files.items() if name.endswith(".py")} == expected
 
 
@@ -77,8 +79,8 @@ def test_wheel_declares_the_two_commands(wheel_files: dict[str, bytes], dist_inf
     entry_points = ConfigParser()
     entry_points.read_string(wheel_files[f"{dist_info}/entry_points.txt"].decode())
     assert dict(entry_points["console_scripts"]) == {
-        "driftrl-train": "driftrl.train:main",
-        "driftrl-evaluate": "driftrl.evaluate:main",
+        "driftrl-train": "driftrl.commands.train:main",
+        "driftrl-evaluate": "driftrl.commands.evaluate:main",
     }
 
 
@@ -89,6 +91,37 @@ def test_sdist_builds_the_same_wheel(wheel_files: dict[str, bytes], tmp_path: Pa
     (source,) = (tmp_path / "unpacked").iterdir()
     with zipfile.ZipFile(build(source, "wheel", tmp_path / "wheel")) as archive:
         assert {name: archive.read(name) for name in archive.namelist()} == wheel_files
+
+
+@pytest.fixture(scope="module")
+def plain_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkout as it is where symbolic links are plain files that hold the target's path."""
+    folder = tmp_path_factory.mktemp("without links") / "driftrl"
+    folder.mkdir(parents=True)
+    for name in ("agents", "envs", "dynamics", "driftrl"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train.py", "evaluate.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for link in [path for path in (folder / "driftrl").iterdir() if path.is_symlink()]:
+        target = os.readlink(link)
+        link.unlink()
+        link.write_text(target)
+    assert (folder / "driftrl" / "agents").read_text() == "../agents"
+    return folder
+
+
+def test_a_checkout_without_links_builds_the_same_wheel(
+    plain_checkout: Path, wheel_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(build(plain_checkout, "wheel", tmp_path / "wheel")) as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == wheel_files
+
+
+def test_a_checkout_without_links_runs_the_commands(plain_checkout: Path) -> None:
+    assert "--resume RUN" in python("train.py", "--help", cwd=plain_checkout, path=plain_checkout)
+    assert "--episodes" in python("evaluate.py", "--help", cwd=plain_checkout, path=plain_checkout)
+    where = "import driftrl.agents.policyflow, driftrl.envs.make as m; print(m.__file__)"
+    assert Path(python("-c", where, cwd=plain_checkout, path=plain_checkout)).is_relative_to(plain_checkout)
 
 
 def test_public_names_exist() -> None:
@@ -112,5 +145,7 @@ def test_installed_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) 
     python("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel), cwd=tmp_path)
     file = python("-c", "import driftrl.agents; print(driftrl.agents.__file__)", cwd=tmp_path, path=site)
     assert Path(file).is_relative_to(site)
-    assert "--total-timesteps" in python("-m", "driftrl.train", "policyflow", "--help", cwd=tmp_path, path=site)
-    assert "--episodes" in python("-m", "driftrl.evaluate", "--help", cwd=tmp_path, path=site)
+    assert "--total-timesteps" in python(
+        "-m", "driftrl.commands.train", "policyflow", "--help", cwd=tmp_path, path=site
+    )
+    assert "--episodes" in python("-m", "driftrl.commands.evaluate", "--help", cwd=tmp_path, path=site)

@@ -1,0 +1,119 @@
+"""Hyperparameters of LipschitzMBPO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..common.config import require, validate
+from ..storage.format import storable
+
+
+@storable
+@dataclass(frozen=True)
+class LipschitzMBPOConfig:
+    """Hyperparameters of LipschitzMBPO; those that SAC has too bear Stable-Baselines3's names.
+
+    Raises:
+        ValueError: if a field is outside its range.
+    """
+
+    learning_rate: float = 3e-4
+    """Learning rate of actor, critics and temperature, > 0."""
+    buffer_size: int = 1_000_000
+    """Transitions of the environment that are kept, >= 1."""
+    learning_starts: int = 5000
+    """Steps of uniformly random actions before learning, >= 1."""
+    batch_size: int = 256
+    """Transitions per update, >= 1."""
+    gradient_steps: int = 20
+    """Updates per environment step, >= 1."""
+    tau: float = 0.005
+    """Weight of the critics in their slow copy, per update, in [0, 1]."""
+    gamma: float = 0.99
+    """Discount factor, in [0, 1]."""
+    temperature: float = 1.0
+    """(Initial) entropy temperature alpha, > 0."""
+    learn_temperature: bool = True
+    """Drive the policy's entropy to target_entropy by the temperature."""
+    target_entropy: float | None = None
+    """In nats; None: minus the number of action dimensions."""
+    actor_hidden: tuple[int, ...] = (256, 256)
+    """Widths of the actor's hidden layers."""
+    critic_hidden: tuple[int, ...] = (256, 256)
+    """Widths of the critics' hidden layers."""
+    activation: Literal["relu", "silu", "mish", "tanh", "elu"] = "relu"
+    """Activation of actor and critics."""
+    normalize_observation: bool = False
+    """Standardise what actor and critics see with running statistics kept in the policy."""
+    model: Literal["none", "deterministic", "probabilistic", "flow", "langevin"] = "probabilistic"
+    """Transition model; none: SAC alone."""
+    members: int = 1
+    """Networks of a deterministic or probabilistic model, >= 1; MBPO's ensemble has 7."""
+    elites: int = 1
+    """Members that predict, those of least hold-out error, 1 .. members; MBPO has 5."""
+    model_hidden: tuple[int, ...] = (200, 200, 200, 200)
+    """Widths of the model's hidden layers."""
+    model_epochs: int = 100
+    """Passes of a fit at most, >= 1; it ends when the hold-out error stops falling."""
+    model_interval: int = 250
+    """Environment steps from one fit to the next, >= 1."""
+    model_rollouts: int = 400
+    """Model rollouts begun per environment step, >= 1 (all of an interval's at once, after the fit)."""
+    model_retain: int = 1000
+    """Environment steps whose model rollouts are kept, >= model_interval."""
+    horizon: tuple[int, int, int, int] = (20_000, 150_000, 1, 15)
+    """(a, b, x, y): length of model rollouts, x up to environment step a, linearly to y at step b."""
+    real_ratio: float = 0.05
+    """Share of real transitions in what is learned from, in [0, 1]; exact over updates, not only in the mean."""
+    termination: Literal["auto", "task", "learned", "never"] = "auto"
+    """Ends of model rollouts: by the task's own rule, a learned one, never; auto: the task's where it is known."""
+    regularizer: Literal["robust", "spectral", "none"] = "robust"
+    """Of the critics: robust against adversarial states, or bounded spectral norms."""
+    robust_coef: float = 0.01
+    """Weight of the robust penalty, >= 0 (lambda)."""
+    robust_radius: float = 0.1
+    """Largest change of a state, > 0, in running standard deviations of each observation (epsilon)."""
+    adversary: Literal["fgsm", "pgd", "langevin"] = "fgsm"
+    """How the states are sought: one sign step, several, or Langevin ascent."""
+    adversary_steps: int = 4
+    """Steps of pgd and langevin, >= 1."""
+    adversary_temperature: float = 1.0
+    """Temperature of langevin, > 0, in units of the squared value."""
+    pairing: Literal["paper", "same_action", "policy"] = "paper"
+    """Actions compared, (at the changed state, at the state): (pi, a), (a, a) or (pi, pi)."""
+    spectral_bound: float = 4.0
+    """Largest spectral norm of each layer of the critics, > 0 (spectral)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the update; auto: where the run is long enough and a C++ compiler is found."""
+    nonfinite: Literal["raise", "skip", "rollback"] = "raise"
+    """Numbers that are not finite: an error; leave the transition or update out; or take updates back (docs)."""
+    diagnostics_interval: int = 1000
+    """Environment steps between the diagnostics of model and value, >= 0; 0: never."""
+
+    def __post_init__(self) -> None:
+        validate(
+            self,
+            {
+                "a number above 0": "learning_rate temperature robust_radius adversary_temperature spectral_bound",
+                "a number of at least 0": "robust_coef",
+                "a number in [0, 1]": "tau gamma real_ratio",
+                "an integer of at least 1": "buffer_size learning_starts batch_size gradient_steps members elites "
+                "model_epochs model_interval model_rollouts model_retain adversary_steps",
+                "an integer of at least 0": "diagnostics_interval",
+                "positive integers, at least one": "actor_hidden critic_hidden model_hidden",
+                "True or False": "learn_temperature normalize_observation",
+            },
+        )
+        start, end, first, last = self.horizon
+        require(self, "horizon", 0 <= start <= end and 1 <= min(first, last), "(a, b, x, y), 0 <= a <= b, x and y >= 1")
+        require(self, "elites", self.elites <= self.members, f"at most members = {self.members}")
+        gaussian = self.model in ("deterministic", "probabilistic")
+        require(self, "members", gaussian or self.members == 1, f"1 for the model {self.model}")
+        require(self, "model_retain", self.model_retain >= self.model_interval, "at least model_interval")
+
+    def horizon_at(self, step: int) -> int:
+        """Length of model rollouts at an environment step."""
+        start, end, first, last = self.horizon
+        progress = min(max((step - start) / max(end - start, 1), 0.0), 1.0)
+        return int(first + progress * (last - first))

@@ -1,0 +1,221 @@
+"""Soft actor-critic (Haarnoja et al. 2018, arXiv 1812.05905): networks and losses, twin critics as one network.
+
+Given an observation s::
+
+    a = tanh(u),  u ~ N(m(s), std(s)^2)                       the actor, in [-1, 1]^D
+    y = r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha log pi(a' | s'))
+    L_critic = 1/2 sum_i (Q_i(s, a) - y)^2
+    L_actor = alpha log pi(a~ | s) - min_i Q_i(s, a~)
+    L_alpha = -log alpha (log pi(a~ | s) + target entropy)
+
+Differences from the paper: actor, critics and temperature take their step at the same time, from the same minibatch and
+the weights before it (Haarnoja et al. update one after the other); the loss of the temperature is in log alpha.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from ..common.networks import ACTIVATIONS, RunningNorm, activation_name, mlp
+from ..common.policy import JoinedPolicy
+from ..common.update import Batch
+from ..storage.format import storable
+
+LOG_STD_RANGE = (-20.0, 2.0)
+
+
+class SquashedSample(NamedTuple):
+    """Actions [B, D] in [-1, 1] and their log-densities [B], in nats."""
+
+    action: Tensor
+    log_prob: Tensor
+
+
+class SquashedActor(nn.Module):
+    """Gaussian squashed by tanh (arXiv 1812.05905, appendix C).
+
+    Args:
+        obs_dim: length of the observation vector, O.
+        action_dim: number of action dimensions, D.
+        hidden: widths of the hidden layers.
+        activation: a key of `ACTIVATIONS`.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: tuple[int, ...], activation: str) -> None:
+        super().__init__()
+        self.body = mlp([obs_dim, *hidden, 2 * action_dim], activation, None)
+
+    def sample(self, obs: Tensor, noise: Tensor) -> SquashedSample:
+        """Draw actions given obs [B, O] and standard normal noise [B, D]."""
+        mean, log_std = self.body(obs).chunk(2, dim=-1)
+        log_std = log_std.clamp(*LOG_STD_RANGE)
+        unsquashed = mean + log_std.exp() * noise
+        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        # log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u)), which does not underflow
+        log_slope = 2 * (math.log(2) - unsquashed - F.softplus(-2 * unsquashed))
+        return SquashedSample(unsquashed.tanh(), (log_prob - log_slope).sum(-1))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """The deterministic action tanh(m(s)), [B, D], given obs [B, O]."""
+        mean: Tensor = self.body(obs).chunk(2, dim=-1)[0]
+        return mean.tanh()
+
+
+class TwinLinear(nn.Module):
+    """Two linear layers of equal shape in one: weight [2, fan_in, fan_out], bias [2, 1, fan_out]."""
+
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        super().__init__()
+        bound = fan_in**-0.5  # as nn.Linear's
+        self.weight = nn.Parameter(torch.empty(2, fan_in, fan_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(2, 1, fan_out).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs [2, B, fan_out] of inputs [2, B, fan_in]."""
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class TwinCritic(nn.Module):
+    """Two action-value networks of equal shape, evaluated together.
+
+    Args:
+        inputs: length of observation and action vectors together.
+        hidden: widths of the hidden layers.
+        activation: a key of `ACTIVATIONS`.
+    """
+
+    def __init__(self, inputs: int, hidden: tuple[int, ...], activation: str) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [TwinLinear(inputs, hidden[0])]
+        for fan_in, fan_out in pairwise((*hidden, 1)):
+            layers += [ACTIVATIONS[activation](), TwinLinear(fan_in, fan_out)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Values [2, B] of obs [B, O] and action [B, D]."""
+        values: Tensor = self.layers(torch.cat([obs, action], -1).expand(2, -1, -1))
+        return values.squeeze(-1)
+
+
+def frozen(module: nn.Module, *arguments: Tensor) -> Tensor:
+    """The module's output, differentiable in the arguments but not in its parameters."""
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    output: Tensor = functional_call(module, parameters, arguments)
+    return output
+
+
+@storable
+class SACPolicy(JoinedPolicy):
+    """Actor, twin critics with their slow copy, temperature and observation statistics as a Stable-Baselines3 policy.
+
+    Args:
+        observation_space: Box, or Dict of Boxes; no images.
+        action_space: Box with finite bounds.
+        lr_schedule: progress remaining (1 to 0) -> learning rate.
+        net_arch: widths of the hidden layers, one list for all networks or {"pi": [...], "qf": [...]}.
+        activation_fn: a key of `ACTIVATIONS` or one of its torch modules.
+        tau: weight of the critics in their slow copy, per update.
+        temperature: initial entropy temperature alpha.
+        learn_temperature: whether alpha learns.
+        normalize_observation: standardise observations with running statistics.
+        optimizer_class: optimizer of all parameters.
+        optimizer_kwargs: its arguments besides the learning rate.
+
+    Raises:
+        ValueError: if a space or an argument is not supported.
+    """
+
+    followed, follower = "critic", "target_critic"
+    draws = 1
+
+    def __init__(
+        self, observation_space: spaces.Space, action_space: spaces.Space,  # type: ignore[type-arg]
+        lr_schedule: Schedule, *, net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: str | type[nn.Module] = "relu", tau: float = 0.005, temperature: float = 1.0,
+        learn_temperature: bool = True, normalize_observation: bool = False,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(observation_space, action_space, optimizer_class, optimizer_kwargs)
+        if not isinstance(net_arch, dict):
+            net_arch = dict.fromkeys(("pi", "qf"), [256, 256] if net_arch is None else net_arch)
+        activation = activation_name(activation_fn)
+        self._arguments = {
+            "net_arch": net_arch, "activation_fn": activation, "tau": tau, "temperature": temperature,
+            "learn_temperature": learn_temperature, "normalize_observation": normalize_observation,
+            "optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs,
+        }  # fmt: skip
+        self.obs_norm = RunningNorm(self.obs_dim)
+        self.normalize_observation = normalize_observation
+        self.actor = SquashedActor(self.obs_dim, self.action_dim, tuple(net_arch["pi"]), activation)
+        self.critic = TwinCritic(self.obs_dim + self.action_dim, tuple(net_arch["qf"]), activation)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor([math.log(temperature)]), requires_grad=learn_temperature)
+        self.averaging = tau
+        self._join(lr_schedule)
+
+    def unit(self) -> Tensor:
+        """Running standard deviation of each observation, [O], in the units that the networks see."""
+        return torch.ones_like(self.obs_norm.scale) if self.normalize_observation else 1 / self.obs_norm.scale
+
+    def value(self, obs: Tensor) -> Tensor:
+        """State value [B] of observations as the networks see them: the lower critic at the deterministic action."""
+        values: Tensor = self.critic(obs, self.actor(obs)).amin(0)
+        return values
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> Tensor:
+        """Actions [B, D] in [-1, 1] of a batch of observations."""
+        return self._predict(obs, deterministic)
+
+    def decide(self, features: Tensor, noise: Tensor | None) -> Tensor:
+        """As in `JoinedPolicy`."""
+        obs = self.normalize(features)
+        action: Tensor = self.actor(obs) if noise is None else self.actor.sample(obs, noise[0]).action
+        return action
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        spaces_ = {"observation_space": self.observation_space, "action_space": self.action_space}
+        return spaces_ | {"lr_schedule": self._dummy_schedule} | self._arguments
+
+
+def sac_losses(policy: SACPolicy, batch: Batch, values: Tensor, gamma: float, target_entropy: float) -> Batch:
+    """The loss "train/loss" of actor, critics and temperature together, its terms and what is logged beside them.
+
+    Args:
+        policy: the networks; each loss reaches only its own.
+        batch: obs, next_obs [B, O] as the networks see them; action [B, D]; reward, terminated [B]; standard normal
+            noise and next_noise [B, D].
+        values: both critics' Q(s, a), [2, B].
+        gamma: discount factor.
+        target_entropy: entropy that the temperature drives the actor to, in nats.
+    """
+    obs, alpha = batch["obs"], policy.log_alpha.exp().detach()
+    with torch.no_grad():
+        following = policy.actor.sample(batch["next_obs"], batch["next_noise"])
+        next_value = policy.target_critic(batch["next_obs"], following.action).amin(0) - alpha * following.log_prob
+        target = batch["reward"] + gamma * (1 - batch["terminated"]) * next_value
+    critic_loss = 0.5 * (values - target).square().mean(1).sum()
+
+    chosen = policy.actor.sample(obs, batch["noise"])
+    actor_loss = (alpha * chosen.log_prob - frozen(policy.critic, obs, chosen.action).amin(0)).mean()
+    surplus = (chosen.log_prob.detach() + target_entropy).mean()
+    temperature_loss = -(policy.log_alpha * surplus).sum()
+    return {
+        "train/loss": critic_loss + actor_loss + temperature_loss,
+        "train/critic_loss": critic_loss,
+        "train/actor_loss": actor_loss,
+        "train/ent_coef_loss": temperature_loss,
+        "train/ent_coef": alpha.sum(),
+        "train/entropy": -chosen.log_prob.mean(),
+        "train/value": values.mean(),
+    }

@@ -1,0 +1,149 @@
+"""Hyperparameters of PolicyFlow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..common.config import require, validate
+from ..storage.format import storable
+from .other_ratios import RATIOS, RatioName
+
+
+@storable
+@dataclass(frozen=True)
+class PolicyFlowConfig:
+    """Hyperparameters of PolicyFlow; those that PPO has too bear Stable-Baselines3's names.
+
+    Raises:
+        ValueError: if a field is outside its range.
+    """
+
+    learning_rate: float = 3e-4
+    """Learning rate (initial one if lr_schedule is adaptive or linear), > 0."""
+    n_steps: int = 2048
+    """Steps per environment and rollout, >= 1. The rollout holds n_steps x number of environments samples."""
+    batch_size: int = 64
+    """Samples per minibatch, 1 .. samples in the rollout."""
+    n_epochs: int = 10
+    """Passes over the rollout per iteration, >= 1."""
+    gamma: float = 0.99
+    """Discount factor, in [0, 1]."""
+    gae_lambda: float = 0.95
+    """Decay of generalized advantage estimation, in [0, 1]."""
+    clip_range: float = 0.2
+    """Clip range of the ratio, > 0 (PPO's epsilon)."""
+    clip_range_vf: float | None = 0.2
+    """Clip range of the value, in units of normalised returns, > 0; None: no clipping."""
+    normalize_advantage: bool = True
+    """Standardise the advantages over the whole rollout."""
+    ent_coef: float = 0.0
+    """Weight of the entropy of the Gaussian noises, w_g of the paper, >= 0."""
+    vf_coef: float = 0.5
+    """Weight of the value loss, >= 0."""
+    max_grad_norm: float = 1.0
+    """Largest norm of the joint gradient of actor and critic, > 0."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW, >= 0."""
+    lr_schedule: Literal["adaptive", "linear", "constant"] = "adaptive"
+    """Course of the learning rate: adaptive keeps the KL near desired_kl; linear falls to 0; constant."""
+    desired_kl: float = 0.01
+    """Mean KL of an iteration's minibatches that the adaptive learning rate aims at, > 0, in nats."""
+    lr_min: float = 1e-6
+    """Lower bound of the adaptive learning rate, > 0."""
+    lr_max: float = 1e-2
+    """Upper bound of the adaptive learning rate, >= lr_min."""
+    target_kl: float | None = None
+    """End the epochs of an iteration when the KL exceeds 1.5 x this, > 0; None: never."""
+    ratio: RatioName = "interpolation"
+    """Importance ratio: the paper's approximation, the exact one given z, or one of those in docs/flow_ratios.md."""
+    ratio_draws: int = 8
+    """ratio marginal: latents, ratio fpo, fpo++: pairs (time, noise), per sample, >= 1."""
+    solver: Literal["euler", "midpoint", "heun", "rk4"] = "euler"
+    """ODE solver of the flow."""
+    solver_steps: int = 2
+    """Fixed steps of the solver from flow time 0 to 1, >= 1."""
+    sampler: Literal["ode", "sde"] = "ode"
+    """While sampling, the flow is an ODE, or an SDE by Euler and Maruyama (solver euler)."""
+    langevin_eps: float = 0.1
+    """sampler sde: noise of the flow, in (0, 1], in units of the base's variance / flow time."""
+    base: Literal["standard", "learned", "gaussian"] = "learned"
+    """Base of z: standard N(0, base_std^2); learned N(0, s^2), s learned from base_std; gaussian N(m(obs), s^2)."""
+    base_std: float = 0.1
+    """(Initial) standard deviation of the base, >= 0, in units of half the action range; 0: Gaussian PPO."""
+    action_std: float = 0.5
+    """Initial standard deviation of the action noise (of all steps of a chain), > 0, in half action ranges."""
+    exploration_noise: Literal["gaussian", "ou", "fractional"] = "gaussian"
+    """Action noise over an episode: independent, Ornstein-Uhlenbeck, increments of fractional Brownian motion."""
+    noise_time: float = 2.0
+    """exploration_noise ou: correlation time in steps, > 0."""
+    hurst: float = 0.7
+    """exploration_noise fractional: Hurst exponent in [0.3, 1): below 1/2 alternating, above persistent."""
+    brownian: Literal["paper", "consistent", "score"] = "consistent"
+    """What spreads actions: the paper's Brownian regularizer, one that aims at brownian_std, the entropy's gradient."""
+    brownian_coef: float = 0.0
+    """(Initial) weight of it, w_b of the paper, >= 0; 0 switches it off."""
+    target_entropy: tuple[float, float] | None = None
+    """Entropy of actions, in nats, that the weight is adapted to, at start and end of the run; None: a fixed weight."""
+    brownian_std: float = 0.5
+    """Standard deviation that the consistent Brownian regularizer drives the flow's samples to, > 0."""
+    transport_coef: float = 0.0
+    """Weight of the transport cost |x1 - z|^2, >= 0: the flow moves z only as far as advantages ask for; 0: off."""
+    jacobian_coef: float = 0.0
+    """Weight of the squared Frobenius norm of the field's Jacobian, >= 0; 0 switches it off."""
+    solver_error_coef: float = 0.0
+    """Weight of the estimated error of a DOPRI5 step of half the flow time, >= 0; 0 switches it off."""
+    actor_hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of the velocity field (and of the base's mean)."""
+    critic_hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of the critic."""
+    critic_gain: float = 1.0
+    """Gain of the critic's last layer at the start, >= 0; 0: all values are 0, no state is preferred."""
+    activation: Literal["silu", "mish", "tanh", "elu", "relu"] = "silu"
+    """Activation of all networks."""
+    ema_decay: float = 0.0
+    """Decay of the weight average that predict() uses, in [0, 1); 0: predict with the last weights."""
+    normalize_observation: bool = True
+    """Standardise observations with running statistics kept in the policy."""
+    normalize_reward: bool = True
+    """Divide rewards by the running standard deviation of the discounted return."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile rollout and update: the same up to rounding, after 20 s. auto: in long runs, if a compiler is found."""
+    nonfinite: Literal["raise", "skip", "rollback"] = "raise"
+    """Numbers that are not finite: an error; leave the transition or update out; or take updates back (docs)."""
+    guard: Literal["off", "warn", "lower_rate", "rollback"] = "off"
+    """What to do where training collapses: nothing, warn, halve the adaptive learning rate, go back to good weights."""
+    guard_drop: float = 0.5
+    """Fall of the mean return that the guard takes for a collapse, in (0, 1], as a share of its range so far."""
+    diagnostics_interval: int = 10
+    """Iterations between the flow/ diagnostics in the log, >= 0; 0: never."""
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "a number above 0": "learning_rate clip_range max_grad_norm desired_kl lr_min lr_max "
+            "action_std brownian_std noise_time",
+            "a number above 0, at most 1": "langevin_eps guard_drop",
+            "a number in [0.3, 1)": "hurst",
+            "a number above 0, or None": "clip_range_vf target_kl",
+            "a number of at least 0": "ent_coef vf_coef weight_decay brownian_coef transport_coef "
+            "jacobian_coef solver_error_coef base_std critic_gain",
+            "a number in [0, 1]": "gamma gae_lambda",
+            "a number in [0, 1)": "ema_decay",
+            "an integer of at least 1": "n_steps batch_size n_epochs solver_steps ratio_draws",
+            "an integer of at least 0": "diagnostics_interval",
+            "positive integers, at least one": "actor_hidden critic_hidden",
+            "two numbers, or None": "target_entropy",
+            "True or False": "normalize_advantage normalize_observation normalize_reward",
+        }
+        validate(self, ranges)
+        require(self, "solver", self.sampler == "ode" or self.solver == "euler", "euler with sampler sde")
+        adaptive = self.guard != "lower_rate" or self.lr_schedule == "adaptive"
+        require(self, "lr_schedule", adaptive, "adaptive with guard lower_rate")
+        steered = self.target_entropy is None or self.brownian_coef > 0
+        require(self, "brownian_coef", steered, "a number above 0 with target_entropy")
+        gaussian = {} if self.base_std else {"base": "standard", "ratio": "endpoint", "sampler": "ode"}
+        gaussian |= {"brownian": "score"} if gaussian and self.brownian_coef else {}
+        for why, needed in ((f"ratio {self.ratio}", RATIOS[self.ratio].requires), ("base_std 0", gaussian)):
+            for name, value in needed.items():
+                require(self, name, getattr(self, name) == value, f"{value} with {why}")
+        require(self, "lr_max", self.lr_max >= self.lr_min, f"a number of at least lr_min = {self.lr_min}")

@@ -1,0 +1,224 @@
+"""The flow policy: a base distribution, a velocity field that carries it to the actions, action noise, a critic.
+
+Given an observation s::
+
+    z ~ base(s)                     base: N(0, base_std^2), N(0, s^2) or N(m(s), s^2), or z = 0
+    x1 = phi_1(z; s)                phi: the flow of dx/dt = v(t, x, s) from t = 0 to 1, or an SDE of the same v
+    action = x1 + n,  n ~ N(0, std^2)
+
+The actor works in normalised actions, in which the action space is [-1, 1]^D; `unscale_action` maps them to the
+environment's units. Actions are stored unclipped and clipped only on their way to the environment.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, NamedTuple
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import Tensor, nn
+
+from ...dynamics.fields import MLPField
+from ...dynamics.ode import odeint
+from ..common.networks import RunningNorm, activation_name, gaussian_log_prob, mlp
+from ..common.policy import JoinedPolicy
+from ..storage.format import storable
+from .noisy_flows import gaussian_chain, langevin_flow
+
+LOG_STD_RANGE = (-5.0, 2.0)
+
+
+class FlowSample(NamedTuple):
+    """One draw from the policy, each [B, D] in normalised action units."""
+
+    z: Tensor
+    x1: Tensor
+    action: Tensor
+
+
+class FlowActor(nn.Module):
+    """The distribution of (z, action) given normalised observations.
+
+    Args:
+        obs_dim: length of the observation vector, O.
+        action_dim: number of action dimensions, D.
+        hidden: widths of the velocity field's hidden layers, and of the base's mean network.
+        activation: a key of `ACTIVATIONS`.
+        base: "standard" N(0, base_std^2), fixed; "learned" N(0, s^2), s a parameter; "gaussian" N(m(obs), s^2).
+        base_std: (initial) standard deviation of the base; 0, if it is fixed: z = 0, a Gaussian policy.
+        log_std_init: initial log standard deviation of the action noise.
+        solver: name of the ODE solver.
+        solver_steps: number of its steps.
+        langevin_eps: noise of the flow while sampling, see `langevin_flow`; 0: an ODE. Above 0 only by euler.
+        chained: learned noise at every step instead, see `gaussian_chain`; only by euler.
+    """
+
+    def __init__(
+        self, obs_dim: int, action_dim: int, *, hidden: tuple[int, ...], activation: str, base: str, base_std: float,
+        log_std_init: float, solver: str, solver_steps: int, langevin_eps: float = 0.0, chained: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.solver, self.solver_steps, self.langevin_eps = solver, solver_steps, langevin_eps
+        noises = solver_steps if langevin_eps else solver_steps - 1 if chained else 0
+        self.draws = 2 + noises  # standard normals per sample and dimension
+        # Last layers are zero: the flow starts as the identity (the paper's best initialisation), the base at mean 0.
+        self.field = MLPField(action_dim, obs_dim, hidden=hidden, activation=activation, last_layer_scale=0.0)
+        self.base_mean = mlp([obs_dim, *hidden, action_dim], activation, 0.0) if base == "gaussian" else None
+        self.has_latent, base_log_std = base_std > 0, math.log(base_std) if base_std else -math.inf
+        self.base_log_std = nn.Parameter(torch.full((action_dim,), base_log_std), requires_grad=base != "standard")
+        self.log_std = nn.Parameter(torch.full((action_dim,), float(log_std_init)))
+        inner = torch.full((solver_steps - 1, action_dim), float(log_std_init))
+        self.chain_log_std = nn.Parameter(inner) if chained else None
+
+    def base(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation of z given obs [B, O]; both [B, D]."""
+        log_std = self.base_log_std.clamp(*LOG_STD_RANGE).expand(obs.shape[0], -1)
+        return (torch.zeros_like(log_std) if self.base_mean is None else self.base_mean(obs)), log_std
+
+    def noise_log_std(self) -> Tensor:
+        """Log standard deviation of the action noise, [D]."""
+        return self.log_std.clamp(*LOG_STD_RANGE)
+
+    def flow(self, z: Tensor, obs: Tensor, path: Tensor | None = None) -> Tensor:
+        """Carry z [B, D] to x1 [B, D] given obs [B, O]: by the ODE or, along the noise of each step, a noisy flow.
+
+        Args:
+            z: start.
+            obs: normalised observations.
+            path: standard normals, [draws - 2, B, D], or None: the ODE.
+        """
+        if path is None or self.draws == 2:
+            return odeint(self.field, z, steps=self.solver_steps, solver=self.solver, cond=obs)
+        if self.chain_log_std is not None:
+            return self.chain(z, obs, path)[-1]
+        return langevin_flow(self.field, z, obs, path, *self.base(obs), self.langevin_eps)
+
+    def chain(self, z: Tensor, obs: Tensor, path: Tensor) -> Tensor:
+        """The states of a chain, [K + 1, B, D]: see `gaussian_chain`."""
+        assert self.chain_log_std is not None
+        return gaussian_chain(self.field, z, obs, path, self.chain_log_std.clamp(*LOG_STD_RANGE))
+
+    def sample(self, obs: Tensor, noise: Tensor) -> FlowSample:
+        """Draw given obs [B, O] and standard normal noise [draws, B, D]: for z, for the action, for the path."""
+        mean, log_std = self.base(obs)
+        z = mean + log_std.exp() * noise[0] if self.has_latent else mean
+        x1 = self.flow(z, obs, noise[2:])
+        return FlowSample(z, x1, x1 + self.noise_log_std().exp() * noise[1])
+
+    def mode(self, obs: Tensor) -> Tensor:
+        """The deterministic action [B, D]: the ODE from the mean of the base, no noise."""
+        return self.flow(self.base(obs)[0], obs)
+
+    def log_prob(self, obs: Tensor, sample: FlowSample) -> Tensor:
+        """Joint log-density of (z, action) given obs and the path's noise, [B], in nats, of uncorrelated actions."""
+        of_action = gaussian_log_prob(sample.action, sample.x1, self.noise_log_std())
+        return of_action + gaussian_log_prob(sample.z, *self.base(obs)) if self.has_latent else of_action
+
+
+@storable
+class FlowPolicy(JoinedPolicy):
+    """Actor, critic and normalisers as a Stable-Baselines3 policy for Box actions and vector observations.
+
+    Args:
+        observation_space: Box, or Dict of Boxes; no images.
+        action_space: Box with finite bounds.
+        lr_schedule: progress remaining (1 to 0) -> learning rate.
+        net_arch: widths of the hidden layers, one list for both networks or {"pi": [...], "vf": [...]}.
+        activation_fn: a key of `ACTIVATIONS` or one of its torch modules.
+        base, base_std, log_std_init, solver, solver_steps, langevin_eps, chained: see `FlowActor`.
+        critic_gain: of the critic's last layer at the start; 0: all values are 0, no state is preferred.
+        normalize_observation: standardise observations with running statistics.
+        ema_decay: decay of the weight average used for prediction; 0 for none.
+        optimizer_class: optimizer of all parameters.
+        optimizer_kwargs: its arguments besides the learning rate.
+
+    Raises:
+        ValueError: if a space or an argument is not supported.
+    """
+
+    followed, follower = "actor", "averaged_actor"
+
+    def __init__(
+        self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], lr_schedule: Schedule, *,
+        net_arch: list[int] | dict[str, list[int]] | None = None, activation_fn: str | type[nn.Module] = "silu",
+        base: str = "learned", base_std: float = 0.1, log_std_init: float = math.log(0.5), solver: str = "euler",
+        solver_steps: int = 2, langevin_eps: float = 0.0, chained: bool = False, critic_gain: float = 1.0,
+        normalize_observation: bool = True, ema_decay: float = 0.0,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        optimizer_kwargs: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(observation_space, action_space, optimizer_class, optimizer_kwargs)
+        if not isinstance(net_arch, dict):
+            net_arch = dict.fromkeys(("pi", "vf"), [64, 64] if net_arch is None else net_arch)
+        net_arch = {"pi": [], "vf": []} | net_arch
+        if base not in ("standard", "learned", "gaussian"):
+            raise ValueError(f"base: got {base!r}, expected standard, learned or gaussian")
+        if not (base_std > 0 or (base_std == 0 and base == "standard")):
+            raise ValueError(f"base_std: got {base_std}, expected a number above 0, or 0 with base standard")
+        if not 0 <= langevin_eps <= 1:
+            raise ValueError(f"langevin_eps: got {langevin_eps}, expected a number in [0, 1]")
+        if (langevin_eps or chained) and solver != "euler":
+            raise ValueError(f"solver: got {solver}, expected euler, the one that integrates the flow as an SDE")
+        if langevin_eps and chained:
+            raise ValueError(f"langevin_eps: got {langevin_eps}, expected 0 with chained, which has noise of its own")
+        activation = activation_name(activation_fn)
+        self._arguments = {
+            "net_arch": net_arch, "activation_fn": activation, "base": base, "base_std": base_std,
+            "log_std_init": log_std_init, "solver": solver, "solver_steps": solver_steps, "langevin_eps": langevin_eps,
+            "chained": chained, "critic_gain": critic_gain, "normalize_observation": normalize_observation,
+            "ema_decay": ema_decay, "optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs,
+        }  # fmt: skip
+        self.obs_norm = RunningNorm(self.obs_dim)
+        self.return_norm = RunningNorm(1)
+        self.normalize_observation = normalize_observation
+        self.actor = FlowActor(
+            self.obs_dim, self.action_dim, hidden=tuple(net_arch["pi"]), activation=activation, base=base,
+            base_std=base_std, log_std_init=log_std_init, solver=solver, solver_steps=solver_steps,
+            langevin_eps=langevin_eps, chained=chained,
+        )  # fmt: skip
+        self.critic = mlp([self.obs_dim, *net_arch["vf"], 1], activation, critic_gain)
+        self.averaging = 1 - ema_decay
+        self.averaged_actor = copy.deepcopy(self.actor).requires_grad_(False) if ema_decay else None
+        self.draws = self.actor.draws
+        self._join(lr_schedule)
+
+    def act(self, features: Tensor, noise: Tensor) -> Tensor:
+        """Draw z, x1 and action [3, N, D] given raw observation vectors [N, O] and noise as for `sample`."""
+        return torch.stack(self.actor.sample(self.normalize(features), noise))
+
+    def value(self, obs: Tensor) -> Tensor:
+        """State value [B] of normalised observations [B, O], in units of normalised returns."""
+        value: Tensor = self.critic(obs)
+        return value.squeeze(-1)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised actions [B, D] (unclipped), values [B, 1] and joint log-densities of (z, action) [B].
+
+        Args:
+            obs: batch of observations.
+            deterministic: z at the mean of the base and no noise.
+        """
+        vector = self.normalize(self.features(obs))
+        if deterministic:
+            x1 = self.actor.mode(vector)
+            sample = FlowSample(self.actor.base(vector)[0], x1, x1)
+        else:
+            noise = torch.randn(self.actor.draws, len(vector), self.action_dim, device=vector.device)
+            sample = self.actor.sample(vector, noise)
+        return sample.action, self.value(vector).unsqueeze(-1), self.actor.log_prob(vector, sample)
+
+    def predict_values(self, obs: PyTorchObs) -> Tensor:
+        """Values [B, 1] of a batch of observations, in units of normalised returns."""
+        return self.value(self.normalize(self.features(obs))).unsqueeze(-1)
+
+    def decide(self, features: Tensor, noise: Tensor | None) -> Tensor:
+        """As in `JoinedPolicy`, by the averaged actor where there is one."""
+        obs, actor = self.normalize(features), self.actor if self.averaged_actor is None else self.averaged_actor
+        return (actor.mode(obs) if noise is None else actor.sample(obs, noise).action).clamp(-1, 1)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        spaces_ = {"observation_space": self.observation_space, "action_space": self.action_space}
+        return spaces_ | {"lr_schedule": self._dummy_schedule} | self._arguments

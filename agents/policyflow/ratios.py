@@ -1,0 +1,158 @@
+"""Importance ratios of flow policies: how much more likely a policy makes the (z, action) that was drawn.
+
+Those of this file condition on z. p(z) is part of the sampled object, so ``E[ratio * advantage]`` over (z, action) is
+unbiased, and a base that is learned contributes its own exact factor ``p(z | s) / p_old(z | s)``. They also condition
+on the noise along the flow, whose law does not depend on the policy, and on the memory of correlated action noise:
+that is part of the state, with the policy that acted as its filter, and the action is
+``N(x1 + std noise_mean, (std noise_scale)^2)``.
+
+A ratio is asked twice. `record` runs once per rollout, while the policy still is the one that acted, and adds to the
+batch what only that policy knows. `terms` runs in every minibatch, with gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...dynamics.ode import SOLVERS
+from ..common.networks import gaussian_kl, gaussian_log_prob
+from .policy import FlowActor
+from .rollout import Batch
+
+
+class RatioTerms(NamedTuple):
+    """What the losses need of a ratio."""
+
+    log_ratio: Tensor  # [B], or several per sample [B, N], in nats
+    kl: Tensor  # [B], in nats: KL(old || new) of the virtual policy whose ratio this is
+    velocity: Tensor | None = None  # [B, D]: v(t, x_t) where the ratio evaluates it, for the regularizers to share
+
+
+def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """PPO's policy loss ``-E[min(rho A, clip(rho, 1 +- clip_range) A)]`` of log-ratios and advantages."""
+    ratio = log_ratio.exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages).mean()
+
+
+class Ratio(ABC):
+    """Strategy that compares the policy with the one that acted.
+
+    Args:
+        draws: random draws per sample, of the ratios that need several.
+    """
+
+    requires: ClassVar[dict[str, object]] = {}
+    """The value that a field of the Config must have with this ratio."""
+
+    def __init__(self, draws: int = 8) -> None:
+        self.draws = draws
+
+    def record(self, actor: FlowActor, batch: Batch, generator: torch.Generator) -> Batch:
+        """Add what `terms` needs; called with the weights that acted."""
+        del actor, generator
+        return batch
+
+    @abstractmethod
+    def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
+        """Log-ratio and KL of `actor` against the policy that acted; both 0 while they are the same."""
+
+    def surrogate(self, log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+        """The policy loss, a scalar, of log-ratios as in `RatioTerms` and advantages [B]."""
+        return clipped_surrogate(log_ratio, advantages.view(-1, *[1] * (log_ratio.ndim - 1)), clip_range)
+
+
+def gaussian_terms(actor: FlowActor, batch: Batch, shift: Tensor) -> RatioTerms:
+    """Ratio and KL of a policy whose flow ends `shift` [B, D] away from x1: Gaussians in z and in the action."""
+    noise, log_std = batch["action"] - batch["x1"], actor.noise_log_std()
+    old_shift, old_log_std = torch.zeros_like(shift), batch["log_std"]
+    if "noise_mean" in batch:
+        log_scale = batch["noise_scale"].log()
+        shift = shift + log_std.exp() * batch["noise_mean"]
+        old_shift, old_log_std = old_log_std.exp() * batch["noise_mean"], old_log_std + log_scale
+        log_std = log_std + log_scale
+    mean, base_log_std = actor.base(batch["obs"])
+    log_ratio = gaussian_log_prob(noise, shift, log_std) - gaussian_log_prob(noise, old_shift, old_log_std)
+    log_ratio = log_ratio + gaussian_log_prob(batch["z"], mean, base_log_std)
+    log_ratio = log_ratio - gaussian_log_prob(batch["z"], batch["base_mean"], batch["base_log_std"])
+    kl = gaussian_kl(old_shift, old_log_std, shift, log_std)
+    kl = kl + gaussian_kl(batch["base_mean"], batch["base_log_std"], mean, base_log_std)
+    return RatioTerms(log_ratio, kl)
+
+
+def interpolate(batch: Batch) -> Tensor:
+    """The point x_t = (1 - t) z + t x1 of the chord, [B, D] (section 3 of the paper)."""
+    return torch.lerp(batch["z"], batch["x1"], batch["t"].unsqueeze(-1))
+
+
+def _remaining(eps: float, steps: int) -> float:
+    """What the last `steps` steps of an SDE leave of a displacement where dv/dx = 0: its score pulls to the base."""
+    left = 1.0
+    for i in range(1, steps + 1):
+        left *= 1 - eps / i
+    return left
+
+
+def quadrature(actor: FlowActor) -> tuple[list[float], list[float]]:
+    """Times ``(k + c_i) / steps`` of the solver's quadrature and weights ``b_i / steps``, without those of weight 0.
+
+    The weights are the velocities' shares in the endpoint where dv/dx = 0. An SDE adds ``eps t / (1 - t)`` to the share
+    of a velocity and forgets early ones.
+    """
+    tableau, steps, eps = SOLVERS[actor.solver], actor.solver_steps, actor.langevin_eps
+    if eps:
+        shares = [(1 + eps * k / (steps - k)) * _remaining(eps, steps - 1 - k) / steps for k in range(steps)]
+        return [k / steps for k, w in enumerate(shares) if w > 0], [w for w in shares if w > 0]
+    nodes = [(k + c) / steps for k in range(steps) for b, c in zip(tableau.b, tableau.c, strict=True) if b > 0]
+    return nodes, [b / steps for _ in range(steps) for b in tableau.b if b > 0]
+
+
+@torch.no_grad()
+def record_velocities(actor: FlowActor, batch: Batch) -> Batch:
+    """Add the acting policy's velocities at all M times of the quadrature: v_nodes [B, M, D] on the chord."""
+    times = [batch["z"].new_full((len(batch["z"]),), t) for t in quadrature(actor)[0]]
+    return batch | {
+        "v_nodes": torch.stack([actor.field(t, interpolate(batch | {"t": t}), batch["obs"]) for t in times], 1)
+    }
+
+
+def draw_interpolation(actor: FlowActor, batch: Batch, generator: torch.Generator) -> Batch:
+    """Replace the velocities at all times by those at one per sample: flow time t [B] and velocity v_old [B, D].
+
+    t is drawn with the weights of the solver's quadrature, so that ``E_t[dv]`` is the endpoint's shift to zeroth order
+    in the Jacobian, for any solver.
+    """
+    times, weights = (batch["z"].new_tensor(values) for values in quadrature(actor))
+    index = torch.multinomial(weights, len(batch["z"]), replacement=True, generator=generator)
+    v_old = batch["v_nodes"][torch.arange(len(index), device=index.device), index]
+    return {name: value for name, value in batch.items() if name != "v_nodes"} | {"t": times[index], "v_old": v_old}
+
+
+class InterpolationRatio(Ratio):
+    """PolicyFlow's ratio: the endpoint's shift is taken to be dv = v - v_old at one point of the chord.
+
+    ``rho = N(noise; dv, std^2) / N(noise; 0, std_old^2)`` times the base's factor (arXiv 2602.01156, section 3).
+    Exact when the field depends on the observation alone; otherwise biased, the more so the larger |dv/dx| is
+    (`docs/policyflow.md`). One field evaluation per minibatch, whatever the solver. Of an SDE, what a move of the base
+    does to the endpoint is added, with dv/dx = 0 there as well.
+    """
+
+    def record(self, actor: FlowActor, batch: Batch, generator: torch.Generator) -> Batch:
+        """Add the velocities, of which `draw_interpolation` chooses one per sample and epoch."""
+        del generator
+        return record_velocities(actor, batch)
+
+    def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
+        """Log-ratio and KL at the recorded point."""
+        velocity = actor.field(batch["t"], interpolate(batch), batch["obs"])
+        shift, eps, steps = velocity - batch["v_old"], actor.langevin_eps, actor.solver_steps
+        if "path" in batch:  # without drift x1 = m + remaining (z - m) + s noise
+            mean, log_std = actor.base(batch["obs"])
+            noise = sum(_remaining(eps, steps - 1 - k) * batch["path"][:, k] for k in range(steps))
+            shift = shift + (1 - _remaining(eps, steps)) * (mean - batch["base_mean"])
+            shift = shift + math.sqrt(2 * eps / steps) * (log_std.exp() - batch["base_log_std"].exp()) * noise
+        return gaussian_terms(actor, batch, shift)._replace(velocity=velocity)

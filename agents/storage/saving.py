@@ -1,0 +1,225 @@
+"""Saving and loading of agents: Stable-Baselines3's methods on the files of checkpoint.py, which nothing unpickles."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, ClassVar, TypeVar, cast
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.save_util import open_path, recursive_getattr, recursive_setattr
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import format as checkpoint
+from .format import CheckpointError
+
+Self = TypeVar("Self", bound="Checkpointed")
+PathOrFile = str | Path | io.BufferedIOBase
+
+_NEEDED: dict[str, type | tuple[type, ...]] = {
+    "policy_class": (type, str), "policy_kwargs": dict, "observation_space": spaces.Space, "action_space": spaces.Space,
+    "config": object,
+}  # fmt: skip
+"""Attributes without which no agent can be made, and what they are."""
+
+
+class Checkpointed(BaseAlgorithm):
+    """An agent whose saved files hold data only. A mixin, before the algorithm's own base class."""
+
+    gamma: float
+    """Discount factor."""
+    _remade: ClassVar[tuple[str, ...]]
+    """Attributes that `_setup_model` or `learn` makes anew: saved agents lack them."""
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seed Python, NumPy, PyTorch, the environments and the agent's own generator."""
+        super().set_random_seed(seed)
+        self._generator = torch.Generator(self.device)
+        # Resuming at num_timesteps must not replay the noise of the start.
+        self._generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed + self.num_timesteps)
+
+    def save(
+        self, path: PathOrFile, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
+    ) -> None:
+        """Save networks, optimizers, normalisers and all attributes, for `load`.
+
+        Args:
+            path: file, with or without .zip, or file object.
+            exclude: attributes to leave out; they are the constructor's after `load`, or those given to it.
+            include: attributes to save that are left out by default.
+
+        Raises:
+            CheckpointError: if an attribute cannot be expressed as data; the file stays as it is then.
+        """
+        document = checkpoint.encode(self.contents(exclude, include))
+        with opened(path, "w") as file:
+            checkpoint.write(file, {"agent": document})
+
+    def contents(self, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> dict[str, Any]:
+        """What `save` writes: attributes, the parameters of networks and optimizers, and further variables."""
+        stated, variables = self._get_torch_save_params()
+        left_out = {*self._excluded_save_params(), *(exclude or ())} - set(include or ())
+        left_out |= {name.split(".")[0] for name in (*stated, *variables)}
+        return {
+            "attributes": {name: value for name, value in vars(self).items() if name not in left_out},
+            "parameters": self.get_parameters(),
+            "variables": {name: recursive_getattr(self, name) for name in variables},
+        }
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "lr_schedule", "_generator", *self._remade]
+
+    @classmethod
+    def load(
+        cls: type[Self], path: PathOrFile, env: GymEnv | None = None, device: torch.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None, print_system_info: bool = False, force_reset: bool = True, *,
+        allow_pickle: bool = False, **kwargs: Any,
+    ) -> Self:  # fmt: skip
+        """Make an agent of a saved file.
+
+        Args:
+            path: file, with or without .zip, or file object.
+            env: environment to go on with; None where the agent is only to act.
+            device: "auto", "cpu", "cuda" or a torch device.
+            custom_objects: attributes in place of the saved ones, or that were left out when it was saved.
+            print_system_info: print the versions of this system.
+            force_reset: begin new episodes when training goes on.
+            allow_pickle: read a file of Stable-Baselines3's format, too. That executes what is in it.
+            **kwargs: attributes in place of the saved ones; fields of the config among them.
+
+        Raises:
+            CheckpointError: if the file is damaged, no agent of this class, written by a newer version, or in
+                Stable-Baselines3's format without `allow_pickle`, or policy_kwargs are not the saved ones.
+            ValueError: if env has other spaces.
+        """
+        if print_system_info:
+            get_system_info()
+        with opened(path, "r") as file:
+            label = label_of(path, file)
+            if allow_pickle and checkpoint.is_pickled(file, label):
+                stream = cast(io.BufferedIOBase, file)
+                return super().load(stream, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+            content = _read(file, label)
+            size = file.seek(0, io.SEEK_END)
+        attributes = content["attributes"] | (custom_objects or {})
+        if missing := [name for name in _NEEDED if name not in attributes]:
+            given = f"custom_objects={{{missing[0]!r}: ...}}"
+            raise CheckpointError(f"{label}: got a file saved without {', '.join(missing)}; give load {given}")
+        for name, kind in _NEEDED.items():
+            if not isinstance(attributes[name], kind):
+                raise CheckpointError(f"no checkpoint: {label}: got a {type(attributes[name]).__name__} as {name}")
+        if env is not None:
+            env = cls._wrap_env(env, attributes.get("verbose", 0))
+            check_for_correct_spaces(env, attributes["observation_space"], attributes["action_space"])
+            attributes |= {"n_envs": env.num_envs} | ({"_last_obs": None} if force_reset else {})
+        try:
+            saved = attributes["policy_kwargs"]
+            if kwargs.get("policy_kwargs", saved) != saved:
+                raise ValueError(f"policy_kwargs: got {kwargs['policy_kwargs']}, expected the saved ones, {saved}")
+            return cls._rebuild(content, attributes | kwargs, env, device, size)
+        except Exception as error:  # whatever data of other kinds and sizes lead to
+            reason = error if isinstance(error, ValueError) else repr(error)
+            raise CheckpointError(f"{label}: no {cls.__name__} can be made of it: {reason}") from error
+
+    @classmethod
+    def _rebuild(
+        cls: type[Self], content: dict[str, Any], attributes: dict[str, Any], env: GymEnv | None,
+        device: torch.device | str, size: int,
+    ) -> Self:  # fmt: skip
+        """Make the agent of a document of `size` bytes."""
+        for name in attributes:
+            if callable(getattr(cls, name, None)) or isinstance(getattr(cls, name, None), property):
+                raise CheckpointError(f"got an attribute {name}, which is a method")
+        model = cls(policy=attributes["policy_class"], env=env, device=device, _init_setup_model=False)  # type: ignore[call-arg]
+        if type(model.config) is not type(attributes["config"]):  # type: ignore[attr-defined]
+            raise CheckpointError(f"it is one of another class, with a {type(attributes['config']).__name__}")
+        vars(model).update(attributes)
+        with _Allocations(size + 2**24):
+            model._setup_model()
+        model.set_parameters(content["parameters"], exact_match=True, device=device)
+        for name in model._get_torch_save_params()[1]:
+            recursive_setattr(model, f"{name}.data", content["variables"][name])
+        return model
+
+    def set_parameters(
+        self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto", *,
+        allow_pickle: bool = False,
+    ) -> None:  # fmt: skip
+        """Take parameters from a saved file or from a dictionary as `get_parameters` returns it.
+
+        Args:
+            load_path_or_dict: file, file object or dictionary.
+            exact_match: refuse a choice of them.
+            device: for Stable-Baselines3; parameters stay where they are.
+            allow_pickle: see `load`.
+
+        Raises:
+            CheckpointError: if the file is none of ours, see `load`.
+            ValueError: if the names are others.
+        """
+        parameters = load_path_or_dict
+        if not isinstance(parameters, dict):
+            with opened(parameters, "r") as file:
+                label = label_of(load_path_or_dict, file)
+                if allow_pickle and checkpoint.is_pickled(file, label):
+                    return super().set_parameters(cast(Any, file), exact_match, device)
+                parameters = _read(file, label)["parameters"]
+        super().set_parameters(parameters, exact_match, device)
+
+    def training_state(self) -> dict[str, Any]:
+        """What training goes on from, beside what `save` writes."""
+        return {"device": self.device.type, "generator": self._generator.get_state()}
+
+    def set_training_state(self, state: dict[str, Any]) -> None:
+        """Go on from where `training_state` was called; on another kind of device with other random numbers."""
+        if state["device"] == self.device.type:
+            self._generator.set_state(state["generator"])
+
+
+class _Allocations(TorchDispatchMode):
+    """Refuses new tensors of more bytes in all than a limit: networks that a file describes must be those it holds."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._limit = self._left = limit
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at the size first, then do it."""
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], list) and all(isinstance(n, int) for n in args[0]):
+            self._left -= math.prod(args[0]) * (kwargs.get("dtype") or torch.get_default_dtype()).itemsize
+            if self._left < 0:
+                raise CheckpointError(f"got networks of more than the file's {self._limit} bytes, expected those in it")
+        return func(*args, **kwargs)
+
+
+def _read(file: IO[bytes], label: str) -> dict[str, Any]:
+    """What `contents` returned."""
+    content = checkpoint.read(file, "agent", label)
+    for part in ("attributes", "parameters", "variables"):
+        if not isinstance(content.get(part), dict):
+            raise CheckpointError(f"no checkpoint: {label}: got no {part}, expected names with values")
+    return content
+
+
+@contextmanager
+def opened(path: PathOrFile, mode: str) -> Iterator[IO[bytes]]:
+    """A file by its path, as Stable-Baselines3 finds it, or the file object itself."""
+    file = cast(IO[bytes], open_path(path, mode, suffix="zip"))
+    try:
+        yield file
+    finally:
+        if isinstance(path, str | Path):
+            file.close()
+
+
+def label_of(path: PathOrFile, file: IO[bytes]) -> str:
+    """What messages call a file."""
+    return str(path if isinstance(path, str | Path) else getattr(file, "name", "the file object"))

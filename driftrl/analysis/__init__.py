@@ -1,0 +1,1 @@
+"""What is made of trained policies: evaluation, statistics, plots, videos, exported files."""

@@ -1,0 +1,151 @@
+"""Evaluation of a policy: complete episodes in both modes, as numbers and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from ..envs import make_vec
+from .multimodality import format_multimodality, has_several_solutions, multimodality
+from .statistics import bootstrap_interval, interquartile_mean
+
+EVALUATION_SEED = 1_000_000  # far from the seeds that training runs use
+_MAX_ENVS = 10
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Returns and lengths of the episodes of one evaluation."""
+
+    returns: list[float]
+    lengths: list[int]
+
+    def summary(self) -> dict[str, float]:
+        """Statistics of the returns, with a 95 % bootstrap interval of the IQM, and of the episode lengths."""
+        low, high = bootstrap_interval(self.returns, interquartile_mean, rng=np.random.default_rng(0))
+        return {
+            "mean": float(np.mean(self.returns)),
+            "std": float(np.std(self.returns)),
+            "median": float(np.median(self.returns)),
+            "iqm": float(interquartile_mean(self.returns)),
+            "iqm_low": low,
+            "iqm_high": high,
+            "length_mean": float(np.mean(self.lengths)),
+            "length_min": min(self.lengths),
+            "length_max": max(self.lengths),
+        }
+
+
+@dataclass(frozen=True)
+class CheckedPolicy:
+    """An agent that refuses to act on observations that are not finite."""
+
+    agent: BaseAlgorithm
+    env_id: str
+
+    def predict(
+        self,
+        observation: NDArray[Any] | dict[str, NDArray[Any]],
+        state: tuple[NDArray[Any], ...] | None = None,
+        episode_start: NDArray[Any] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
+        """The agent's `predict`, with a ValueError for observations that are not finite."""
+        for part in observation.values() if isinstance(observation, dict) else [observation]:
+            if not np.isfinite(part).all():
+                raise ValueError(
+                    f"non-finite observation: got {part[~np.isfinite(part)][0]} from {self.env_id}, expected finite "
+                    "numbers; check the environment"
+                )
+        return self.agent.predict(observation, state, episode_start, deterministic)
+
+
+def evaluate_agent(
+    agent: BaseAlgorithm, env_id: str, env_kwargs: dict[str, Any], episodes: int, seed: int, *, sample: bool
+) -> Evaluation:
+    """Play complete episodes with a policy.
+
+    The episodes are divided among parallel environments beforehand, so that short ones are not over-represented.
+
+    Args:
+        agent: what chooses the actions.
+        env_id: Gymnasium id.
+        env_kwargs: arguments of the environment.
+        episodes: how many, at least 1.
+        seed: seed of the environments' first episodes and of the sampled actions.
+        sample: sample the actions; otherwise the deterministic ones.
+
+    Raises:
+        ValueError: if episodes is below 1, the agent was trained for other spaces, or an observation or a return is
+            not finite.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes: got {episodes}, expected an integer of at least 1")
+
+    def check_return(progress: dict[str, Any], _: dict[str, Any]) -> None:
+        """Called by evaluate_policy with its local variables, after each step of each environment."""
+        value = progress["info"]["episode"]["r"] if progress["done"] else 0.0
+        if not np.isfinite(value):
+            number = len(progress["episode_rewards"]) + 1
+            raise ValueError(
+                f"non-finite return: got {value} from episode {number} of {env_id}, expected a finite number; check "
+                "the environment's rewards"
+            )
+
+    env = make_vec(env_id, min(episodes, _MAX_ENVS), seed, **env_kwargs)
+    try:
+        for kind in ("observation_space", "action_space"):
+            expected, got = getattr(agent, kind), getattr(env, kind)
+            if expected != got:
+                raise ValueError(f"{kind} of {env_id}: got {got}, expected {expected} as in training; change --env")
+        agent.set_random_seed(seed)
+        model = CheckedPolicy(agent, env_id)
+        results = evaluate_policy(
+            model, env, episodes, deterministic=not sample, callback=check_return, return_episode_rewards=True
+        )
+    finally:
+        env.close()
+    returns, lengths = cast(tuple[list[float], list[int]], results)
+    return Evaluation([float(value) for value in returns], [int(length) for length in lengths])
+
+
+def evaluate_modes(
+    agent: BaseAlgorithm, env_id: str, env_kwargs: dict[str, Any], episodes: int, seed: int, modes: Sequence[str],
+    start: Sequence[float] = (0.0, 0.0),
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluate in the modes "deterministic" and "sampled": what eval.json holds.
+
+    On tasks with several solutions this includes their `multimodality`, from `start` where the task lets one choose it.
+    """
+    report: dict[str, Any] = {"env_id": env_id, "env_kwargs": env_kwargs, "timesteps": agent.num_timesteps}
+    report |= {"episodes": episodes, "seed": seed}
+    for mode in modes:
+        result = evaluate_agent(agent, env_id, env_kwargs, episodes, seed, sample=mode == "sampled")
+        report[mode] = {**result.summary(), "returns": result.returns, "lengths": result.lengths}
+        if has_several_solutions(env_id):
+            agent.set_random_seed(seed)
+            report[mode]["multimodality"] = multimodality(
+                CheckedPolicy(agent, env_id), env_id, env_kwargs, start, seed, deterministic=mode == "deterministic"
+            )
+    return report
+
+
+def format_table(report: dict[str, Any]) -> str:
+    """The report of `evaluate_modes` as one table or, on tasks with several solutions, two."""
+    lines = [f"{'return':14}{'mean':>10}{'std':>10}{'median':>10}{'IQM':>10}{'95 % interval':>22}  episode length"]
+    modes = [mode for mode in ("deterministic", "sampled") if mode in report]
+    for mode in modes:
+        row = report[mode]
+        interval = f"[{row['iqm_low']:.1f}, {row['iqm_high']:.1f}]"
+        numbers = "".join(f"{row[key]:10.1f}" for key in ("mean", "std", "median", "iqm"))
+        length = f"{row['length_mean']:.0f} ({row['length_min']} to {row['length_max']})"
+        lines.append(f"{mode:14}{numbers}{interval:>22}  {length}")
+    if "multimodality" in report[modes[0]]:
+        lines += ["", format_multimodality({mode: report[mode]["multimodality"] for mode in modes})]
+    return "\n".join(lines)

@@ -1,0 +1,151 @@
+"""Policies as files that run without this library: ONNX, and programs of `torch.export`.
+
+A file holds all that `predict` does between an observation and an action within its bounds: normaliser, solver,
+clipping, and the averaged weights where the policy has them. It is one function, of any batch size B, all in float32::
+
+    deterministic    obs [B, O]                       -> action [B, *shape of the action]
+    sampled          obs [B, O], noise [B, draws, D]  -> action [B, *shape of the action]
+
+obs is the raw observation, flattened; the entries of a Dict lie one after the other, in the order of their space. noise
+is standard normal and new in each call, D the number of action dimensions, draws that of the policy: 1 for
+LipschitzMBPO, 2 for PolicyFlow, and solver_steps more with sampler="sde". The file says so itself (`describe`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from .. import __version__
+from ..agents.common.policy import JoinedPolicy
+
+_OUTPUT = "action"
+
+
+def export_onnx(agent: BaseAlgorithm | JoinedPolicy, path: Path, *, sampled: bool = False) -> None:
+    """Write a policy as ONNX, of standard operators only; `describe` under "driftrl" in the model's metadata.
+
+    Args:
+        agent: an agent of this library, or its policy.
+        path: the file, which is replaced.
+        sampled: the form that takes noise; otherwise the deterministic one.
+
+    Raises:
+        ValueError: if onnx or onnxscript is not installed, or the agent is of another library.
+    """
+    try:
+        onnx: Any = importlib.import_module("onnx")
+        importlib.import_module("onnxscript")
+    except ImportError as error:
+        raise ValueError(f"export: {error.name} is not installed; run pip install onnx onnxscript") from error
+    policy = _policy_of(agent)
+    program = _trace(policy, sampled)
+    inputs = ["obs", "noise"] if sampled else ["obs"]
+    with _quiet():
+        converted = torch.onnx.export(
+            program, (), input_names=inputs, output_names=[_OUTPUT], dynamo=True, verbose=False
+        )
+    assert converted is not None
+    model: Any = converted.model_proto
+    # What it was traced from are lines and paths of this machine.
+    for part in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):
+        part.ClearField("metadata_props")
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.helper.set_model_props(model, {"driftrl": json.dumps(describe(policy, sampled))})
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
+def export_program(agent: BaseAlgorithm | JoinedPolicy, path: Path, *, sampled: bool = False) -> None:
+    """Write a policy as a program of `torch.export`; `describe` as its extra file "driftrl.json".
+
+    ``torch.export.load(path).module()`` is a function of CPU tensors. It needs PyTorch alone.
+
+    Args:
+        agent: an agent of this library, or its policy.
+        path: the file, named .pt2, which is replaced.
+        sampled: the form that takes noise; otherwise the deterministic one.
+
+    Raises:
+        ValueError: if the agent is of another library.
+    """
+    policy = _policy_of(agent)
+    description = {"driftrl.json": json.dumps(describe(policy, sampled))}
+    torch.export.save(_trace(policy, sampled), path, extra_files=description)
+
+
+EXPORTERS = {".onnx": export_onnx, ".pt2": export_program}
+"""How a policy is written, by the ending of the file's name."""
+
+
+def describe(policy: JoinedPolicy, sampled: bool) -> dict[str, Any]:
+    """What a user of the file must know: inputs, the parts of obs in their order, and the bounds of the actions."""
+    space = policy.observation_space
+    parts = space.spaces if isinstance(space, spaces.Dict) else {"obs": space}
+    box: Any = policy.action_space
+    return {
+        "version": __version__,
+        "policy": "sampled" if sampled else "deterministic",
+        "obs": [{"name": name, "shape": list(part.shape or ())} for name, part in parts.items()],
+        "noise": [policy.draws, policy.action_dim] if sampled else None,
+        "action": {"low": box.low.tolist(), "high": box.high.tolist()},
+    }
+
+
+class _Predict(nn.Module):
+    """`predict` as one function of tensors."""
+
+    def __init__(self, policy: JoinedPolicy) -> None:
+        super().__init__()
+        self.policy = policy
+        box: Any = policy.action_space
+        self.shape = box.shape
+        self.low, self.high = (nn.Buffer(torch.tensor(bound.ravel())) for bound in (box.low, box.high))
+
+    def forward(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
+        action = self.policy.decide(obs, None if noise is None else noise.transpose(0, 1))
+        action = self.low + 0.5 * (action + 1) * (self.high - self.low)
+        return torch.reshape(action, (-1, *self.shape))
+
+
+def _policy_of(agent: BaseAlgorithm | JoinedPolicy) -> JoinedPolicy:
+    policy = agent if isinstance(agent, JoinedPolicy) else agent.policy
+    if not isinstance(policy, JoinedPolicy):
+        raise ValueError(f"export: got {type(agent).__name__}, expected an agent of this library, or its policy")
+    return policy
+
+
+def _trace(policy: JoinedPolicy, sampled: bool) -> ExportedProgram:
+    """The program of a copy on the CPU, so that neither the policy nor its device matter to the file."""
+    module = _Predict(copy.deepcopy(policy).cpu()).requires_grad_(False).eval()
+    inputs = {"obs": torch.zeros(2, policy.obs_dim)}  # of size 1 torch.export would not take the batch for dynamic
+    if sampled:
+        inputs["noise"] = torch.zeros(2, policy.draws, policy.action_dim)
+    return torch.export.export(module, (), inputs, dynamic_shapes={name: {0: Dim("batch")} for name in inputs})
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch.onnx says of its own code and of torchvision, which is not needed."""
+    registry = logging.getLogger("torch.onnx._internal.exporter._registration")
+    before, registry.disabled = registry.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
+            yield
+    finally:
+        registry.disabled = before

@@ -1,0 +1,125 @@
+"""Evaluate, film or export a saved policy: `python evaluate.py RUN_OR_FILE --episodes 20 [--video out.mp4]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..agents.storage.files import write_json
+from ..analysis.evaluation import EVALUATION_SEED, CheckedPolicy, evaluate_modes, format_table
+from ..analysis.export import EXPORTERS
+from ..analysis.multimodality import has_several_solutions
+from ..analysis.plots import draw_pictures
+from ..analysis.video import choose_renderer, record_video
+from ..envs import check_env, parse_env_kwargs
+from ..envs.multigoal import GOAL_TASKS
+from ..runs.folder import find_checkpoint, load_agent, read_settings, run_folder_of
+from .parser import Parser, fail
+
+
+def _check_target(option: str, path: Path) -> None:
+    """Refuse a file that could not be written, before episodes are spent on what it shall hold."""
+    if path.is_dir():
+        raise ValueError(f"{option}: got the folder {path}, expected a file; add a name")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{option}: got {path}, expected a file in an existing folder that can be written to")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, or 2 for bad input."""
+    usage = "%(prog)s RUN_OR_FILE [options]"
+    parser = Parser(prog=Path(sys.argv[0]).name, usage=usage, description="Evaluate a saved policy.")
+    parser.add_argument("path", type=Path, nargs="?", metavar="RUN_OR_FILE", help="run folder or saved .zip file")
+    parser.add_argument("--episodes", type=int, default=20, help="episodes per policy, >= 1 (default: %(default)s)")
+    parser.add_argument("--sample", action="store_true", help="only the sampled policy, also in video and export")
+    parser.add_argument("--env", metavar="ID", help="Gymnasium id (default: the one of the run)")
+    parser.add_argument("--env-kwargs", nargs="*", metavar="KEY=VALUE", help="its arguments (default: as in the run)")
+    parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help="0 .. 2**31 - 1 (default: %(default)s)")
+    parser.add_argument("--video", type=Path, metavar="FILE", help="also write a video of one episode, .mp4 or .gif")
+    parser.add_argument(
+        "--start", type=float, nargs=2, metavar=("X", "Y"), help="goal tasks: where trajectories begin (default: 0 0)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="goal tasks and mazes: also write pictures, .png")
+    parser.add_argument("--json", metavar="FILE", help="also write all results as JSON; - for stdout, and nothing else")
+    parser.add_argument(
+        "--export", type=Path, metavar="FILE", help="also write the policy for other programs, .onnx or .pt2 (PyTorch)"
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
+    torch.set_num_threads(1)  # batches are small: more threads wait for each other
+    try:
+        args = parser.parse_args(argv)
+        if args.path is None and args.env_kwargs:  # they took all that follows: --env-kwargs KEY=VALUE RUN_OR_FILE
+            args.path = Path(args.env_kwargs.pop())
+        if args.path is None:
+            parser.error("got no RUN_OR_FILE, expected a run folder or saved .zip file")
+        return _evaluate(args)
+    except (ValueError, OSError) as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    if not 0 <= args.seed < 2**31:
+        raise ValueError(f"seed: got {args.seed}, expected an integer of 0 .. 2**31 - 1")
+    if args.json not in (None, "-"):
+        _check_target("json", Path(args.json))
+    if args.video:
+        _check_target("video", args.video)
+    if args.export:
+        _check_target("export", args.export)
+        if args.export.suffix not in EXPORTERS:
+            raise ValueError(f"export: got {args.export}, expected a name that ends in {' or '.join(EXPORTERS)}")
+    if args.plot and args.plot.is_file():
+        raise ValueError(f"plot: got the file {args.plot}, expected a folder")
+    file = find_checkpoint(args.path)
+    folder = run_folder_of(file)
+    if folder is None and args.env is None:
+        raise ValueError(f"env: got none, and {file} lies in no run folder that would tell it; add --env ID")
+    settings = read_settings(folder) if folder else None
+    same_env = settings is not None and args.env in (None, settings.env_id)
+    env_id = settings.env_id if settings and args.env is None else args.env
+    env_kwargs = settings.env_kwargs if settings and same_env else {}
+    if args.env_kwargs is not None:
+        env_kwargs = parse_env_kwargs(args.env_kwargs)
+    if args.start is not None and env_id not in GOAL_TASKS:
+        raise ValueError(f"start: {env_id} has no choice of it; only {' and '.join(GOAL_TASKS)} do")
+    if args.plot and not has_several_solutions(env_id):
+        raise ValueError(f"plot: nothing to draw for {env_id}, only for {', '.join(GOAL_TASKS)} and PointMaze ids")
+    start = args.start or (0.0, 0.0)
+    if args.video:
+        choose_renderer()
+    check_env(env_id, **env_kwargs)
+    agent = load_agent(file, args.device)
+
+    out = sys.stderr if args.json == "-" else sys.stdout
+    episodes = f"{args.episodes} episode{'s' if args.episodes != 1 else ''} each"
+    print(f"{file}: {agent.num_timesteps:,} steps of training on {env_id}; {episodes}", file=out)
+    policy = "sampled" if args.sample else "deterministic"
+    if args.export:
+        EXPORTERS[args.export.suffix](agent, args.export, sampled=args.sample)
+        print(f"exported the {policy} policy to {args.export}", file=out)
+    if args.video:
+        print(f"recording an episode of the {policy} policy to {args.video}", file=out, flush=True)
+        record_video(agent, env_id, env_kwargs, args.video, args.seed, sample=args.sample)
+    if args.plot:
+        paths = draw_pictures(agent, CheckedPolicy(agent, env_id), env_id, env_kwargs, start, args.seed, args.plot)
+        print(f"wrote {', '.join(map(str, paths))}", file=out, flush=True)
+    modes = ("sampled",) if args.sample else ("deterministic", "sampled")
+    report = evaluate_modes(agent, env_id, env_kwargs, args.episodes, args.seed, modes, start)
+    print(format_table(report), file=out)
+    if args.json == "-":
+        print(json.dumps({"file": str(file), **report}, indent=2, allow_nan=False))
+    elif args.json is not None:
+        write_json(Path(args.json), {"file": str(file), **report})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

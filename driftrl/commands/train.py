@@ -1,0 +1,333 @@
+"""Train an agent: `python train.py policyflow --env Hopper-v5`, or go on with a run: `python train.py --resume RUN`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+import secrets
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.vec_env import VecEnv
+from tqdm import tqdm
+
+from ..agents.registry import AGENTS, Entry, policy_alias
+from ..agents.storage.files import write_json
+from ..agents.storage.saving import Checkpointed
+from ..agents.storage.training_state import restore
+from ..analysis.evaluation import EVALUATION_SEED, evaluate_modes, format_table
+from ..envs import make_vec, parse_env_kwargs
+from ..envs.make import Backend
+from ..runs.callbacks import Checkpoints, Progress
+from ..runs.folder import (
+    Resumption,
+    RunSettings,
+    check_device,
+    find_checkpoint,
+    has_saved,
+    is_complete,
+    load_newest,
+    new_run,
+    read_settings,
+    record_resumption,
+    save_agent,
+)
+from ..runs.log import open_logger, warn
+from ..runs.signals import StopOnSignal, exit_code, sigterm_as_interrupt
+from .parser import Parser, fail
+
+_FINAL_EPISODES = 10
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of `train.py <agent>`: those of the run, and as flags of their own those of the agent's Config."""
+
+    env: str
+    """Gymnasium id with Box actions, e.g. Hopper-v5."""
+    n_envs: int
+    """Parallel environments, >= 1."""
+    preset: str = "standard"
+    """Which of the agent's presets to begin from; mbpo also has fast, for two cores."""
+    total_timesteps: int = 1_000_000
+    """Environment steps to train for, >= 1, all environments together."""
+    seed: int | None = None
+    """Seed of everything random, 0 .. 2**31 - 1; None: drawn, and recorded."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where networks and rollouts live."""
+    threads: int = 1
+    """CPU threads of PyTorch, >= 1. Networks of some 100 units are fastest with one: more wait for each other."""
+    run_dir: Path = Path("runs")
+    """Folder under which the run's folder is made."""
+    checkpoint_interval: int = 100_000
+    """Steps between checkpoints, >= 1."""
+    keep_checkpoints: int = 3
+    """How many checkpoints to keep, the newest, >= 1; the best agent is kept apart."""
+    env_kwargs: tuple[str, ...] = ()
+    """Arguments of the environment: key=value pairs, or one JSON object."""
+    backend: Backend = "auto"
+    """How environments are stepped: MuJoCo tasks as a batch, one by one, or each in its own process."""
+    worker_timeout: float = 60.0
+    """Seconds for a step, > 0, after which such a process counts as hung and is restarted."""
+    worker_restarts: int = 10
+    """Restarts of processes that died or hang, >= 0, all together; the next is an error."""
+    config: tyro.conf.OmitArgPrefixes[Any] = None
+    """Hyperparameters of the agent."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 2 for bad input, 130 or 143 where a signal ended it."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with sigterm_as_interrupt():
+            if args and args[0] in AGENTS:
+                return _start(args[0], args[1:])
+            if any(arg.split("=")[0] == "--resume" for arg in args):
+                return _resume(args)
+        if set(args) & {"-h", "--help"}:
+            print(_overview())
+            return 0
+        raise ValueError(f"got {args[0] if args else 'no agent'}, expected {' or '.join(AGENTS)}, or --resume RUN")
+    except (ValueError, OSError) as error:
+        return fail(error)
+    except KeyboardInterrupt as interrupt:
+        print("interrupted", file=sys.stderr)
+        return exit_code(interrupt)
+
+
+def _overview() -> str:
+    name = Path(sys.argv[0]).name
+    agents = "\n".join(f"  {agent:12} {entry.summary}" for agent, entry in AGENTS.items())
+    return (
+        f"usage: {name} AGENT [OPTIONS]    train an agent; {name} AGENT --help lists all options\n"
+        f"       {name} --resume RUN       go on with an interrupted or finished run; --resume RUN --help\n\n"
+        f"agents:\n{agents}"
+    )
+
+
+def _start(name: str, args: Sequence[str]) -> int:
+    """Train a new agent."""
+    entry = AGENTS[name]
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--env", default=entry.default_env)
+    first.add_argument("--preset", default=next(iter(entry.presets)))
+    known = first.parse_known_args(args)[0]  # decides the defaults of the other options
+    preset = entry.preset(known.env, known.preset)
+    run = {name: preset.pop(name) for name in ("n_envs", "total_timesteps") if name in preset}
+    defaults = Arguments(env=known.env, preset=known.preset, config=entry.config(**preset), **run)
+    arguments = _parse(name, entry, args, defaults)
+    check_device(arguments.device)
+    settings = RunSettings(
+        agent=name,
+        env_id=arguments.env,
+        env_kwargs=parse_env_kwargs(arguments.env_kwargs),
+        n_envs=arguments.n_envs,
+        seed=secrets.randbelow(2**31) if arguments.seed is None else arguments.seed,
+        total_timesteps=arguments.total_timesteps,
+        checkpoint_interval=arguments.checkpoint_interval,
+        device=arguments.device,
+        threads=arguments.threads,
+        config=dataclasses.asdict(arguments.config),
+        keep_checkpoints=arguments.keep_checkpoints,
+        backend=arguments.backend,
+        worker_timeout=arguments.worker_timeout,
+        worker_restarts=arguments.worker_restarts,
+    )
+    with contextlib.closing(_make_env(settings, settings.seed)) as env:
+        agent = entry.agent(policy_alias(env), env, config=arguments.config, seed=settings.seed, device=settings.device)
+        with new_run(arguments.run_dir, settings) as folder:
+            print(_describe(agent, settings))
+            print(_describe_preset(entry, defaults, arguments))
+            return _train(agent, folder, settings)
+
+
+def _resume(args: Sequence[str]) -> int:
+    """Go on with a run from its last checkpoint."""
+    parser = Parser(prog=Path(sys.argv[0]).name, description="Go on with a run, in its folder.", allow_abbrev=False)
+    parser.add_argument("--resume", type=Path, metavar="RUN", required=True, help="run folder")
+    parser.add_argument("--total-timesteps", type=int, help="steps to train for in all (default: as the run)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="(default: as the run)")
+    arguments = parser.parse_args(args)
+    folder: Path = arguments.resume
+    if folder.is_file():
+        raise ValueError(f"resume: got the file {folder}, expected a run folder")
+    find_checkpoint(folder)  # says what is wrong if there is none
+    settings = read_settings(folder)
+    settings = dataclasses.replace(
+        settings,
+        total_timesteps=settings.total_timesteps if arguments.total_timesteps is None else arguments.total_timesteps,
+        device=arguments.device or settings.device,
+    )
+    with contextlib.closing(_make_env(settings, None)) as env:
+        found = load_newest(folder, settings.device, env)
+        done = found.agent.num_timesteps
+        for reason in found.skipped:
+            warn(f"skipped {reason}")
+        if done >= settings.total_timesteps and is_complete(folder):
+            print(
+                f"nothing left to do: {found.file} has {done:,} of {settings.total_timesteps:,} steps; to go on, raise "
+                f"them\n  {_command('train')} --resume {shlex.quote(str(folder))} --total-timesteps {2 * done}"
+            )
+            return 0
+        record_resumption(folder, done, settings.total_timesteps)
+        print(_describe(found.agent, settings))
+        print(f"resumed from {found.file} at {done:,} steps")
+        return _train(found.agent, folder, settings, found)
+
+
+def _make_env(settings: RunSettings, seed: int | None) -> VecEnv:
+    """The environments of a run."""
+    names = ("backend", "worker_timeout", "worker_restarts")
+    how = {name: getattr(settings, name) for name in names}
+    return make_vec(settings.env_id, settings.n_envs, seed, **how, **settings.env_kwargs)
+
+
+def _parse(name: str, entry: Entry, args: Sequence[str], defaults: Arguments) -> Arguments:
+    """The command line over the defaults; tyro's boxed errors become ValueErrors."""
+    program = f"{Path(sys.argv[0]).name} {name}"
+    summary = f"Train {name}: {entry.summary}. The defaults are those for {defaults.env}."
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Arguments, prog=program, description=summary, args=args, default=defaults)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = re.sub("[│╭╮╰╯]", "", box.getvalue())
+        message = re.split("[─-]{5,}", text)[1].strip().removeprefix("Error parsing config: ")  # below the title
+        meant = re.search(r"Perhaps you meant:\s*(--[\w-]+)", text)
+        hint = f"did you mean {meant[1]}? " if meant else ""
+        raise ValueError(f"{message.rstrip('.')}; {hint}see {program} --help") from None
+
+
+def _describe(agent: Checkpointed, settings: RunSettings) -> str:
+    environments = f"{settings.n_envs} environment{'s' if settings.n_envs > 1 else ''}"
+    what = f"{settings.agent} on {settings.env_id}, {settings.total_timesteps:,} steps"
+    return f"{what}, {environments}, seed {settings.seed}, {agent.device}"
+
+
+def _describe_preset(entry: Entry, defaults: Arguments, arguments: Arguments) -> str:
+    """Which preset holds, what it changes of the Config's defaults, and what the user changed of it."""
+    preset, standard = entry.preset(arguments.env, arguments.preset), dataclasses.asdict(entry.config())
+    run = ("n_envs", "total_timesteps") if "total_timesteps" in preset else ("n_envs",)
+    chosen, before = (
+        {name: getattr(each, name) for name in run} | dataclasses.asdict(each.config) for each in (arguments, defaults)
+    )
+    yours = {key: value for key, value in chosen.items() if value != before[key]}
+    tuned = {key: chosen[key] for key in preset if key not in yours and chosen[key] != standard.get(key)}
+    tuned_for = entry.presets[arguments.preset]
+    title = arguments.env if arguments.env in tuned_for else f"default (none is tuned for {arguments.env})"
+    lines = [f"preset {arguments.preset}, {title}: {' '.join(f'{key}={value}' for key, value in tuned.items())}"]
+    if yours:
+        lines.append(f"set by you: {' '.join(f'{key}={value}' for key, value in yours.items())}")
+    return "\n".join(lines)
+
+
+def _train(agent: Checkpointed, folder: Path, settings: RunSettings, found: Resumption | None = None) -> int:
+    """Train up to the run's total, save, evaluate and say what can be done next."""
+    torch.set_num_threads(settings.threads)
+    print(f"run folder: {folder}", flush=True)
+    start, done, total = time.monotonic(), agent.num_timesteps, settings.total_timesteps
+    try:
+        _learn(agent, folder, settings, found)
+        seconds, steps = time.monotonic() - start, agent.num_timesteps - done
+        print(
+            f"trained {steps:,} steps in {tqdm.format_interval(seconds)} ({steps / seconds:,.0f} steps/s)", flush=True
+        )
+        modes = ("deterministic", "sampled")
+        report = evaluate_modes(agent, settings.env_id, settings.env_kwargs, _FINAL_EPISODES, EVALUATION_SEED, modes)
+        write_json(folder / "eval.json", {"file": "final.zip", **report})
+    except (ValueError, ChildProcessError) as error:
+        if not has_saved(folder):
+            raise
+        raise ValueError(f"{error}; kept what was saved before, in {folder}") from error
+    except KeyboardInterrupt as interrupt:
+        if not has_saved(folder):
+            raise
+        print(f"stopped at {agent.num_timesteps:,} of {total:,} steps; last saved in {find_checkpoint(folder)}")
+        print(_describe_commands(agent, folder, total))
+        return exit_code(interrupt)
+    print(f"\n{_FINAL_EPISODES} episodes each\n{format_table(report)}\n")
+    print(_describe_commands(agent, folder, total))
+    return 0
+
+
+def _learn(agent: Checkpointed, folder: Path, settings: RunSettings, found: Resumption | None) -> None:
+    """Train and save; raises KeyboardInterrupt after that where a signal ended it early.
+
+    Where an environment's process failed once too often it also saves.
+    """
+    done, total = agent.num_timesteps, settings.total_timesteps
+    with (
+        contextlib.closing(open_logger(folder, done)) as logger,
+        contextlib.closing(Progress(done, total)) as progress,
+        StopOnSignal() as stop,
+    ):
+        agent.set_logger(logger)
+        best = _go_on(agent, settings, found) if found else None
+        checkpoints = Checkpoints(folder, settings, stop, best)
+        try:
+            agent.learn(total - done, callback=CallbackList([checkpoints, progress]), reset_num_timesteps=done == 0)
+        except ChildProcessError:  # nothing is wrong with the agent
+            if agent.num_timesteps > done:
+                stop.be_patient()
+                checkpoints.save()
+            raise
+        stop.be_patient()
+        checkpoints.save()
+        save_agent(agent, folder / "final.zip")
+    if stop.signal is not None:
+        raise KeyboardInterrupt(stop.signal)
+
+
+def _go_on(agent: Checkpointed, settings: RunSettings, found: Resumption) -> dict[str, Any] | None:
+    """Put back all that the checkpoint holds beside the agent and say what it lacks; returns the best so far."""
+    agent.set_random_seed((settings.seed + agent.num_timesteps) % 2**31)  # of what cannot be put back
+    missing = ["all but the agent: the file is no checkpoint"] if found.state is None else restore(agent, found.state)
+    print("\n".join(f"not restored: {each}" for each in missing) or "all restored: as if it had not been interrupted")
+    return found.state["progress"] if found.state is not None and not missing else None
+
+
+def _describe_commands(agent: Checkpointed, folder: Path, total_timesteps: int) -> str:
+    """What can be done next with a run that has a saved agent."""
+    evaluate, run = _command("evaluate"), shlex.quote(str(folder))
+    more = f" --total-timesteps {2 * agent.num_timesteps}" if agent.num_timesteps >= total_timesteps else ""
+    return (
+        f"evaluate:  {evaluate} {run} --episodes 20\n"
+        f"watch:     {evaluate} {run} --episodes 1 --video {shlex.quote(str(folder / 'video.mp4'))}\n"
+        f"curves:    {_command('tensorboard')} --logdir {run}\n"
+        f"resume:    {_command('train')} --resume {run}{more}"
+    )
+
+
+def _command(name: str) -> str:
+    """How the user can start train, evaluate or tensorboard from here, with the same Python."""
+    bin_folder, script = Path(sys.executable).parent, Path(sys.argv[0])
+    on_path = shutil.which("python")
+    is_active = on_path is not None and Path(on_path).parent == bin_folder
+    if name != "tensorboard" and script.suffix == ".py":
+        return shlex.join(
+            ["python" if is_active else _short(Path(sys.executable)), _short(script.with_name(f"{name}.py"))]
+        )
+    program = name if name == "tensorboard" else f"driftrl-{name}"
+    return program if is_active else shlex.quote(_short(bin_folder / program))
+
+
+def _short(path: Path) -> str:
+    """A path as it reads best from the current folder."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

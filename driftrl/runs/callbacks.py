@@ -1,0 +1,136 @@
+"""Callbacks of a run: checkpoints, the best agent so far, progress on the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from tqdm import tqdm
+
+from ..agents.storage.files import write_json
+from ..agents.storage.saving import Checkpointed
+from .folder import COMPLETE, RunSettings, save_agent, save_checkpoint
+from .log import warn
+from .signals import StopOnSignal
+
+
+class Checkpoints(BaseCallback):
+    """Saves a checkpoint at intervals and when a signal came, and best.zip when the mean return is the best so far.
+
+    It looks for a new best every 1 % of the run, once 10 episodes are known: saving costs next to nothing then. What
+    cannot be written is reported, and training goes on.
+
+    Args:
+        folder: of the run.
+        settings: of the run.
+        stop: asks for an early end.
+        progress: of the run that goes on, from its checkpoint; None where there is none.
+    """
+
+    model: Checkpointed
+
+    def __init__(
+        self, folder: Path, settings: RunSettings, stop: StopOnSignal, progress: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self._folder, self._settings, self._stop, self._progress = folder, settings, stop, progress
+
+    def _on_training_start(self) -> None:
+        self._last = self.model.num_timesteps
+        self._was_final = (self._folder / "final.zip").exists()
+        if self._progress is None:
+            path = self._folder / "best.json"
+            best = json.loads(path.read_text())["mean_return"] if path.exists() else -float("inf")
+            self._progress = {"best": best, "looked_at": self._last}
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:  # the policy was just updated
+        steps, interval = self.model.num_timesteps, self._settings.checkpoint_interval
+        if self._stop.signal is not None:
+            self._stop.be_patient()
+            self.save()
+            raise KeyboardInterrupt(self._stop.signal)
+        if steps // interval > self._last // interval or self._was_final:
+            self._last, self._was_final = steps, False
+            self.save()
+        self._look_for_best(steps)
+
+    def save(self) -> None:
+        """Save a checkpoint."""
+        assert self._progress is not None
+        with _reported("checkpoint", self.model.num_timesteps):
+            save_checkpoint(self.model, self._folder, self._settings.keep_checkpoints, self._progress)
+            for name in COMPLETE:  # of a run that goes on: they are final no longer
+                (self._folder / name).unlink(missing_ok=True)
+
+    def _look_for_best(self, steps: int) -> None:
+        progress, interval = self._progress, max(self._settings.total_timesteps // 100, 1)
+        assert progress is not None
+        if steps - progress["looked_at"] >= interval and len(self.model.ep_info_buffer or ()) >= 10:
+            progress["looked_at"] = steps
+            mean_return = _mean_return(self.model)
+            if mean_return > progress["best"]:
+                progress["best"] = mean_return
+                with _reported("best.zip", steps):
+                    save_agent(self.model, self._folder / "best.zip")
+                    write_json(self._folder / "best.json", {"mean_return": mean_return, "timesteps": steps})
+
+
+@contextlib.contextmanager
+def _reported(what: str, steps: int) -> Iterator[None]:
+    """A file that cannot be written is no reason to end training; the one before it is still there."""
+    try:
+        yield
+    except OSError as error:
+        warn(f"no {what} at {steps:,} steps ({error}); the one before is kept, training goes on")
+
+
+class Progress(BaseCallback):
+    """Shows steps, speed, return and time left: as a bar on a terminal, else in a line per 10 % or 30 s."""
+
+    def __init__(self, begin: int, total: int) -> None:
+        super().__init__()
+        self._begin = self._shown = begin
+        self._total = total
+        self._start = self._shown_at = time.monotonic()
+        self._bar = tqdm(
+            total=total, initial=begin, unit=" steps", unit_scale=True, smoothing=0, dynamic_ncols=True,
+            disable=not sys.stderr.isatty(), bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+            "[{elapsed}, {remaining} left, {rate_fmt}{postfix}]",
+        )  # fmt: skip
+
+    def _on_step(self) -> bool:
+        self._bar.update(min(self.num_timesteps, self._total) - self._bar.n)
+        return True
+
+    def _on_rollout_end(self) -> None:
+        now, steps = time.monotonic(), self.model.num_timesteps
+        mean = f"return {_mean_return(self.model):.1f}" if self.model.ep_info_buffer else "return -"
+        self._bar.set_postfix_str(mean, refresh=False)
+        if self._bar.disable and (steps - self._shown >= self._total / 10 or now - self._shown_at >= 30):
+            self._shown, self._shown_at = steps, now
+            speed = (steps - self._begin) / (now - self._start)
+            left = tqdm.format_interval(max(self._total - steps, 0) / speed)
+            print(
+                f"{min(steps / self._total, 1):4.0%}  {steps:,} steps  {speed:,.0f} steps/s  {mean}  {left} left",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Leave the bar as it is, also where training was cut short."""
+        self._bar.close()
+
+
+def _mean_return(model: BaseAlgorithm) -> float:
+    """Mean return of the last training episodes, of which there is at least one."""
+    episodes = model.ep_info_buffer or ()
+    return sum(float(episode["r"]) for episode in episodes) / len(episodes)

@@ -1,0 +1,80 @@
+"""What a run says while it trains: TensorBoard's events, progress.csv, warnings."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoardOutputFormat, filter_excluded_keys
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from ..agents.storage.files import all_or_nothing
+
+_STEPS = "time/total_timesteps"  # the column of progress.csv
+
+
+def open_logger(folder: Path, done: int | None = None) -> Logger:
+    """Logger to TensorBoard's events and progress.csv, which are continued where they exist.
+
+    Args:
+        folder: of the run.
+        done: steps after which a run goes on; what was logged later, before it broke off, is dropped.
+    """
+    return _RunLogger(str(folder), [_Events(folder, done), _ProgressFile(folder / "progress.csv", done)])
+
+
+class _RunLogger(Logger):
+    """A logger that cannot end training: where the disk is full it warns and goes on."""
+
+    def dump(self, step: int = 0) -> None:
+        """Write what was recorded."""
+        try:
+            super().dump(step)
+        except OSError as error:
+            warn(f"the log of step {step} is lost ({error}); training goes on")
+            for values in (self.name_to_value, self.name_to_count, self.name_to_excluded):
+                values.clear()
+
+
+class _Events(TensorBoardOutputFormat):
+    """TensorBoard's events; of a run that goes on it hides those after the step where it does."""
+
+    def __init__(self, folder: Path, done: int | None) -> None:
+        self.writer = SummaryWriter(log_dir=str(folder), purge_step=done + 1 if done else None)
+        self._is_closed = False
+
+
+class _ProgressFile(CSVOutputFormat):
+    """progress.csv, continued where there is one; at no time is a row that was written before in danger."""
+
+    def __init__(self, path: Path, done: int | None) -> None:
+        self._path = path
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        self.keys = [key for key in lines[0].strip().split(",") if key] if lines else []
+        rows = [line.rstrip("\n") for line in lines[1:] if line.endswith("\n")]  # the last may be half a one
+        if _STEPS in self.keys and done is not None:
+            rows = [row for row in rows if int(row.split(",")[self.keys.index(_STEPS)]) <= done]
+        self._rewrite(rows)
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """Add a row, and columns for new keys in the order in which they came."""
+        new = [key for key in filter_excluded_keys(key_values, key_excluded, "csv") if key not in self.keys]
+        if new:
+            self.file.close()
+            self.keys += new
+            self._rewrite([row + "," * len(new) for row in self._path.read_text().splitlines()[1:]])
+        super().write(key_values, key_excluded, step)
+
+    def _rewrite(self, rows: list[str]) -> None:
+        with all_or_nothing(self._path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in (",".join(self.keys), *rows)) if self.keys else "")
+        self.file = self._path.open("r+")
+        self.file.seek(0, os.SEEK_END)
+
+
+def warn(text: str) -> None:
+    """Tell the user, beside a progress bar."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)

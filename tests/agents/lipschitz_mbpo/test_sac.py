@@ -1,0 +1,166 @@
+"""SAC's networks against PyTorch's own; its losses: against SB3's gradients, and each reaches only its own networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import SAC
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from torch import Tensor, distributions, nn
+
+from driftrl.agents.lipschitz_mbpo.sac import SACPolicy, SquashedActor, TwinCritic, sac_losses
+
+
+def make_policy(obs_dim: int = 3, action_dim: int = 2, **options: object) -> SACPolicy:
+    torch.manual_seed(0)
+    spaces = gym.spaces.Box(-np.inf, np.inf, (obs_dim,)), gym.spaces.Box(-2, 2, (action_dim,))
+    return SACPolicy(*spaces, lambda _: 1e-3, net_arch=[16, 16], **options)  # type: ignore[arg-type]
+
+
+def make_batch(policy: SACPolicy, rows: int = 64) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"obs": (rows, 3), "next_obs": (rows, 3), "reward": (rows,)} | dict.fromkeys(
+        ("action", "noise", "next_noise"), (rows, 2)
+    )
+    batch = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return batch | {"action": batch["action"].tanh(), "terminated": (batch["reward"] > 1).float()}
+
+
+def test_log_prob_is_that_of_the_tanh_of_a_gaussian() -> None:
+    torch.manual_seed(0)
+    actor, obs, noise = SquashedActor(3, 2, (8,), "relu").double(), torch.randn(50, 3).double(), torch.randn(50, 2)
+    sample = actor.sample(obs, noise.double())
+    mean, log_std = actor.body(obs).chunk(2, -1)
+    oracle = distributions.TransformedDistribution(
+        distributions.Normal(mean, log_std.exp()), distributions.TanhTransform(cache_size=1)
+    )
+    torch.testing.assert_close(sample.log_prob, oracle.log_prob(sample.action).sum(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actor(obs), mean.tanh())
+
+
+def test_log_prob_stays_finite_where_tanh_saturates() -> None:
+    actor = SquashedActor(1, 1, (4,), "relu")
+    with torch.no_grad():
+        actor.body[-1].weight.zero_()  # type: ignore[operator]
+        actor.body[-1].bias.copy_(torch.tensor([40.0, 0.0]))  # type: ignore[operator]
+    sample = actor.sample(torch.zeros(1, 1), torch.zeros(1, 1))
+    # -log N(0; 0, 1) = log(2 pi)/2 and log(1 - tanh(40)^2) = log 4 - 80 to float precision
+    assert sample.log_prob.item() == pytest.approx(80 - np.log(4) - 0.5 * np.log(2 * np.pi), rel=1e-5)
+
+
+def test_twin_critics_are_two_networks() -> None:
+    torch.manual_seed(0)
+    critic, obs, action = TwinCritic(5, (8, 8), "relu"), torch.randn(20, 3), torch.randn(20, 2)
+    values = critic(obs, action)
+    for i in range(2):
+        single = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+        layers: Any = zip(critic.layers[::2], single[::2], strict=True)  # type: ignore[call-overload]
+        for ours, theirs in layers:
+            theirs.weight.data, theirs.bias.data = ours.weight[i].T, ours.bias[i, 0]
+        torch.testing.assert_close(values[i], single(torch.cat([obs, action], 1)).squeeze(-1))
+    assert not torch.allclose(values[0], values[1])
+
+
+def test_each_loss_reaches_its_own_networks_alone() -> None:
+    policy = make_policy()
+    terms = sac_losses(policy, batch := make_batch(policy), policy.critic(batch["obs"], batch["action"]), 0.99, -2.0)
+    owners = {"train/critic_loss": "critic", "train/actor_loss": "actor", "train/ent_coef_loss": "log_alpha"}
+    for name, owner in owners.items():
+        gradients = torch.autograd.grad(terms[name], [*policy.trained().values()], retain_graph=True, allow_unused=True)
+        pairs: list[tuple[str, Tensor | None]] = list(zip(policy.trained(), gradients, strict=True))
+        reached = {key.split(".")[0] for key, gradient in pairs if gradient is not None}
+        assert reached == {owner}, name
+
+
+def test_terminated_states_have_no_future_and_the_target_is_soft() -> None:
+    policy, gamma = make_policy(temperature=0.5), 0.9
+    batch = make_batch(policy)
+    with torch.no_grad():
+        loss = sac_losses(policy, batch, policy.critic(batch["obs"], batch["action"]), gamma, -2.0)
+        mean, log_std = policy.actor.body(batch["next_obs"]).chunk(2, -1)
+        dist = distributions.TransformedDistribution(
+            distributions.Normal(mean, log_std.exp()), distributions.TanhTransform(cache_size=1)
+        )
+        action = (mean + log_std.exp() * batch["next_noise"]).tanh()
+        soft = torch.minimum(*policy.target_critic(batch["next_obs"], action)) - 0.5 * dist.log_prob(action).sum(-1)
+        target = torch.where(batch["terminated"] > 0, batch["reward"], batch["reward"] + gamma * soft)
+        one, two = policy.critic(batch["obs"], batch["action"])
+        expected = 0.5 * (nn.functional.mse_loss(one, target) + nn.functional.mse_loss(two, target))
+    assert loss["train/critic_loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_gradients_are_those_of_stable_baselines3(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = {"net_arch": [16, 16]}
+    peer: Any = SAC("MlpPolicy", gym.make("Pendulum-v1"), policy_kwargs=net, gamma=0.9, seed=0, device="cpu")
+    peer.set_logger(configure(None, []))
+    for parameter in peer.critic_target.parameters():  # at first a copy of the critics, which would hide a mix-up
+        parameter.data.mul_(1.5)
+    ours: Any = SACPolicy(peer.observation_space, peer.action_space, lambda _: 1e-3, net_arch=[16, 16])
+    # SB3 has a head each for mean and log standard deviation.
+    body, heads = peer.actor.latent_pi.parameters(), (peer.actor.mu.parameters(), peer.actor.log_std.parameters())
+    actor = [(p,) for p in body] + list(zip(*heads, strict=True))
+    for mine, theirs in zip(ours.actor.parameters(), actor, strict=True):
+        mine.data.copy_(torch.cat(theirs))
+
+    def copy_critics() -> None:
+        for critic, twins in ((ours.critic, peer.critic), (ours.target_critic, peer.critic_target)):
+            for i, twin in enumerate(twins.q_networks):
+                for mine, theirs in zip(critic.layers[::2], twin[::2], strict=True):
+                    mine.weight.data[i], mine.bias.data[i, 0] = theirs.weight.T, theirs.bias
+
+    copy_critics()
+    batch = make_batch(ours)
+    batch |= {name: batch[name][:, :1] for name in ("action", "noise", "next_noise")}  # Pendulum has one action
+    ends = [batch[name].unsqueeze(1) for name in ("terminated", "reward")]
+    samples = ReplayBufferSamples(batch["obs"], batch["action"], batch["next_obs"], *ends)
+    monkeypatch.setattr(peer.replay_buffer, "sample", lambda *_, **__: samples)
+    noises = iter((batch["noise"], batch["next_noise"]))
+    monkeypatch.setattr(distributions.normal, "_standard_normal", lambda *_, **__: next(noises))
+    of_critics: list[Tensor] = []  # as its optimizer sees them: the actor's loss adds to them later
+    weights = list(peer.critic.parameters())
+    peer.critic.optimizer.register_step_post_hook(lambda *_: of_critics.extend(p.grad.clone() for p in weights))
+    peer.train(1, 64)
+
+    def gradients(loss: str, parameters: Iterable[Tensor]) -> tuple[Tensor, ...]:
+        terms = sac_losses(ours, batch, ours.critic(batch["obs"], batch["action"]), 0.9, -1.0)
+        return torch.autograd.grad(terms[loss], list(parameters))
+
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+    twins = zip(of_critics[:6], of_critics[6:], strict=True)
+    for gradient, both in zip(gradients("train/critic_loss", ours.critic.parameters()), twins, strict=True):
+        close(gradient, torch.stack([theirs.t().reshape(gradient.shape[1:]) for theirs in both]))
+    close(gradients("train/ent_coef_loss", [ours.log_alpha])[0], peer.log_ent_coef.grad)
+    copy_critics()  # SB3's actor learns from critics that have taken their step
+    for gradient, theirs in zip(gradients("train/actor_loss", ours.actor.parameters()), actor, strict=True):
+        close(gradient, torch.cat([p.grad for p in theirs]))
+
+
+def test_temperature_rises_where_entropy_is_short() -> None:
+    policy = make_policy()
+    batch = make_batch(policy)
+    values = policy.critic(batch["obs"], batch["action"])
+    for target, sign in ((-20.0, 1), (20.0, -1)):
+        loss = sac_losses(policy, batch, values, 0.99, target)["train/ent_coef_loss"]
+        (slope,) = torch.autograd.grad(loss, policy.log_alpha)
+        assert slope.sign().item() == sign  # descent lowers log alpha where the entropy exceeds the target
+
+
+def test_the_slow_critics_follow_and_predictions_keep_their_shape() -> None:
+    policy = make_policy(tau=0.25)
+    weight = policy.target_critic.get_parameter("layers.0.weight")
+    vector, before = policy.joined().detach(), weight.clone()
+    policy.average(vector.add_(1))
+    torch.testing.assert_close(weight, before + 0.25)
+    for obs in (np.zeros(3), np.zeros((5, 3))):
+        for deterministic in (True, False):
+            action, _ = policy.predict(obs.astype(np.float32), deterministic=deterministic)
+            assert action.shape == (*obs.shape[:-1], 2) and (np.abs(action) <= 2).all()
+    with pytest.raises(ValueError, match="unknown activation: got 'step', expected one of silu"):
+        make_policy(activation_fn="step")
