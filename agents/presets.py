@@ -16,7 +16,7 @@ WIDE: dict[str, Any] = {"actor_hidden": (128, 128), "critic_hidden": (128, 128)}
 
 SPREAD: dict[str, Any] = WIDE | {
     "n_envs": 1024, "n_steps": 32, "batch_size": 4096, "n_epochs": 5, "activation": "relu", "base": "standard",
-    "base_std": 1.0, "brownian": "paper",
+    "base_std": 1.0, "spread": "paper",
 }  # fmt: skip
 # With the paper's base of 1, which cannot shrink, its ratio loses touch with the exact one here (docs/multimodal.md).
 MAZE: dict[str, Any] = WIDE | {
@@ -49,33 +49,38 @@ POLICYFLOW: dict[str, dict[str, Any]] = {
     | {
         "n_envs": 2048, "batch_size": 8192, "total_timesteps": 8_000_000, "learning_rate": 1e-3,
         "lr_schedule": "linear", "gamma": 0.95, "gae_lambda": 0.99, "actor_hidden": (64, 64), "ratio": "endpoint",
-        "solver_steps": 2, "base_std": 0.5, "action_std": 0.3, "brownian": "score", "brownian_coef": 0.05,
+        "solver_steps": 2, "base_std": 0.5, "action_std": 0.3, "spread": "score", "spread_coef": 0.05,
         "target_entropy": (1.8, 1.2), "transport_coef": 0.2,
     },
     # From its start all goals are equally far; a critic with random values prefers one, and that is slow to go.
     "driftrl/SoftMultiGoal-v0": SPREAD
-    | {"total_timesteps": 1_200_000, "critic_gain": 0.0, "brownian_coef": 0.05},
+    | {"total_timesteps": 1_200_000, "critic_gain": 0.0, "spread_coef": 0.05},
     "driftrl/PointMazeMedium-v0": MAZE,
     "PointMaze_Medium_Diverse_GDense-v3": MAZE,
 }  # fmt: skip
 
+
+def _rollouts(first: int, last: int, start: int, end: int) -> dict[str, Any]:
+    return {"rollout_min": first, "rollout_max": last, "rollout_start": start, "rollout_end": end}
+
+
 # MBPO's schedules (jannerm/mbpo, examples/config), for one environment and hours of training.
-MBPO_DEFAULT: dict[str, Any] = {"n_envs": 1, "total_timesteps": 300_000, "horizon": (0, 0, 1, 1)}
+MBPO_DEFAULT: dict[str, Any] = {"n_envs": 1, "total_timesteps": 300_000, "rollout_min": 1, "rollout_max": 1}
 LONG: dict[str, dict[str, Any]] = {
-    "Hopper-v5": {"total_timesteps": 125_000, "horizon": (20_000, 150_000, 1, 15), "target_entropy": -1},
+    "Hopper-v5": {"total_timesteps": 125_000, **_rollouts(1, 15, 20_000, 150_000), "target_entropy": -1},
     "Walker2d-v5": {"target_entropy": -3},
     "HalfCheetah-v5": {"total_timesteps": 400_000, "gradient_steps": 40, "target_entropy": -3},
     # MBPO's Ant and Humanoid have 27 and 45 observations: --env-kwargs include_cfrc_ext_in_observation=false and so on.
-    "Ant-v5": {"horizon": (20_000, 100_000, 1, 25), "target_entropy": -4},
+    "Ant-v5": {**_rollouts(1, 25, 20_000, 100_000), "target_entropy": -4},
     "Humanoid-v5": {
-        "horizon": (20_000, 300_000, 1, 25), "target_entropy": -2, "model_interval": 1000, "model_retain": 5000,
+        **_rollouts(1, 25, 20_000, 300_000), "target_entropy": -2, "model_interval": 1000, "model_retain": 5000,
         "model_hidden": (400, 400, 400, 400),
     },
     "InvertedPendulum-v5": {
         "total_timesteps": 5000, "learning_starts": 300, "gradient_steps": 12, "learning_rate": 1e-3,
         "temperature": 0.1, "actor_hidden": (128, 128), "critic_hidden": (128, 128), "model_hidden": (100, 100, 100),
         "normalize_observation": True,  # the pole's angle is a tenth of the velocities
-        "pairing": "same_action",  # the paper's flattens Q over actions, on which everything depends here
+        "robust_actions": "same_action",  # the paper's flattens Q over actions, on which everything depends here
     },
 }  # fmt: skip
 MBPO = {env_id: MBPO_DEFAULT | preset for env_id, preset in LONG.items()}
@@ -87,6 +92,6 @@ FAST: dict[str, Any] = {
 }  # fmt: skip
 MBPO_FAST_DEFAULT = MBPO_DEFAULT | FAST
 MBPO_FAST = {env_id: preset | FAST for env_id, preset in MBPO.items()} | {
-    "Hopper-v5": MBPO["Hopper-v5"] | FAST | {"horizon": (5_000, 30_000, 1, 5)},
+    "Hopper-v5": MBPO["Hopper-v5"] | FAST | {**_rollouts(1, 5, 5_000, 30_000)},
     "InvertedPendulum-v5": MBPO["InvertedPendulum-v5"],
 }

@@ -11,8 +11,11 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 from . import presets
+from .common.config import without_inert
 from .lipschitz_mbpo import LipschitzMBPO, LipschitzMBPOConfig
+from .lipschitz_mbpo.config import GROUPS as LIPSCHITZ_MBPO_GROUPS
 from .policyflow import PolicyFlow, PolicyFlowConfig
+from .policyflow.config import GROUPS as POLICYFLOW_GROUPS
 from .storage.saving import Checkpointed
 
 
@@ -29,13 +32,14 @@ class AgentClass(Protocol):
 
 
 @dataclass(frozen=True)
-class Entry:
+class AgentSpec:
     """An agent as the commands see it.
 
     Args:
         summary: one line for --help.
         agent: its class.
         config: dataclass of its hyperparameters.
+        groups: its fields by the title of their group in the help, the basics first.
         presets: by the preset's name, the first being the default, settings by environment id: n_envs, perhaps
             total_timesteps, and fields of config.
         default_presets: settings for every other environment, by the preset's name.
@@ -45,9 +49,22 @@ class Entry:
     summary: str
     agent: AgentClass
     config: type[Any]
+    groups: Mapping[str, tuple[str, ...]]
     presets: Mapping[str, Mapping[str, Mapping[str, Any]]]
     default_presets: Mapping[str, Mapping[str, Any]]
     default_env: str
+
+    def settings(self, env_id: str, preset: str, **chosen: Any) -> tuple[dict[str, Any], Any]:
+        """A preset with fields chosen in place of its own: n_envs and perhaps total_timesteps, and the Config.
+
+        Fields of the preset that mean nothing with the chosen ones go back to their defaults.
+
+        Raises:
+            ValueError: if the agent has no preset of that name, or a field is outside its range.
+        """
+        fields = self.preset(env_id, preset) | chosen
+        run: dict[str, Any] = {name: fields.pop(name) for name in ("n_envs", "total_timesteps") if name in fields}
+        return run, without_inert(self.config(**fields), chosen)
 
     def preset(self, env_id: str, name: str) -> dict[str, Any]:
         """Settings for an environment, n_envs among them: its own preset in place of the default one.
@@ -60,19 +77,21 @@ class Entry:
         return dict(self.presets[name].get(env_id, self.default_presets[name]))
 
 
-AGENTS: dict[str, Entry] = {
-    "policyflow": Entry(
+AGENTS: dict[str, AgentSpec] = {
+    "policyflow": AgentSpec(
         summary="on-policy PPO whose policy is a continuous normalizing flow",
         agent=PolicyFlow,
         config=PolicyFlowConfig,
+        groups=POLICYFLOW_GROUPS,
         presets={"standard": presets.POLICYFLOW},
         default_presets={"standard": presets.DEFAULT},
         default_env="HalfCheetah-v5",
     ),
-    "mbpo": Entry(
+    "mbpo": AgentSpec(
         summary="model-based SAC: one learned model, Lipschitz-regularized critics",
         agent=LipschitzMBPO,
         config=LipschitzMBPOConfig,
+        groups=LIPSCHITZ_MBPO_GROUPS,
         presets={"standard": presets.MBPO, "fast": presets.MBPO_FAST},
         default_presets={"standard": presets.MBPO_DEFAULT, "fast": presets.MBPO_FAST_DEFAULT},
         default_env="Hopper-v5",

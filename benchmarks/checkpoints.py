@@ -59,11 +59,8 @@ def main(
 def measure(name: str, env_id: str, interval: int, rounds: int, folder: Path) -> dict[str, Any]:
     """The figures of a run."""
     entry = AGENTS[name]
-    preset = entry.preset(env_id, "standard")
-    env = make_vec(env_id, preset.pop("n_envs"), 0)
-    preset.pop("total_timesteps", None)
-    quick = {"learning_starts": 100} if name == "mbpo" else {}
-    agent: Any = entry.agent("MlpPolicy", env, config=entry.config(**preset | quick), seed=0, device="cpu")
+    run, config = entry.settings(env_id, "standard", **({"learning_starts": 100} if name == "mbpo" else {}))
+    agent: Any = entry.agent("MlpPolicy", make_vec(env_id, run["n_envs"], 0), config=config, seed=0, device="cpu")
     agent.learn(STEPS[name])
     begun, before = time.perf_counter(), agent.num_timesteps
     agent.learn(STEPS[name], reset_num_timesteps=False)

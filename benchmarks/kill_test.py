@@ -11,8 +11,6 @@ Then the next run begins, until all kills are done.
 from __future__ import annotations
 
 import contextlib
-import csv
-import json
 import multiprocessing
 import random
 import shutil
@@ -23,8 +21,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "oracles"))
+from run_differences import differences, progress_rows
 
 from driftrl.agents.storage import format as checkpoint
 from driftrl.commands import train
@@ -90,7 +90,7 @@ class KillTest:
         process = self._start(reference)
         begun = time.monotonic()
         _wait_until(lambda: (_folder(reference) / "final.zip").exists(), process)
-        interval = (time.monotonic() - begun) * self._interval / int(_rows(_folder(reference))[-1][STEPS])
+        interval = (time.monotonic() - begun) * self._interval / int(progress_rows(_folder(reference))[-1][STEPS])
         _wait(process)
         count = dict.fromkeys(("kills", "in the middle of a write", "runs", *WRONG), 0)
         while count["kills"] < kills:
@@ -137,7 +137,7 @@ class KillTest:
                         checkpoint.read(stream, name, str(file))
                 except checkpoint.CheckpointError:
                     count["corrupt files"] += 1
-        done, kept = _rows(folder)[-1][STEPS], checkpoints(folder)[0].stem.removeprefix("step_")
+        done, kept = progress_rows(folder)[-1][STEPS], checkpoints(folder)[0].stem.removeprefix("step_")
         count[WRONG[1]] += int(done) - int(kept) > self._interval
 
 
@@ -171,43 +171,6 @@ def _wait_until(condition: Callable[[], bool], process: Any) -> None:
 def _folder(root: Path) -> Path:
     """The one run in a folder."""
     return next(root.glob("*/*/*/config.json"), root / "none" / "config.json").parent
-
-
-def _rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "progress.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def differences(first: Path, second: Path) -> list[str]:
-    """In what the results of two runs differ, in words; times aside."""
-    found = []
-    for name, document, part in (
-        ("final.zip", "agent", "parameters"),
-        ("best.zip", "agent", "parameters"),
-        (f"checkpoints/{checkpoints(first)[0].name}", "run", None),  # random generators, simulators, ...
-    ):
-        paths = [run / name for run in (first, second)]
-        if not all(path.exists() for path in paths):
-            found += [name] if any(path.exists() for path in paths) else []
-            continue
-        contents = []
-        for path in paths:
-            with path.open("rb") as file:
-                content = checkpoint.read(file, document, str(path))
-            contents.append(checkpoint.encode(content[part] if part else content))
-        found += [f"{name}: {document}.json"] if contents[0].text != contents[1].text else []
-        for key, tensor in contents[0].tensors.items():
-            if key not in contents[1].tensors or not torch.equal(tensor, contents[1].tensors[key]):
-                found.append(f"{name}: {key}")
-    times = ("time/fps", "time/time_elapsed")
-    rows = [[{k: v for k, v in row.items() if k not in times} for row in _rows(run)] for run in (first, second)]
-    if rows[0] != rows[1]:
-        found.append("progress.csv")
-    for name in ("eval.json", "best.json"):
-        texts = [json.loads(path.read_text()) if (path := run / name).exists() else None for run in (first, second)]
-        if texts[0] != texts[1]:
-            found.append(name)
-    return found
 
 
 if __name__ == "__main__":

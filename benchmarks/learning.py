@@ -103,12 +103,10 @@ def sb3_zoo(run: Run) -> tuple[Any, dict[str, Any]]:
 
 def preset(env_id: str, **overrides: Any) -> tuple[int, Any]:
     """Number of environments and Config that `train.py` uses for this environment."""
-    from driftrl import PolicyFlowConfig
     from driftrl.agents.registry import AGENTS
 
-    fields = AGENTS["policyflow"].preset(env_id, "standard") | overrides
-    fields.pop("total_timesteps", None)
-    return fields.pop("n_envs"), PolicyFlowConfig(**fields)
+    run, config = AGENTS["policyflow"].settings(env_id, "standard", **overrides)
+    return run["n_envs"], config
 
 
 def sb3_preset(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
@@ -183,14 +181,12 @@ def policyflow(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
 
 def mbpo(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     """LipschitzMBPO as `python train.py mbpo --preset fast --env ENV` makes it; model=none is SAC alone."""
-    from driftrl import LipschitzMBPO, LipschitzMBPOConfig
+    from driftrl import LipschitzMBPO
     from driftrl.agents.registry import AGENTS, policy_alias
     from driftrl.envs import make_vec
 
-    fields = AGENTS["mbpo"].preset(run.env, "fast") | overrides
-    fields.pop("total_timesteps")
-    env = make_vec(run.env, fields.pop("n_envs"), run.seed)
-    config = LipschitzMBPOConfig(**fields)
+    settings, config = AGENTS["mbpo"].settings(run.env, "fast", **overrides)
+    env = make_vec(run.env, settings["n_envs"], run.seed)
     agent = LipschitzMBPO(policy_alias(env), env, config=config, seed=run.seed, device="cpu")
     return agent, asdict(config) | {"n_envs": 1}
 
@@ -250,10 +246,17 @@ LABELS = {
 
 
 def build(run: Run) -> tuple[Any, dict[str, Any]]:
-    """The agent of an arm, "name" or "name:field=value,field=value", and the settings to keep."""
+    """The agent of an arm, "name" or "name:field=value,field=value", and the settings to keep.
+
+    Kept results go on under the name they have: an arm may call fields as an earlier version did.
+    """
+    from driftrl.agents.lipschitz_mbpo import config as mbpo_config
+    from driftrl.agents.policyflow import config as policyflow_config
+
     name, _, overrides = run.arm.partition(":")
-    fields = dict(pair.split("=", 1) for pair in overrides.split(",") if pair)
-    return ARMS[name](run, **{key: _value(text) for key, text in fields.items()})
+    fields = {key: _value(text) for key, text in (pair.split("=", 1) for pair in overrides.split(",") if pair)}
+    upgraded = mbpo_config.upgraded if name in ("mbpo", "sac") else policyflow_config.upgraded
+    return ARMS[name](run, **upgraded(fields))
 
 
 def _value(text: str) -> Any:

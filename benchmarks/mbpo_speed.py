@@ -9,6 +9,7 @@ themselves: benchmarks/transition_speed.py.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,13 +21,13 @@ from paired import machine, ratio, spread, take_turns, write
 from stable_baselines3 import SAC
 
 from driftrl import LipschitzMBPO
-from driftrl.agents.presets import MBPO_FAST
+from driftrl.agents import registry
 from driftrl.envs import make_vec
 
 CONTENDERS: dict[str, dict[str, Any]] = {
     "SAC": {"regularizer": "none"},
     "robust, (pi, a)": {"regularizer": "robust"},
-    "robust, (a, a)": {"regularizer": "robust", "pairing": "same_action"},
+    "robust, (a, a)": {"regularizer": "robust", "robust_actions": "same_action"},
     "spectral": {"regularizer": "spectral"},
 }
 BASELINE = "Stable-Baselines3 SAC"
@@ -91,13 +92,13 @@ def update_rows(env_id: str, updates: int, rounds: int) -> dict[str, Any]:
 
 def agent_rows(env_id: str, gradient_steps: int, rounds: int) -> dict[str, Any]:
     """Whole agents at equal environment steps; what the first half of a run would have seen is seen at random."""
-    preset = dict(MBPO_FAST[env_id])
-    n_envs = preset.pop("n_envs")
-    preset["learning_starts"] = preset.pop("total_timesteps") // 2
+    common = {"gradient_steps": gradient_steps, "compile": "on", "diagnostics_interval": 0}
     turns: dict[str, Callable[[], object]] = {}
     for name, fields in AGENTS.items():
-        settings = preset | {"gradient_steps": gradient_steps, "compile": "on", "diagnostics_interval": 0} | fields
-        agent = LipschitzMBPO("MlpPolicy", make_vec(env_id, n_envs, seed=0), device="cpu", seed=0, **settings)
+        run, config = registry.AGENTS["mbpo"].settings(env_id, "fast", **common | fields)
+        config = dataclasses.replace(config, learning_starts=run["total_timesteps"] // 2)
+        env = make_vec(env_id, run["n_envs"], seed=0)
+        agent = LipschitzMBPO("MlpPolicy", env, config=config, device="cpu", seed=0)
         agent.learn(agent.config.learning_starts)
         turns[name] = partial(agent.learn, agent.config.model_interval, reset_num_timesteps=False)
     seconds = take_turns(turns, rounds)

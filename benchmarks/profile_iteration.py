@@ -24,9 +24,11 @@ from paired import machine, ratio, spread, take_turns, write
 from torch.utils.flop_counter import FlopCounterMode
 
 from driftrl import PolicyFlow
-from driftrl.agents.common.update import Compiled, Objective
+from driftrl.agents.common.compiling import Compiled
+from driftrl.agents.common.update import Gradient
 from driftrl.agents.policyflow.algorithm import losses
-from driftrl.agents.policyflow.ratios import draw_interpolation
+from driftrl.agents.policyflow.policy import FlowNoise
+from driftrl.agents.policyflow.ratios import draw_epoch, record_references
 from driftrl.envs.mujoco_batch import MujocoVecEnv
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -49,14 +51,14 @@ PARTS = ("simulator", "rest of step", "policy", "rest of rollout", "gradient", "
 class Timed(Compiled):
     """A compiled function whose calls are timed."""
 
-    def __init__(self, function: Compiled, profiled: Profiled, name: str) -> None:
-        self.function, self.profiled, self.name = function, profiled, name
+    def __init__(self, compiled: Compiled, profiled: Profiled, name: str) -> None:
+        self.compiled, self.profiled, self.name = compiled, profiled, name
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.profiled.timed(self.name, self.function, *arguments)
+        return self.profiled.timed(self.name, self.compiled, *arguments)
 
     def check_again(self) -> None:
-        self.function.check_again()
+        self.compiled.check_again()
 
 
 class Profiled:
@@ -75,12 +77,19 @@ class Profiled:
         self.history: list[dict[str, float]] = []
         agent: Any = self.agent
         agent._act, agent._gradient = Timed(agent._act, self, "_act"), Timed(agent._gradient, self, "_gradient")
-        watched = (
-            (self.env, "_simulate"), (self.env, "step_wait"), (agent, "collect_rollouts"),
-            (agent.policy.optimizer, "step"), (agent.policy, "average"), (agent, "train"),
-        )  # fmt: skip
-        for owner, name in watched:
+        for owner, name in (
+            (self.env, "_simulate"), (self.env, "step_wait"), (agent, "collect_rollouts"), (agent, "train")
+        ):  # fmt: skip
             setattr(owner, name, partial(self.timed, name, getattr(owner, name)))
+        adopt = agent.policy.adopt_weights
+
+        def adopt_and_time() -> None:
+            adopt()  # makes the weights anew, at the beginning of `learn`
+            for name in ("step", "average"):
+                weights = agent.policy.latest_weights
+                setattr(weights, name, partial(self.timed, name, getattr(weights, name)))
+
+        agent.policy.adopt_weights = adopt_and_time
 
     def timed(self, name: str, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         start = time.perf_counter()
@@ -108,16 +117,16 @@ class Profiled:
         turn()
         best = min(_seconds(turn) for _ in range(5))
         close()
-        agent, config = self.agent, self.agent.config
-        batch = agent._ratio.record(agent.policy.actor, agent.batch, agent._generator)
-        if "v_nodes" in batch:
-            batch = draw_interpolation(agent.policy.actor, batch, agent._generator)
-        minibatch = {name: value[: config.batch_size] for name, value in batch.items()}
-        objective = Objective(agent.policy, partial(losses, ratio=agent._ratio, config=config), "train/loss", 1.0)
+        agent, config, policy = self.agent, self.agent.config, self.agent.policy
+        references = record_references(policy.actor, agent._ratio, agent.samples, agent._generator, chord=True)
+        epoch = draw_epoch(policy.actor, agent._ratio, references, agent._generator)
+        minibatch, spread_coef = epoch.rows(slice(config.batch_size)), torch.tensor(config.spread_coef)
+        gradient = Gradient(policy, partial(losses, ratio=agent._ratio, config=config), 1.0)
         updates = self.iteration // config.batch_size * config.n_epochs
-        features, noise = torch.zeros(self.env.num_envs, agent.policy.obs_dim), torch.zeros(2, self.env.num_envs, 1)
-        flops = updates * _flops(objective.gradient, minibatch)
-        flops += agent.n_steps * _flops(agent.policy.act, features, noise.expand(-1, -1, agent.policy.action_dim))
+        features = torch.zeros(self.env.num_envs, policy.obs_dim)
+        noise = FlowNoise.of(torch.zeros(policy.draws, self.env.num_envs, policy.action_dim))
+        flops = updates * _flops(gradient.clipped, minibatch, spread_coef)
+        flops += agent.n_steps * _flops(policy.act, features, noise)
         return best / (steps * self.env.num_envs) * self.iteration, flops / flops_per_second
 
 

@@ -56,7 +56,7 @@ def visited_observations(agent: PolicyFlow, env_id: str, steps: int = 500) -> Te
     assert isinstance(obs, np.ndarray)
     with torch.no_grad():
         for _ in range(steps):
-            visited.append(agent.policy.normalize(torch.as_tensor(obs, dtype=torch.float32)))
+            visited.append(agent.policy.obs_norm(torch.as_tensor(obs, dtype=torch.float32)))
             obs = cast(np.ndarray, env.step(agent.predict(obs)[0])[0])
     env.close()
     return torch.cat(visited)

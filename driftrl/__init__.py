@@ -38,3 +38,6 @@ else:  # out of a type checker's sight, for which a module-level __getattr__ wou
         from .agents.policyflow import algorithm as policyflow
 
         return getattr(policyflow if name.startswith("PolicyFlow") else lipschitz_mbpo, name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

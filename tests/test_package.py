@@ -128,6 +128,11 @@ def test_public_names_exist() -> None:
     assert all(hasattr(driftrl, name) for name in driftrl.__all__)
 
 
+def test_dir_shows_the_public_names(tmp_path: Path) -> None:
+    code = "import driftrl; print(set(driftrl.__all__) <= set(dir(driftrl)), '__file__' in dir(driftrl))"
+    assert python("-c", code, cwd=tmp_path) == "True True"  # a fresh process: none of them has been loaded
+
+
 def test_unknown_name_is_an_attribute_error() -> None:
     name = "PolicyFlop"
     with pytest.raises(AttributeError, match="no attribute 'PolicyFlop'"):

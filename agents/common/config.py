@@ -1,12 +1,18 @@
-"""Validation shared by the agents' Config dataclasses."""
+"""The agents' Config dataclasses: their validation, and agents whose attributes are their Config's fields."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -35,6 +41,7 @@ RANGES: dict[str, Callable[[Any], bool]] = {
     "an integer of at least 0": lambda x: _count(x) and x >= 0,
     "an integer of 1 .. 2**31 - 1": lambda x: _count(x) and 1 <= x < 2**31,
     "an integer of 0 .. 2**31 - 1": lambda x: _count(x) and 0 <= x < 2**31,
+    "positive integers": lambda x: isinstance(x, Collection) and all(_count(width) and width >= 1 for width in x),
     "positive integers, at least one": lambda x: (
         isinstance(x, Collection) and len(x) > 0 and all(_count(width) and width >= 1 for width in x)
     ),
@@ -64,10 +71,11 @@ def validate(config: Any, ranges: dict[str, str]) -> None:
 
 
 def resolve(config: T, fields: Mapping[str, Any]) -> T:
-    """A Config with fields given by keyword in place of its own.
+    """A Config with fields given by keyword in place of its own, each of which means something.
 
     Raises:
         TypeError: if a keyword is no field.
+        ValueError: if a field is outside its range, or has no effect as the others are.
     """
     known = [field.name for field in dataclasses.fields(config)]
     if unknown := [name for name in fields if name not in known]:
@@ -75,16 +83,134 @@ def resolve(config: T, fields: Mapping[str, Any]) -> T:
             f"unknown argument: got {', '.join(unknown)}, expected fields of {type(config).__name__}: "
             f"{', '.join(known)}"
         )
-    return dataclasses.replace(config, **fields)
+    config = dataclasses.replace(config, **fields)
+    for name, switch in inert(config).items():
+        raise ValueError(f"{name}: got {getattr(config, name)!r}, which changes nothing without {switch}")
+    return config
 
 
-def given_at_load(config: T, agent: object) -> T:
-    """A Config with the fields that an agent has as attributes: hyperparameters given to `load` arrive as such."""
-    names = {field.name for field in dataclasses.fields(config)} & vars(agent).keys()
-    return dataclasses.replace(config, **{name: vars(agent)[name] for name in names if not callable(vars(agent)[name])})
+def inert(config: Any) -> dict[str, str]:
+    """Fields that are not at their default although they change nothing as the others are -> what would switch them on.
+
+    A Config names them by its method `switched_off`.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    off: dict[str, str] = config.switched_off()
+    return {name: switch for name, switch in off.items() if getattr(config, name) != defaults[name]}
+
+
+def without_inert(config: T, chosen: Collection[str]) -> T:
+    """A Config in which no preset's field is inert: those that are go back to their defaults, except `chosen` ones."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    off = [name for name in inert(config) if name not in chosen]
+    return dataclasses.replace(config, **{name: defaults[name] for name in off})
 
 
 def require(config: Any, name: str, valid: bool, expected: str) -> None:
     """Raise ValueError with what was got and what is expected unless the field is valid."""
     if not valid:
         raise ValueError(f"{name}: got {getattr(config, name)!r}, expected {expected}")
+
+
+class Configured(BaseAlgorithm):
+    """An agent whose attributes are its Config's fields: reading one reads it, assigning to one replaces the Config.
+
+    Its learning rate is a number of the Config, or a function of what remains of training (1 to 0), in which case the
+    Config's lr_schedule is "function". Both are read and set as `learning_rate` or `lr_schedule`.
+    """
+
+    config: Any
+    config_class: ClassVar[type[Any]]
+    _fixed: ClassVar[frozenset[str]]
+    """Fields that networks and buffers are made of: to change them means to make another agent."""
+    _rate: float
+    """The present rate, where the Config's lr_schedule adapts it."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for field in dataclasses.fields(cls.config_class) if "config_class" in vars(cls) else ():
+            if not hasattr(cls, field.name):
+                read = attrgetter(f"config.{field.name}")
+                setattr(cls, field.name, property(read, partial(cls._assign, field.name)))
+
+    @staticmethod
+    def _assign(name: str, agent: Configured, value: Any) -> None:
+        if value == getattr(agent.config, name):
+            return
+        if name in agent._fixed:
+            raise ValueError(f"{name}: got {value!r}, but it was fixed when the agent was made; make another agent")
+        agent.config = resolve(agent.config, {name: value})
+        agent._config_changed()
+
+    def _config_changed(self) -> None:
+        """Use the Config as it is now; called after every assignment."""
+
+    @property
+    def learning_rate(self) -> float | Schedule:
+        """The Config's number, or the function in use."""
+        function: Schedule | None = vars(self).get("learning_rate")
+        rate: float = self.config.learning_rate
+        return rate if function is None else function
+
+    @learning_rate.setter
+    def learning_rate(self, value: float | Schedule) -> None:
+        vars(self).pop("learning_rate", None)
+        fields = rate_fields(value, self.config)
+        if fields.get("lr_schedule") == "function":
+            vars(self)["learning_rate"] = value  # below the property: with it, it is saved
+        if any(getattr(self.config, name) != each for name, each in fields.items()):
+            self.config = resolve(self.config, fields)
+            self._rate = self.config.learning_rate
+            self._config_changed()
+
+    @property
+    def lr_schedule(self) -> Schedule:
+        """What remains of training (1 to 0) -> learning rate."""
+        return self._rate_at
+
+    @lr_schedule.setter
+    def lr_schedule(self, value: Schedule | str) -> None:
+        if isinstance(value, str):
+            self._assign("lr_schedule", self, value)
+        else:
+            self.learning_rate = value
+
+    def _rate_at(self, remaining: float) -> float:
+        rate, schedule = self.learning_rate, self.config.lr_schedule
+        if callable(rate):
+            return float(rate(remaining))
+        if schedule == "linear":
+            return LinearSchedule(rate, 0.0, 1.0)(remaining)
+        return self._rate if schedule == "adaptive" else rate
+
+    def _setup_lr_schedule(self) -> None:
+        """Nothing to do: `lr_schedule` follows `learning_rate`."""
+
+    def _take_attributes(self, implied: Mapping[str, Any]) -> None:
+        """Let the Config say what attributes and policy_kwargs say; for a saved agent, or arguments given to `load`.
+
+        Args:
+            implied: fields that policy_kwargs imply.
+        """
+        attributes, names = vars(self), {field.name for field in dataclasses.fields(self.config)}
+        before = self.config
+        given = {name: attributes.pop(name) for name in names & attributes.keys()}
+        rate, schedule = given.pop("learning_rate", None), given.get("lr_schedule", attributes.pop("lr_schedule", None))
+        if callable(schedule):
+            rate = given.pop("lr_schedule", schedule)
+        self.config = dataclasses.replace(before, **{**implied, **{n: v for n, v in given.items() if not callable(v)}})
+        if rate is not None:
+            self.learning_rate = rate
+
+
+def rate_fields(value: Any, config: Any) -> dict[str, Any]:
+    """The Config's fields for a learning rate: a number, or a function of what remains of training."""
+    if isinstance(value, FloatSchedule):
+        value = value.value_schedule
+    if isinstance(value, ConstantSchedule):
+        return {"learning_rate": value.val, "lr_schedule": "constant"}
+    if isinstance(value, LinearSchedule) and (value.end, value.end_fraction) == (0, 1):
+        return {"learning_rate": value.start, "lr_schedule": "linear"}
+    if callable(value):
+        return {"learning_rate": float(value(1.0)), "lr_schedule": "function"}
+    return {"learning_rate": value} | ({"lr_schedule": "constant"} if config.lr_schedule == "function" else {})

@@ -1,11 +1,35 @@
-"""Observations of a space, Dicts of them included, as vectors."""
+"""Observations on their way from the environments to the networks: made vectors, checked, standardised.
+
+An observation or a reward that is not finite is treated as an agent's Config says:
+
+    raise      an error that names the environment, before anything is learned from it
+    skip       the transition is left out
+    rollback   as skip
+
+Where an observation is not finite the agent acts on the last one that was, until the environment recovers or its
+episode ends, and learns nothing from it. What a restarted worker reports (`SupervisedVecEnv`) is left out, too. An
+action that is not finite is always an error: weights that only the actions betray were changed from outside. What
+`nonfinite` does about losses and gradients is told in `update.py`.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import MaybeCallback
+from torch import Tensor, nn
+
+LEFT_OUT = "left_out"
+"""Key of the infos of transitions that are not to be learned from."""
 
 
 def observation_vectors(obs: Any, space: spaces.Space[Any]) -> np.ndarray:
@@ -33,3 +57,141 @@ def with_rows(obs: Any, rows: np.ndarray, other: Any) -> Any:
     if isinstance(obs, dict):
         return {key: with_rows(part, rows, other[key]) for key, part in obs.items()}
     return np.where(rows.reshape(-1, *[1] * (obs.ndim - 1)), other, obs)
+
+
+class RunningNorm(nn.Module):
+    """Running mean and variance of a stream of vectors, merged batch by batch (Chan et al. 1979).
+
+    Args:
+        dim: length of the vectors.
+        clip: bound on the magnitude of what `forward` returns, in standard deviations.
+        enabled: whether `forward` standardises; the statistics are kept in any case.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, dim: int, clip: float = 10.0, *, enabled: bool = True) -> None:
+        super().__init__()
+        self.clip, self.enabled = clip, enabled
+        # float64: the statistics run over millions of samples. What `forward` needs of them is kept in float32.
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+
+    @torch.no_grad()
+    def update(self, batch: Tensor) -> None:
+        """Merge a batch [B, dim] into the statistics."""
+        batch = batch.double()
+        n = batch.shape[0]
+        total = self.count + n
+        delta = batch.mean(0) - self.mean
+        spread = self.var * self.count + batch.var(0, unbiased=False) * n + delta.square() * self.count * n / total
+        self.mean += delta * n / total
+        self.var.copy_(spread / total)
+        self.count.copy_(total)
+        self.shift.copy_(self.mean)
+        self.scale.copy_((self.var + 1e-8).rsqrt())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Standardise x [B, dim] and clip it to +-clip; before the first batch only clip it. Not enabled: x itself."""
+        return ((x - self.shift) * self.scale).clamp(-self.clip, self.clip) if self.enabled else x
+
+
+class FiniteTransitions(BaseAlgorithm):
+    """The part of an agent that looks at what the environments return; goes before Stable-Baselines3's class."""
+
+    config: Any  # with the field `nonfinite`
+    _held: np.ndarray  # [N], environments whose last observation is an older one, held
+    _transitions_left_out = _worker_restarts = 0  # so far
+
+    def _setup_learn(
+        self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True,
+        tb_log_name: str = "run", progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:  # fmt: skip
+        begins = reset_num_timesteps or self._last_obs is None  # else it goes on where it was, maybe in a saved file
+        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        for _, fault in _faults(observation_vectors(self._last_obs, self.observation_space), "observation"):
+            raise ValueError(fault)  # there is none before it to act on
+        if begins or not hasattr(self, "_held"):
+            self._held = np.zeros(self.n_envs, bool)
+        return result
+
+    def _check_actions(self, actions: np.ndarray) -> None:
+        """Refuse actions [N, ...] that are not finite, and name the weight to blame."""
+        for _, fault in _faults(actions.reshape(len(actions), -1), "action"):
+            raise ValueError(f"{fault}; {blame(self.policy)}")
+
+    def _screen(self, new_obs: Any, rewards: np.ndarray, dones: np.ndarray, infos: Any) -> tuple[Any, np.ndarray]:
+        """Look at what the environments returned to the last observation.
+
+        Returns:
+            The observations, finite ones, and which transitions to leave out, [N]; their infos have `LEFT_OUT`, and
+            finite terminal observations.
+
+        Raises:
+            ValueError: if an observation or a reward is not finite, with nonfinite="raise".
+        """
+        held, space, left_out = self._last_obs, self.observation_space, self._held
+        vectors = observation_vectors(new_obs, space)
+        self._held = ~np.isfinite(vectors).all(1)
+        faults = dict(_faults(vectors, "observation"))
+        for i in np.flatnonzero(dones).tolist():
+            last = infos[i].get("terminal_observation", row_of(new_obs, i))
+            if found := dict(_faults(observation_vectors(batch_of_one(last), space), "observation", i)):
+                faults |= found
+                infos[i]["terminal_observation"] = row_of(held, i)
+            restarted = infos[i].get("worker_restarted", False)
+            left_out[i] |= restarted
+            self._worker_restarts += int(restarted)
+        faults |= dict(_faults(rewards[:, None], "reward"))
+        for i, fault in faults.items():
+            if self.config.nonfinite == "raise":
+                raise ValueError(f"{fault}; check the environment, or set nonfinite to skip")
+            warnings.warn(f"{fault}; the transition is left out", RuntimeWarning, stacklevel=2)
+            left_out[i] = True
+        if left_out.any():
+            new_obs = with_rows(new_obs, self._held, held)
+            self._transitions_left_out += int(left_out.sum())
+            for i in np.flatnonzero(left_out).tolist():
+                infos[i][LEFT_OUT] = True
+        return new_obs, left_out
+
+    def _record_faults(self) -> None:
+        """Log how many there were so far."""
+        self.logger.record("rollout/transitions_left_out", self._transitions_left_out)
+        self.logger.record("rollout/worker_restarts", self._worker_restarts)
+
+
+class FiniteReplay(FiniteTransitions, OffPolicyAlgorithm):
+    """An off-policy agent that looks at every transition before it stores it."""
+
+    def _store_transition(
+        self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, reward: np.ndarray,
+        dones: np.ndarray, infos: list[dict[str, Any]],
+    ) -> None:  # fmt: skip
+        self._check_actions(buffer_action)
+        new_obs, _ = self._screen(new_obs, reward, dones, infos)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+
+def _faults(values: np.ndarray, what: str, first: int = 0) -> Iterator[tuple[int, str]]:
+    """Environment and description of each row of values [N, ...] with an entry that is not finite."""
+    if np.isfinite(values).all():
+        return
+    for i in np.flatnonzero(~np.isfinite(values).all(1)).tolist():
+        j = int(np.flatnonzero(~np.isfinite(values[i]))[0])
+        where = f" in entry {j}" if values.shape[1] > 1 else ""
+        text = f"non-finite {what}: got {values[i, j]}{where} of environment {first + i}, expected finite numbers"
+        yield first + i, text
+
+
+def blame(policy: nn.Module) -> str:
+    """The weights that are not finite, in words."""
+    names = [name for name, weight in policy.named_parameters() if not weight.isfinite().all()]
+    return f"got such numbers in {', '.join(names)}" if names else "all weights are finite"

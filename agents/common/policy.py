@@ -1,10 +1,9 @@
-"""Policies whose learning parameters are one vector: what an update does to them it does in a handful of kernels."""
+"""The base of both agents' policies: Box actions, vector observations, an optimizer, a weight average."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,13 +14,14 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from ...envs.make import check_spaces
-from .networks import RunningNorm
+from .observations import RunningNorm
+from .update import Weights
 
 
-class JoinedPolicy(BasePolicy):
-    """A Stable-Baselines3 policy for Box actions and vector observations, with one vector of parameters.
+class BoxPolicy(BasePolicy):
+    """A Stable-Baselines3 policy for Box actions and vector observations.
 
-    A subclass builds its networks, `obs_norm` and `normalize_observation`, then calls `_join`.
+    A subclass builds its networks and `obs_norm`, then calls `_make_optimizer`.
 
     Args:
         observation_space: Box, or Dict of Boxes; no images.
@@ -34,11 +34,10 @@ class JoinedPolicy(BasePolicy):
     """
 
     obs_norm: RunningNorm
-    normalize_observation: bool
     draws: int
     """Standard normals per action dimension that a sampled action takes."""
     followed: ClassVar[str]
-    """Name of the module that `average` follows; its parameters are the first of the vector."""
+    """Name of the module that the weight average follows."""
     follower: ClassVar[str]
     """Name of the module that holds the average, or of None."""
 
@@ -57,62 +56,89 @@ class JoinedPolicy(BasePolicy):
         self.obs_dim = get_flattened_obs_dim(observation_space)
         self.action_dim, self._action_shape = get_flattened_obs_dim(action_space), action_space.shape
         self.averaging = 1.0
-        self._average: Tensor | None = None
-        self._first: str | None = None  # name of the first of the trained parameters, which are slow to list
+        """Share of the followed weights in the average, per update."""
+        self.latest_weights: Weights | None = None
+        """`weights` as they were when last asked for."""
 
-    def _join(self, lr_schedule: Schedule) -> None:
-        """Make the optimizer, of one vector that holds all `trained` parameters."""
-        vector = nn.Parameter(torch.empty(0))
+    def _own_parameters(self) -> dict[str, nn.Parameter]:
+        """All but those of the average, by name."""
+        return {name: each for name, each in self.named_parameters() if not name.startswith(f"{self.follower}.")}
+
+    def _make_optimizer(self, lr_schedule: Schedule) -> None:
         options = {"lr": lr_schedule(1), **self.optimizer_kwargs}
-        self.optimizer = self.optimizer_class([vector], **options)
-        self.joined()
+        self.optimizer = self.optimizer_class(list(self._own_parameters().values()), **options)
+        self._made, self._known = self.optimizer, self._own_parameters()
 
-    def normalize(self, features: Tensor) -> Tensor:
-        """Raw observation vectors [B, O] as the networks see them: standardised by its own statistics, or raw."""
-        return self.obs_norm.forward(features) if self.normalize_observation else features
+    @property
+    def weights(self) -> Weights:
+        """What an update reads and writes, ready for it; made anew if parameters or optimizer were changed."""
+        if self.latest_weights is None or not self.latest_weights.are_current(self):
+            self.latest_weights = Weights(self)
+        self.latest_weights.prepare()
+        return self.latest_weights
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn, by name: `followed` first, the larger before the smaller for their alignment."""
-        named = [item for item in self.named_parameters() if item[1].requires_grad]
-        prefix = f"{self.followed}."
-        return dict(sorted(named, key=lambda item: (not item[0].startswith(prefix), -item[1].numel())))
+    def adopt_weights(self) -> None:
+        """Let the optimizer know parameters that were replaced since it was made; at the start of training.
 
-    def joined(self) -> nn.Parameter:
-        """The optimizer's one parameter, of which all `trained` ones are views.
+        A parameter that takes the place of another of the same name also takes its place in the optimizer, with its
+        moments if the shapes agree.
 
-        A move to another device or a deep copy leaves them on their own; then they are joined anew.
+        Raises:
+            ValueError: if a parameter requires a gradient and the policy's own optimizer does not hold it, nothing
+                would learn, or the average has other parameters than what it follows.
         """
-        vector: nn.Parameter = self.optimizer.param_groups[0]["params"][0]
-        if self._first is None or self.get_parameter(self._first).data_ptr() != vector.data_ptr():
-            parameters = self.trained()
-            self._first = next(iter(parameters))
-            vector.data = _join(list(parameters.values()))
-            average: nn.Module | None = getattr(self, self.follower)
-            if average is not None:
-                prefix = f"{self.followed}."
-                names = [name.removeprefix(prefix) for name in parameters if name.startswith(prefix)]
-                self._average = _join([average.get_parameter(name) for name in names])
-        return vector
+        present = self._own_parameters()
+        if names := [name for name, each in self._known.items() if name in present and present[name] is not each]:
+            places = {id(self._known[name]): present[name] for name in names}
+            for group in self.optimizer.param_groups:
+                group["params"] = [places.get(id(each), each) for each in group["params"]]
+            for name in names:
+                moments = self.optimizer.state.pop(self._known[name], None)
+                if moments and self._known[name].shape == present[name].shape:
+                    self.optimizer.state[present[name]] = moments
+            self.latest_weights = None
+        self._known = present
+        held = {id(each) for group in self.optimizer.param_groups for each in group["params"]}
+        lost = [name for name, each in present.items() if each.requires_grad and id(each) not in held]
+        if lost and self.optimizer is self._made:  # a user's own optimizer may leave out what it likes
+            raise ValueError(
+                f"weights: {', '.join(lost)} would not learn, policy.optimizer does not hold them; add them "
+                "(policy.optimizer.add_param_group), or freeze them (requires_grad_(False))"
+            )
+        average: nn.Module | None = getattr(self, self.follower)
+        if average is not None:
+            mean, followed = (
+                {name: each.shape for name, each in module.named_parameters()}
+                for module in (average, getattr(self, self.followed))
+            )
+            if mean != followed:
+                wrong = ", ".join(sorted(str(name) for name in mean.keys() ^ followed.keys())) or "their shapes"
+                raise ValueError(
+                    f"weights: {self.follower} has other parameters than {self.followed}, which it follows ({wrong}); "
+                    f"do the same to both"
+                )
+        self.latest_weights = None
+        if not self.weights.parameters:
+            raise ValueError("weights: got none that learns, expected one at least; unfreeze some (requires_grad_)")
 
-    def average(self, vector: Tensor) -> None:
-        """Move the follower towards what it follows, which the `joined` vector begins with, by `averaging`."""
-        if self._average is not None:
-            self._average.lerp_(vector[: len(self._average)], self.averaging)
-
-    def snapshot(self) -> Callable[[], None]:
-        """Keep what an update changes: weights, their average, the optimizer's state. The result puts it back."""
-        vector, states = self.joined(), self.optimizer.state
-        changing = [vector.detach(), self._average, *states.get(vector, {}).values()]
-        kept = [(tensor, tensor.clone()) for tensor in changing if isinstance(tensor, Tensor)]
-        is_new = vector not in states
-
-        def restore() -> None:
-            for tensor, before in kept:
-                tensor.copy_(before)
-            if is_new:
-                states.clear()
-
-        return restore
+    def upgraded_optimizer_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A saved state of the optimizer, of a version in which it held one vector, as that of single parameters."""
+        (group, *more) = state["param_groups"]
+        parameters = list(self._own_parameters().values())
+        if more or len(group["params"]) != 1 or len(parameters) == 1:
+            return state
+        group = group | {"params": list(range(len(parameters)))}
+        (moments,) = state["state"].values() or ({},)
+        sizes = [each.numel() for each in self.weights.parameters]
+        parts = {name: value if name == "step" else value.split(sizes) for name, value in moments.items()}
+        place = {id(each): i for i, each in enumerate(parameters)}
+        states = {
+            place[id(each)]: {
+                name: part if name == "step" else part[i].view_as(each).clone() for name, part in parts.items()
+            }
+            for i, each in enumerate(self.weights.parameters)
+        }
+        return {"state": states if moments else {}, "param_groups": [group]}
 
     @abstractmethod
     def decide(self, features: Tensor, noise: Tensor | None) -> Tensor:
@@ -154,11 +180,3 @@ class JoinedPolicy(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         return self._choose(self.features(observation), deterministic)
-
-
-def _join(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Make the parameters views of one vector, which is returned: what is done to it is done to all of them at once."""
-    vector = torch.cat([parameter.detach().flatten() for parameter in parameters])
-    for parameter, part in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
-        parameter.data = part.view_as(parameter)
-    return vector

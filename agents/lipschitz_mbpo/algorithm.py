@@ -5,14 +5,14 @@ short rollouts of a learned model that begin in states really visited. The error
 bounded by how much V changes between predicted and true next state, ``gamma^2 E[(V(s'_hat) - V(s'))^2]``: a smooth V
 needs no ensemble of models.
 
-Differences from the papers (docs/lipschitz_mbpo.md): SAC's networks step at the same time (agents/lipschitz_mbpo/sac.py); the model's
-targets are normalised and its predictions clipped to the range of the data; the radius is in units of each
-observation's running standard deviation; spectral norms are bounded by projection after an environment step's updates.
+Differences from the papers (docs/lipschitz_mbpo.md): SAC's networks step at the same time (sac.py); the model's targets
+are normalised and its predictions clipped to the range of the data; the radius is in units of each observation's
+running standard deviation; spectral norms are bounded by projection after an environment step's updates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -20,36 +20,56 @@ from typing import Any, ClassVar
 import torch
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import update_learning_rate
 from torch import Tensor
 
 from ...dynamics.regularize import spectral_bound_
 from ...dynamics.transition import TRANSITIONS, GaussianTransition
 from ...dynamics.transition_base import TransitionModel, TransitionSettings
 from ...envs.termination import termination_function
-from ..common.config import given_at_load, resolve
-from ..common.nonfinite import GuardedOffPolicy, record
-from ..common.update import Batch, Objective, prepared
+from ..common.compiling import Compiled, prepared
+from ..common.config import Configured, rate_fields, resolve
+from ..common.networks import activation_name
+from ..common.observations import FiniteReplay
+from ..common.update import FiniteUpdates, Gradient, Loss, Losses, compiles
 from .config import LipschitzMBPOConfig
 from .critic_regularizers import adversary, search_noise, value_gap
 from .diagnostics import model_diagnostics, runs_away, value_diagnostics
-from .replay import CheckpointedReplay, TensorReplay, Transitions
+from .replay import CheckpointedReplay, Minibatch, TensorReplay, TransitionRing
 from .sac import SACPolicy, sac_losses
 
 
-def losses(policy: SACPolicy, batch: Batch, config: LipschitzMBPOConfig, target_entropy: float) -> Batch:
+def losses(policy: SACPolicy, batch: Minibatch, config: LipschitzMBPOConfig, target_entropy: float) -> Losses:
     """SAC's losses and the robust penalty ``mean max_s~ (Q(s~, pi(s~)) - Q(s, a))^2`` (arXiv 2302.01244)."""
-    values = policy.critic(batch["obs"], batch["action"])
-    terms = sac_losses(policy, batch, values, config.gamma, target_entropy)
+    values = policy.critic(batch.obs, batch.action)
+    table, metrics = sac_losses(policy, batch, values, config.gamma, target_entropy)
     if config.regularizer == "robust":
-        gap = value_gap(policy, batch, values, config.pairing)
-        radius, way = config.robust_radius * policy.unit(), config.adversary
-        states = adversary(gap, batch, radius, way, config.adversary_steps, config.adversary_temperature)
-        terms["lipschitz/penalty"] = gap(states).mean()
-        terms["train/loss"] = terms["train/loss"] + config.robust_coef * terms["lipschitz/penalty"]
-    return terms
+        assert batch.search is not None
+        gap = value_gap(policy, batch, values, config.robust_actions)
+        radius, way = config.robust_radius * policy.obs_std(), config.adversary
+        search = (batch.search, radius, way, config.adversary_steps, config.adversary_temperature)
+        states = adversary(gap, batch.obs, *search)
+        table["lipschitz/penalty"] = Loss(gap(states).mean(), config.robust_coef)
+    return Losses(table, metrics)
 
 
-class LipschitzMBPO(CheckpointedReplay, GuardedOffPolicy):
+_SB3_ARGUMENTS = ("buffer_size", "learning_starts", "batch_size", "tau", "gamma", "gradient_steps")
+_POLICY_FIELDS = ("tau", "temperature", "learn_temperature", "normalize_observation")
+"""Fields of the Config that are arguments of `SACPolicy` under the same name."""
+
+
+def _implied(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the Config that arguments of `SACPolicy` stand for."""
+    fields = {name: policy_kwargs[name] for name in _POLICY_FIELDS if name in policy_kwargs}
+    if (net_arch := policy_kwargs.get("net_arch")) is not None:
+        both = net_arch if isinstance(net_arch, dict) else {"pi": net_arch, "qf": net_arch}
+        fields |= {"actor_hidden": tuple(both["pi"]), "critic_hidden": tuple(both["qf"])}
+    if "activation_fn" in policy_kwargs:
+        fields["activation"] = activation_name(policy_kwargs["activation_fn"])
+    return fields
+
+
+class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay):
     """SAC on the rollouts of one learned model, with a Lipschitz-regularized value (arXiv 2302.01244, 1906.08253).
 
     A Stable-Baselines3 algorithm: `learn`, `save`, `load`, `predict`, `save_replay_buffer`, callbacks and loggers are
@@ -74,7 +94,13 @@ class LipschitzMBPO(CheckpointedReplay, GuardedOffPolicy):
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": SACPolicy, "MultiInputPolicy": SACPolicy}
     policy: SACPolicy
     transition: TransitionModel | None
-    _remade = ("imagined", "_gradient", "_terminated")
+    config: LipschitzMBPOConfig
+    config_class = LipschitzMBPOConfig
+    _fixed = frozenset(
+        ("buffer_size", "actor_hidden", "critic_hidden", "activation", "model", "members", "elites", "model_hidden",
+         "model_rollouts", "model_retain", "termination", *_POLICY_FIELDS)
+    )  # fmt: skip
+    _remade = ("model_buffer", "_gradient", "_terminated")
 
     def __init__(
         self, policy: str | type[SACPolicy] = "MlpPolicy", env: GymEnv | str | None = None,
@@ -85,9 +111,10 @@ class LipschitzMBPO(CheckpointedReplay, GuardedOffPolicy):
     ) -> None:  # fmt: skip
         if env is None and _init_setup_model:
             raise ValueError("env: got None, expected an environment, a vectorised environment or a registered id")
-        if learning_rate is not None and not callable(learning_rate):
-            fields["learning_rate"] = learning_rate
-        self.config = resolve(config or LipschitzMBPOConfig(), fields)
+        config = config or LipschitzMBPOConfig()
+        if learning_rate is not None:
+            fields = rate_fields(learning_rate, config) | fields
+        self.config = resolve(config, fields | _implied(policy_kwargs or {}))
         self.terminated = terminated
         self._fitted_at = self._diagnosed_at = self._seen = 0  # environment steps, and rows of the replay buffer
         self._carry = 0.0  # real transitions owed by the minibatches so far
@@ -102,16 +129,15 @@ class LipschitzMBPO(CheckpointedReplay, GuardedOffPolicy):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        self.config = config = given_at_load(self.config, self)
+        self._take_attributes(_implied(self.policy_kwargs))
+        config = self.config
         if self._vec_normalize_env is not None:
             raise ValueError("env: got a VecNormalize, expected raw observations; use normalize_observation=True")
-        self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self._convert_train_freq()
         defaults: dict[str, Any] = {
             "net_arch": {"pi": list(config.actor_hidden), "qf": list(config.critic_hidden)},
-            "activation_fn": config.activation, "tau": config.tau, "temperature": config.temperature,
-            "learn_temperature": config.learn_temperature, "normalize_observation": config.normalize_observation,
+            "activation_fn": config.activation, **{name: getattr(config, name) for name in _POLICY_FIELDS},
         }  # fmt: skip
         if "optimizer_class" not in self.policy_kwargs:
             defaults["optimizer_kwargs"] = {"fused": True}
@@ -123,9 +149,6 @@ class LipschitzMBPO(CheckpointedReplay, GuardedOffPolicy):
             self.replay_buffer = TensorReplay(
                 self.buffer_size, self.observation_space, self.action_space, self.device, self.n_envs
             )
-        target_entropy = -float(policy.action_dim) if config.target_entropy is None else config.target_entropy
-        terms = partial(losses, config=config, target_entropy=target_entropy)
-        self._gradient = Objective(policy, terms, "train/loss", None).gradient
         self.transition = None
         if config.model != "none":
             rule = self._termination_rule()
@@ -133,7 +156,20 @@ class LipschitzMBPO(CheckpointedReplay, GuardedOffPolicy):
             self._terminated = None if self._learns_end else rule
             self.transition = self._build_model().to(self.device)
             rollouts = config.model_rollouts * config.model_retain
-            self.imagined = Transitions(rollouts, policy.obs_dim, policy.action_dim, policy.device)
+            self.model_buffer = TransitionRing(rollouts, policy.obs_dim, policy.action_dim, policy.device)
+        self._config_changed()
+
+    def _config_changed(self) -> None:
+        """Make anew what an update reads of the Config."""
+        if not hasattr(self, "transition"):  # nothing is built yet
+            return
+        config, dims = self.config, self.policy.action_dim
+        target_entropy = -float(dims) if config.target_entropy is None else config.target_entropy
+        terms = partial(losses, config=config, target_entropy=target_entropy)
+        gradient = Gradient(self.policy, terms, None).clipped
+        self._gradient = prepared(
+            gradient, isinstance(vars(self).get("_gradient"), Compiled), torch.device(self.device)
+        )
 
     def _build_model(self) -> TransitionModel:
         config, dims = self.config, (self.policy.obs_dim, self.policy.action_dim)
@@ -170,11 +206,14 @@ class LipschitzMBPO(CheckpointedReplay, GuardedOffPolicy):
         """Train for total_timesteps environment steps, as Stable-Baselines3's `SAC.learn`.
 
         Raises:
-            ValueError: if numbers are not finite (`nonfinite`), the model diverges, or compile="on" finds no compiler.
+            ValueError: if numbers are not finite (`nonfinite`), the model diverges, compile="on" finds no compiler, or
+                the weights were changed so that some would not learn.
         """
+        self.policy.adopt_weights()
         done = 0 if reset_num_timesteps else self.num_timesteps  # a run that goes on is compiled as the whole would be
-        updates = (done + total_timesteps) * self.config.gradient_steps
-        self._gradient = prepared(self._gradient, self.config.compile, updates, torch.device(self.device))
+        updates, device = (done + total_timesteps) * self.config.gradient_steps, torch.device(self.device)
+        compiled = compiles(self.policy, self.config.compile, updates, device)
+        self._gradient = prepared(self._gradient, compiled, device)
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
@@ -183,22 +222,22 @@ class LipschitzMBPO(CheckpointedReplay, GuardedOffPolicy):
         if len(self._real) < config.learning_starts:  # loaded without its replay buffer: see something first
             return
         policy.set_training_mode(True)
-        self._update_learning_rate(policy.optimizer)
+        update_learning_rate(policy.optimizer, self._rate_at(self._current_progress_remaining))
         if self._seen == 0 or self.num_timesteps - self._fitted_at >= config.model_interval:
             self._fitted_at = self.num_timesteps
             self._learn_scales()
             if self.transition is not None:
                 self._fit_model(self.transition)
-                self._imagine(self.transition, config.horizon_at(self.num_timesteps))
-        vector, metrics, restore = policy.joined(), [], self._before_updates()
+                self._imagine(self.transition, config.rollout_length(self.num_timesteps))
+        weights, before, metrics = self._weights(), self._before_updates(), list[Tensor]()
         for batch in self._minibatches(gradient_steps * self.n_envs, batch_size):
-            vector.grad, terms = self._gradient(batch)
-            if self._refuses(terms):
+            gradient, scalars = self._gradient(batch)  # of the sum of `losses`
+            if self._refuses(scalars):
                 continue
-            policy.optimizer.step()
-            policy.average(vector.detach())
-            metrics.append(torch.stack(list(terms.values())))
-        record(self.logger, self._settle(terms, metrics, restore))
+            weights.step(gradient)
+            weights.average()
+            metrics.append(torch.stack(list(scalars.values())))
+        self._record(self._settle(list(scalars), metrics, before))
         self._record_faults()
         if config.regularizer == "spectral":
             spectral_bound_(policy.critic, config.spectral_bound)
@@ -209,77 +248,79 @@ class LipschitzMBPO(CheckpointedReplay, GuardedOffPolicy):
             self._diagnose(batch)
 
     @property
-    def _real(self) -> Transitions:
+    def _real(self) -> TransitionRing:
         assert self.replay_buffer is not None
         return self.replay_buffer.transitions
 
-    def _minibatches(self, count: int, size: int) -> list[Batch]:
+    def _minibatches(self, count: int, size: int) -> list[Minibatch]:
         """Minibatches of real and imagined transitions, with all noise that the losses need."""
         config, policy, real = self.config, self.policy, self._real
-        share = config.real_ratio if self.transition is not None and len(self.imagined) else 1.0
+        share = config.real_ratio if self.transition is not None and len(self.model_buffer) else 1.0
         owed = [int(self._carry + share * size * i) for i in range(count + 1)]
         self._carry = (self._carry + share * size * count) % 1.0
         drawn = real.draw(owed[-1], self._generator)
         if share < 1:
-            imagined = self.imagined.draw(count * size - owed[-1], self._generator)
-        noise = torch.randn(2, count, size, policy.action_dim, generator=self._generator, device=self.device)
+            of_model = self.model_buffer.draw(count * size - owed[-1], self._generator)
+        noise, next_noise = torch.randn(
+            2, count, size, policy.action_dim, generator=self._generator, device=self.device
+        )
         batches = []
         for i in range(count):
             rows = drawn[owed[i] : owed[i + 1]]
             if share < 1:
-                rows = torch.cat([rows, imagined[i * size - owed[i] : (i + 1) * size - owed[i + 1]]])
-            batch = real.unpack(rows)
-            obs = policy.normalize(torch.cat([batch["obs"], batch["next_obs"]]))
-            batch["obs"], batch["next_obs"] = obs.split(size)
-            batch |= {"noise": noise[0, i], "next_noise": noise[1, i]}
+                rows = torch.cat([rows, of_model[i * size - owed[i] : (i + 1) * size - owed[i + 1]]])
+            drawn_now = real.unpack(rows)
+            obs, next_obs = policy.obs_norm(torch.cat([drawn_now.obs, drawn_now.next_obs])).split(size)
+            search = None
             if config.regularizer == "robust":
-                batch |= search_noise(batch["obs"], config.adversary, config.adversary_steps, self._generator)
-            batches.append(batch)
+                search = search_noise(obs, config.adversary, config.adversary_steps, self._generator)
+            transitions = (obs, drawn_now.action, next_obs, drawn_now.reward, drawn_now.terminated)
+            batches.append(Minibatch(*transitions, noise[i], next_noise[i], search))
         return batches
 
     def _learn_scales(self) -> None:
         """Let the observation statistics see what is new."""
         new = self._real.unpack(self._real.newest(self.num_timesteps - self._seen))
-        self.policy.obs_norm.update(new["obs"])
+        self.policy.obs_norm.update(new.obs)
         self._seen = self.num_timesteps
 
     def _fit_model(self, model: TransitionModel) -> None:
         """Go on with the model's fit on all that was seen."""
         seen = self._real.all()
         fitted = model.fit(
-            seen["obs"], seen["action"], seen["reward"], seen["next_obs"],
-            seen["terminated"] > 0 if self._learns_end else None,
+            seen.obs, seen.action, seen.reward, seen.next_obs, seen.terminated > 0 if self._learns_end else None,
             generator=self._generator, max_epochs=self.config.model_epochs,
         )  # fmt: skip
-        record(self.logger, fitted)
+        self._record(fitted)
 
     @torch.no_grad()
     def _imagine(self, model: TransitionModel, horizon: int) -> None:
         """Begin model rollouts in states that were seen and follow the present policy, at most `horizon` steps."""
         config, policy, real = self.config, self.policy, self._real
-        self.imagined.resize(config.model_rollouts * config.model_retain * horizon)
-        obs = real.unpack(real.draw(config.model_rollouts * config.model_interval, self._generator))["obs"]
+        self.model_buffer.resize(config.model_rollouts * config.model_retain * horizon)
+        obs = real.unpack(real.draw(config.model_rollouts * config.model_interval, self._generator)).obs
         begun, rule = len(obs), self._terminated
         for _ in range(horizon):
             noise = torch.randn(len(obs), policy.action_dim, generator=self._generator, device=obs.device)
-            action = policy.actor.sample(policy.normalize(obs), noise).action
+            action = policy.actor.sample(policy.obs_norm(obs), noise).action
             next_obs, reward = model.sample(obs, action, self._generator)
             terminated = model.terminal(obs, action, next_obs) if rule is None else rule(next_obs)
-            self.imagined.append(obs, action, next_obs, reward, terminated)
+            self.model_buffer.append(obs, action, next_obs, reward, terminated)
             obs = next_obs[~terminated]
             if not len(obs):
                 break
         self.logger.record("model/horizon", horizon)
         self.logger.record("model/terminated_share", 1 - len(obs) / begun)
 
-    def _diagnose(self, batch: Batch) -> None:
+    def _diagnose(self, batch: Minibatch) -> None:
         """Log what model and value are worth; warn of critics that run away."""
         found = value_diagnostics(self.policy, batch, self.config.robust_radius)
         if self.transition is not None:
             found |= model_diagnostics(self.transition, self.policy, self._real, self.n_envs)
         runaway = runs_away(found["lipschitz/largest_value"], self._real, self.config.gamma)
         found["lipschitz/runaway"] = float(runaway)
-        record(self.logger, found)
+        self._record(found)
 
-
-_SB3_ARGUMENTS = ("buffer_size", "learning_starts", "batch_size", "tau", "gamma", "gradient_steps")
+    def _record(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.logger.record(name, value)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..common.config import require, validate
 from ..storage.format import storable
 
 
-@storable
+@storable(upgrade=lambda fields: upgraded(fields))
 @dataclass(frozen=True)
 class LipschitzMBPOConfig:
     """Hyperparameters of LipschitzMBPO; those that SAC has too bear Stable-Baselines3's names.
@@ -19,7 +19,9 @@ class LipschitzMBPOConfig:
     """
 
     learning_rate: float = 3e-4
-    """Learning rate of actor, critics and temperature, > 0."""
+    """Learning rate of actor, critics and temperature, > 0 (initial one if lr_schedule is linear)."""
+    lr_schedule: Literal["constant", "linear", "function"] = "constant"
+    """Course of the learning rate. linear: falls to 0; function: learning_rate is one."""
     buffer_size: int = 1_000_000
     """Transitions of the environment that are kept, >= 1."""
     learning_starts: int = 5000
@@ -62,8 +64,14 @@ class LipschitzMBPOConfig:
     """Model rollouts begun per environment step, >= 1 (all of an interval's at once, after the fit)."""
     model_retain: int = 1000
     """Environment steps whose model rollouts are kept, >= model_interval."""
-    horizon: tuple[int, int, int, int] = (20_000, 150_000, 1, 15)
-    """(a, b, x, y): length of model rollouts, x up to environment step a, linearly to y at step b."""
+    rollout_min: int = 1
+    """Length of model rollouts up to environment step rollout_start, >= 1."""
+    rollout_max: int = 15
+    """Length of model rollouts from environment step rollout_end on, >= 1; linear in between."""
+    rollout_start: int = 20_000
+    """Environment step at which the length begins to change, >= 0."""
+    rollout_end: int = 150_000
+    """Environment step at which it has changed, >= rollout_start."""
     real_ratio: float = 0.05
     """Share of real transitions in what is learned from, in [0, 1]; exact over updates, not only in the mean."""
     termination: Literal["auto", "task", "learned", "never"] = "auto"
@@ -80,7 +88,7 @@ class LipschitzMBPOConfig:
     """Steps of pgd and langevin, >= 1."""
     adversary_temperature: float = 1.0
     """Temperature of langevin, > 0, in units of the squared value."""
-    pairing: Literal["paper", "same_action", "policy"] = "paper"
+    robust_actions: Literal["paper", "same_action", "policy"] = "paper"
     """Actions compared, (at the changed state, at the state): (pi, a), (a, a) or (pi, pi)."""
     spectral_bound: float = 4.0
     """Largest spectral norm of each layer of the critics, > 0 (spectral)."""
@@ -99,21 +107,75 @@ class LipschitzMBPOConfig:
                 "a number of at least 0": "robust_coef",
                 "a number in [0, 1]": "tau gamma real_ratio",
                 "an integer of at least 1": "buffer_size learning_starts batch_size gradient_steps members elites "
-                "model_epochs model_interval model_rollouts model_retain adversary_steps",
-                "an integer of at least 0": "diagnostics_interval",
+                "model_epochs model_interval model_rollouts model_retain rollout_min rollout_max adversary_steps",
+                "an integer of at least 0": "diagnostics_interval rollout_start",
                 "positive integers, at least one": "actor_hidden critic_hidden model_hidden",
                 "True or False": "learn_temperature normalize_observation",
             },
         )
-        start, end, first, last = self.horizon
-        require(self, "horizon", 0 <= start <= end and 1 <= min(first, last), "(a, b, x, y), 0 <= a <= b, x and y >= 1")
+        later = f"at least rollout_start = {self.rollout_start}"
+        require(self, "rollout_end", self.rollout_end >= self.rollout_start, later)
         require(self, "elites", self.elites <= self.members, f"at most members = {self.members}")
         gaussian = self.model in ("deterministic", "probabilistic")
         require(self, "members", gaussian or self.members == 1, f"1 for the model {self.model}")
-        require(self, "model_retain", self.model_retain >= self.model_interval, "at least model_interval")
+        kept = self.model == "none" or self.model_retain >= self.model_interval
+        require(self, "model_retain", kept, f"at least model_interval = {self.model_interval}")
 
-    def horizon_at(self, step: int) -> int:
+    def rollout_length(self, step: int) -> int:
         """Length of model rollouts at an environment step."""
-        start, end, first, last = self.horizon
-        progress = min(max((step - start) / max(end - start, 1), 0.0), 1.0)
-        return int(first + progress * (last - first))
+        progress = (step - self.rollout_start) / max(self.rollout_end - self.rollout_start, 1)
+        return int(self.rollout_min + min(max(progress, 0.0), 1.0) * (self.rollout_max - self.rollout_min))
+
+    def switched_off(self) -> dict[str, str]:
+        """Fields that change nothing as the others are -> what would switch them on."""
+        off = {}
+        if not self.learn_temperature:
+            off["target_entropy"] = "learn_temperature"
+        if self.model == "none":
+            names = (
+                "model_hidden model_epochs model_rollouts model_retain rollout_min rollout_max "
+                "rollout_start rollout_end real_ratio termination"
+            )
+            off |= dict.fromkeys(names.split(), "a model")
+        if self.rollout_min == self.rollout_max:
+            off |= dict.fromkeys(("rollout_start", "rollout_end"), "rollout_min other than rollout_max")
+        if self.regularizer != "robust":
+            names = "robust_coef adversary adversary_steps adversary_temperature robust_actions"
+            off |= dict.fromkeys(names.split(), "regularizer robust")
+            if not self.diagnostics_interval:
+                off["robust_radius"] = "regularizer robust, or diagnostics"
+        elif self.adversary == "fgsm":
+            off["adversary_steps"] = "adversary pgd or langevin"
+        if self.adversary != "langevin":
+            off["adversary_temperature"] = "adversary langevin"
+        if self.regularizer != "spectral":
+            off["spectral_bound"] = "regularizer spectral"
+        return off
+
+
+def upgraded(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields as an earlier version named them, in saved runs and benchmarks, by their present names."""
+    fields = {"robust_actions" if name == "pairing" else name: value for name, value in fields.items()}
+    if "horizon" in fields:
+        names = ("rollout_start", "rollout_end", "rollout_min", "rollout_max")
+        fields |= dict(zip(names, fields.pop("horizon"), strict=True))
+    return fields
+
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "basics": (
+        "learning_rate", "lr_schedule", "buffer_size", "learning_starts", "batch_size", "gradient_steps", "tau",
+        "gamma", "normalize_observation", "actor_hidden", "critic_hidden", "activation",
+    ),
+    "model": (
+        "model", "model_interval", "model_epochs", "model_hidden", "members", "elites", "model_rollouts",
+        "model_retain", "rollout_min", "rollout_max", "rollout_start", "rollout_end", "real_ratio", "termination",
+    ),
+    "critic regularizer": (
+        "regularizer", "robust_coef", "robust_radius", "robust_actions", "adversary", "adversary_steps",
+        "adversary_temperature", "spectral_bound",
+    ),
+    "exploration": ("temperature", "learn_temperature", "target_entropy"),
+    "numerics": ("compile", "nonfinite", "diagnostics_interval"),
+}  # fmt: skip
+"""Fields by the group in which `train.py mbpo --help-all` shows them; each in one group."""

@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 
 from ...dynamics.regularize import adversarial_states
-from ..common.update import Batch
+from .replay import Minibatch, SearchNoise
 from .sac import SACPolicy, frozen
 
 
-def value_gap(policy: SACPolicy, batch: Batch, values: Tensor, pairing: str) -> Callable[[Tensor], Tensor]:
+def value_gap(policy: SACPolicy, batch: Minibatch, values: Tensor, actions: str) -> Callable[[Tensor], Tensor]:
     """``states [B, O] -> (Q(s~, a~) - Q(s, a))^2`` [B], summed over both critics; the actor gets no gradient.
 
-    The two actions are (pi(s~), a), (a, a) or (pi(s~), pi(s)) by the pairing; pi is the deterministic action.
+    The two actions are (pi(s~), a), (a, a) or (pi(s~), pi(s)); pi is the deterministic action.
 
     Args:
         policy: with actor and critics.
-        batch: obs [B, O] and action [B, D].
-        values: Q(s, a) of that action, [2, B].
-        pairing: "paper", "same_action" or "policy".
+        batch: with states s and actions a.
+        values: Q(s, a), [2, B].
+        actions: "paper", "same_action" or "policy".
     """
-    obs, action = batch["obs"], batch["action"]
-    here = policy.critic(obs, frozen(policy.actor, obs)) if pairing == "policy" else values
+    obs, action = batch.obs, batch.action
+    here = policy.critic(obs, frozen(policy.actor, obs)) if actions == "policy" else values
 
     def gap(states: Tensor) -> Tensor:
-        there = policy.critic(states, action if pairing == "same_action" else frozen(policy.actor, states))
+        there = policy.critic(states, action if actions == "same_action" else frozen(policy.actor, states))
         change: Tensor = there - here
         return change.square().sum(0)
 
@@ -36,15 +36,17 @@ def value_gap(policy: SACPolicy, batch: Batch, values: Tensor, pairing: str) -> 
 
 
 def adversary(
-    gap: Callable[[Tensor], Tensor], batch: Batch, radius: Tensor, method: str, steps: int = 1, temperature: float = 1.0
-) -> Tensor:
+    gap: Callable[[Tensor], Tensor], obs: Tensor, search: SearchNoise, radius: Tensor, method: str, steps: int = 1,
+    temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
     """States within a radius of obs at which the gap is high, [B, O], detached.
 
     Args:
         gap: `value_gap`.
-        batch: obs; "start", uniform in [-1, 1] like obs; for langevin "ascent_noise", standard normal, [B, steps, O].
+        obs: where the states lie around, [B, O].
+        search: noise; with that of the ascent for langevin.
         radius: largest change of each observation, [O].
-        method: "fgsm" (one sign step, from "start" across the whole ball: to a corner), "pgd" (several) or "langevin"
+        method: "fgsm" (one sign step, from the start across the whole ball: to a corner), "pgd" (several) or "langevin"
             (ascent at a temperature).
         steps: of pgd and langevin.
         temperature: of langevin, in units of the gap.
@@ -52,13 +54,14 @@ def adversary(
     steps = 1 if method == "fgsm" else steps
     options: dict[str, Any] = {"steps": steps, "step_size": 2 / steps}
     if method == "langevin":
-        options |= {"temperature": temperature, "noise": batch["ascent_noise"].unbind(1)}
-    return adversarial_states(gap, batch["obs"], radius=radius, start=batch["start"], **options)
+        assert search.ascent is not None
+        options |= {"temperature": temperature, "noise": search.ascent.unbind(1)}
+    return adversarial_states(gap, obs, radius=radius, start=search.start, **options)
 
 
-def search_noise(obs: Tensor, method: str, steps: int, generator: torch.Generator) -> Batch:
-    """Where the search for adversarial states begins, and what shakes it: for the batch of `adversary`."""
-    noise: Batch = {"start": torch.empty_like(obs).uniform_(-1, 1, generator=generator)}
-    if method == "langevin":
-        noise["ascent_noise"] = torch.randn(len(obs), steps, obs.shape[1], generator=generator, device=obs.device)
-    return noise
+def search_noise(obs: Tensor, method: str, steps: int, generator: torch.Generator) -> SearchNoise:
+    """Noise for `adversary` around obs [B, O]."""
+    start = torch.empty_like(obs).uniform_(-1, 1, generator=generator)
+    if method != "langevin":
+        return SearchNoise(start)
+    return SearchNoise(start, torch.randn(len(obs), steps, obs.shape[1], generator=generator, device=obs.device))

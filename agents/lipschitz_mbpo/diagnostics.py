@@ -8,21 +8,20 @@ import torch
 
 from ...dynamics.regularize import spectral_norms
 from ...dynamics.transition_base import TransitionModel
-from ..common.update import Batch
 from .critic_regularizers import adversary, value_gap
-from .replay import Transitions
+from .replay import Minibatch, SearchNoise, TransitionRing
 from .sac import SACPolicy
 
 SAMPLES = 256
 MODEL_STEPS = 5
 
 
-def value_diagnostics(policy: SACPolicy, batch: Batch, radius: float) -> dict[str, float]:
+def value_diagnostics(policy: SACPolicy, batch: Minibatch, radius: float) -> dict[str, float]:
     """How smooth the critics are, at the same action.
 
     Args:
         policy: with the critics.
-        batch: obs [B, O] as the networks see them, action [B, D].
+        batch: a minibatch, of which states and actions are taken.
         radius: of the changes of a state, in running standard deviations of each observation.
 
     Returns:
@@ -32,14 +31,14 @@ def value_diagnostics(policy: SACPolicy, batch: Batch, radius: float) -> dict[st
             a bound of its Lipschitz constant.
         lipschitz/largest_value: largest |Q(s, a)| of the batch.
     """
-    obs, action, reach = batch["obs"], batch["action"], radius * policy.unit()
+    obs, action, reach = batch.obs, batch.action, radius * policy.obs_std()
     generator = torch.Generator(obs.device).manual_seed(0)  # its own: measuring must not change training
-    ball = batch | {"start": torch.empty_like(obs).uniform_(-1, 1, generator=generator)}
+    search = SearchNoise(torch.empty_like(obs).uniform_(-1, 1, generator=generator))
     with torch.no_grad():
         values = policy.critic(obs, action)
-        nearby = obs + reach * ball["start"]
-        gap = value_gap(policy, ball, values, "same_action")
-        gain = gap(adversary(gap, ball, reach, "fgsm")).mean() / gap(nearby).mean().clamp_min(1e-12)
+        nearby = obs + reach * search.start
+        gap = value_gap(policy, batch, values, "same_action")
+        gain = gap(adversary(gap, obs, search, reach, "fgsm")).mean() / gap(nearby).mean().clamp_min(1e-12)
         return {
             "lipschitz/slope": ((policy.critic(nearby, action) - values).abs().mean() / radius).item(),
             "lipschitz/adversarial_gain": gain.item(),
@@ -48,9 +47,9 @@ def value_diagnostics(policy: SACPolicy, batch: Batch, radius: float) -> dict[st
         }
 
 
-def runs_away(largest: float, real: Transitions, gamma: float) -> bool:
+def runs_away(largest: float, real: TransitionRing, gamma: float) -> bool:
     """Whether a value is twice what the rewards seen allow, with a warning: critics that diverge do so silently."""
-    limit = 2 * real.all()["reward"].abs().max().item() / max(1 - gamma, 1e-3)
+    limit = 2 * real.all().reward.abs().max().item() / max(1 - gamma, 1e-3)
     if largest > limit:
         text = f"the critics run away: a value of {largest:.3g} where rewards allow {limit:.3g}"
         warnings.warn(f"{text}; raise robust_coef, or lower gradient_steps or learning_rate", stacklevel=2)
@@ -58,7 +57,7 @@ def runs_away(largest: float, real: Transitions, gamma: float) -> bool:
 
 
 @torch.no_grad()
-def model_diagnostics(model: TransitionModel, policy: SACPolicy, real: Transitions, stride: int) -> dict[str, float]:
+def model_diagnostics(model: TransitionModel, policy: SACPolicy, real: TransitionRing, stride: int) -> dict[str, float]:
     """How far a model is from what was seen, on a sample of the newest transitions.
 
     Args:
@@ -75,11 +74,11 @@ def model_diagnostics(model: TransitionModel, policy: SACPolicy, real: Transitio
     """
     generator = torch.Generator(real.rows.device).manual_seed(0)
     batch = real.unpack(real.newest(SAMPLES * stride))
-    predicted, _ = model.sample(batch["obs"], batch["action"], generator)
-    there, value = policy.normalize(batch["next_obs"]), policy.normalize(predicted)
+    predicted, _ = model.sample(batch.obs, batch.action, generator)
+    there, value = policy.obs_norm(batch.next_obs), policy.obs_norm(predicted)
     error = (policy.value(value) - policy.value(there)).square().mean()
 
-    obs, next_obs, action = batch["obs"], batch["next_obs"], batch["action"]
+    obs, next_obs, action = batch.obs, batch.next_obs, batch.action
     state, whole = obs, torch.ones(len(obs), dtype=torch.bool, device=obs.device)
     for step in range(MODEL_STEPS):
         if step:

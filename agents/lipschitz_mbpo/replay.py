@@ -1,9 +1,9 @@
-"""Transitions on the device: a ring buffer of rows, Stable-Baselines3's replay buffer on top of it, and its file."""
+"""Transitions on the device: a ring buffer, minibatches, Stable-Baselines3's replay buffer on top, and its file."""
 
 from __future__ import annotations
 
 import io
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -16,15 +16,43 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
 from ..common.networks import lazy_zeros
-from ..common.nonfinite import LEFT_OUT
-from ..common.observations import observation_vectors
-from ..common.update import Batch
+from ..common.observations import LEFT_OUT, observation_vectors
 from ..storage import format as checkpoint
 from ..storage.format import PICKLED, CheckpointError, storable
 from ..storage.saving import Checkpointed, PathOrFile, label_of, opened
 
 
-class Transitions:
+class Transitions(NamedTuple):
+    """Transitions of the environment or of the model, raw observations."""
+
+    obs: Tensor  # [B, O]
+    action: Tensor  # in [-1, 1], [B, D]
+    next_obs: Tensor  # the state reached, before any reset, [B, O]
+    reward: Tensor  # [B]
+    terminated: Tensor  # 1 where the episode terminated, [B]
+
+
+class SearchNoise(NamedTuple):
+    """Where the search for an adversarial state begins, and what shakes it."""
+
+    start: Tensor  # uniform in [-1, 1], [B, O]
+    ascent: Tensor | None = None  # standard normals of Langevin ascent, [B, steps, O]
+
+
+class Minibatch(NamedTuple):
+    """Transitions with observations as the networks see them, and all noise that the losses need."""
+
+    obs: Tensor  # [B, O]
+    action: Tensor  # [B, D]
+    next_obs: Tensor  # [B, O]
+    reward: Tensor  # [B]
+    terminated: Tensor  # [B]
+    noise: Tensor  # standard normals of the action chosen in obs, [B, D]
+    next_noise: Tensor  # of the one in next_obs, [B, D]
+    search: SearchNoise | None = None  # where critics are made robust
+
+
+class TransitionRing:
     """Ring buffer of transitions, each one row of a matrix: a minibatch is gathered by a single kernel.
 
     Args:
@@ -94,20 +122,19 @@ class Transitions:
             else self.rows[self.position - count : self.position]
         )
 
-    def unpack(self, rows: Tensor) -> Batch:
-        """Views of rows [B, W]: obs, action, next_obs [B, ...]; reward, terminated [B]."""
+    def unpack(self, rows: Tensor) -> Transitions:
+        """The transitions in rows [B, W], as views."""
         obs, action, next_obs, reward, terminated = rows.split(self._widths, dim=-1)
-        names = {"obs": obs, "action": action, "next_obs": next_obs}
-        return names | {"reward": reward.squeeze(-1), "terminated": terminated.squeeze(-1)}
+        return Transitions(obs, action, next_obs, reward.squeeze(-1), terminated.squeeze(-1))
 
-    def all(self) -> Batch:
+    def all(self) -> Transitions:
         """Everything that is kept, oldest first only until the ring has come round."""
         return self.unpack(self.rows[: self.size])
 
 
 @storable
 class TensorReplay(ReplayBuffer):
-    """Stable-Baselines3's replay buffer with its rows in `Transitions`, of observation vectors in float32.
+    """Stable-Baselines3's replay buffer with its rows in a `TransitionRing`, of observation vectors in float32.
 
     A transition that a time limit cut off is stored as not terminated, with the observation reached; one whose info has
     `LEFT_OUT` is not stored.
@@ -133,7 +160,7 @@ class TensorReplay(ReplayBuffer):
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs)
         self.optimize_memory_usage, self.handle_timeout_termination = False, True
         obs_dim = get_flattened_obs_dim(observation_space)
-        self.transitions = Transitions(buffer_size, obs_dim, self.action_dim, torch.device(self.device))
+        self.transitions = TransitionRing(buffer_size, obs_dim, self.action_dim, torch.device(self.device))
 
     def add(
         self, obs: Any, next_obs: Any, action: np.ndarray, reward: np.ndarray, done: np.ndarray,
@@ -149,11 +176,11 @@ class TensorReplay(ReplayBuffer):
         self._note()
 
     def get_state(self) -> dict[str, Any]:
-        """See `Transitions`."""
+        """See `TransitionRing`."""
         return self.transitions.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """See `Transitions`."""
+        """See `TransitionRing`."""
         self.transitions.set_state(state)
         self.buffer_size = self.transitions.capacity
         self._note()
@@ -174,9 +201,12 @@ class TensorReplay(ReplayBuffer):
         """A minibatch in Stable-Baselines3's form, for its callbacks and tools; our agents draw from `transitions`."""
         generator = torch.Generator(self.transitions.rows.device).manual_seed(int(np.random.randint(2**31)))
         batch = self.transitions.unpack(self.transitions.draw(batch_size, generator))
-        return ReplayBufferSamples(
-            batch["obs"], batch["action"], batch["next_obs"], batch["terminated"][:, None], batch["reward"][:, None]
-        )
+        terminated, reward = batch.terminated.unsqueeze(1), batch.reward.unsqueeze(1)
+        return ReplayBufferSamples(batch.obs, batch.action, batch.next_obs, terminated, reward)
+
+
+_RENAMED = {"imagined": "model_buffer"}
+"""Buffers of agents that an earlier version saved -> what they are called now."""
 
 
 class CheckpointedReplay(Checkpointed, OffPolicyAlgorithm):
@@ -186,14 +216,14 @@ class CheckpointedReplay(Checkpointed, OffPolicyAlgorithm):
 
     def training_state(self) -> dict[str, Any]:
         """See `Checkpointed`; with all transitions that the agent has, seen or imagined."""
-        kept = {name: each for name, each in vars(self).items() if isinstance(each, Transitions | TensorReplay)}
+        kept = {name: each for name, each in vars(self).items() if isinstance(each, TransitionRing | TensorReplay)}
         return super().training_state() | {"transitions": {name: each.get_state() for name, each in kept.items()}}
 
     def set_training_state(self, state: dict[str, Any]) -> None:
         """See `Checkpointed`."""
         super().set_training_state(state)
         for name, each in state["transitions"].items():
-            getattr(self, name).set_state(each)
+            getattr(self, _RENAMED.get(name, name)).set_state(each)
 
     def save_replay_buffer(self, path: PathOrFile) -> None:
         """Save the replay buffer to a file, with or without .zip, or to a file object."""

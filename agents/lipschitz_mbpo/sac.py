@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from ..common.networks import ACTIVATIONS, RunningNorm, activation_name, mlp
-from ..common.policy import JoinedPolicy
-from ..common.update import Batch
+from ..common.networks import ACTIVATIONS, activation_name, mlp
+from ..common.observations import RunningNorm
+from ..common.policy import BoxPolicy
+from ..common.update import Loss, Losses
 from ..storage.format import storable
+from .replay import Minibatch
 
 LOG_STD_RANGE = (-20.0, 2.0)
 
@@ -115,7 +117,7 @@ def frozen(module: nn.Module, *arguments: Tensor) -> Tensor:
 
 
 @storable
-class SACPolicy(JoinedPolicy):
+class SACPolicy(BoxPolicy):
     """Actor, twin critics with their slow copy, temperature and observation statistics as a Stable-Baselines3 policy.
 
     Args:
@@ -155,18 +157,17 @@ class SACPolicy(JoinedPolicy):
             "learn_temperature": learn_temperature, "normalize_observation": normalize_observation,
             "optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs,
         }  # fmt: skip
-        self.obs_norm = RunningNorm(self.obs_dim)
-        self.normalize_observation = normalize_observation
+        self.obs_norm = RunningNorm(self.obs_dim, enabled=normalize_observation)
         self.actor = SquashedActor(self.obs_dim, self.action_dim, tuple(net_arch["pi"]), activation)
         self.critic = TwinCritic(self.obs_dim + self.action_dim, tuple(net_arch["qf"]), activation)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor([math.log(temperature)]), requires_grad=learn_temperature)
         self.averaging = tau
-        self._join(lr_schedule)
+        self._make_optimizer(lr_schedule)
 
-    def unit(self) -> Tensor:
+    def obs_std(self) -> Tensor:
         """Running standard deviation of each observation, [O], in the units that the networks see."""
-        return torch.ones_like(self.obs_norm.scale) if self.normalize_observation else 1 / self.obs_norm.scale
+        return torch.ones_like(self.obs_norm.scale) if self.obs_norm.enabled else 1 / self.obs_norm.scale
 
     def value(self, obs: Tensor) -> Tensor:
         """State value [B] of observations as the networks see them: the lower critic at the deterministic action."""
@@ -178,8 +179,8 @@ class SACPolicy(JoinedPolicy):
         return self._predict(obs, deterministic)
 
     def decide(self, features: Tensor, noise: Tensor | None) -> Tensor:
-        """As in `JoinedPolicy`."""
-        obs = self.normalize(features)
+        """As in `BoxPolicy`."""
+        obs = self.obs_norm(features)
         action: Tensor = self.actor(obs) if noise is None else self.actor.sample(obs, noise[0]).action
         return action
 
@@ -188,34 +189,35 @@ class SACPolicy(JoinedPolicy):
         return spaces_ | {"lr_schedule": self._dummy_schedule} | self._arguments
 
 
-def sac_losses(policy: SACPolicy, batch: Batch, values: Tensor, gamma: float, target_entropy: float) -> Batch:
-    """The loss "train/loss" of actor, critics and temperature together, its terms and what is logged beside them.
+def sac_losses(policy: SACPolicy, batch: Minibatch, values: Tensor, gamma: float, target_entropy: float) -> Losses:
+    """The losses of critics, actor and temperature, each of which reaches only its own network, and what is logged.
 
     Args:
-        policy: the networks; each loss reaches only its own.
-        batch: obs, next_obs [B, O] as the networks see them; action [B, D]; reward, terminated [B]; standard normal
-            noise and next_noise [B, D].
+        policy: the networks.
+        batch: the minibatch.
         values: both critics' Q(s, a), [2, B].
         gamma: discount factor.
         target_entropy: entropy that the temperature drives the actor to, in nats.
     """
-    obs, alpha = batch["obs"], policy.log_alpha.exp().detach()
+    alpha = policy.log_alpha.exp().detach()
     with torch.no_grad():
-        following = policy.actor.sample(batch["next_obs"], batch["next_noise"])
-        next_value = policy.target_critic(batch["next_obs"], following.action).amin(0) - alpha * following.log_prob
-        target = batch["reward"] + gamma * (1 - batch["terminated"]) * next_value
+        following = policy.actor.sample(batch.next_obs, batch.next_noise)
+        next_value = policy.target_critic(batch.next_obs, following.action).amin(0) - alpha * following.log_prob
+        target = batch.reward + gamma * (1 - batch.terminated) * next_value
     critic_loss = 0.5 * (values - target).square().mean(1).sum()
 
-    chosen = policy.actor.sample(obs, batch["noise"])
-    actor_loss = (alpha * chosen.log_prob - frozen(policy.critic, obs, chosen.action).amin(0)).mean()
+    chosen = policy.actor.sample(batch.obs, batch.noise)
+    actor_loss = (alpha * chosen.log_prob - frozen(policy.critic, batch.obs, chosen.action).amin(0)).mean()
     surplus = (chosen.log_prob.detach() + target_entropy).mean()
     temperature_loss = -(policy.log_alpha * surplus).sum()
-    return {
-        "train/loss": critic_loss + actor_loss + temperature_loss,
-        "train/critic_loss": critic_loss,
-        "train/actor_loss": actor_loss,
-        "train/ent_coef_loss": temperature_loss,
+    table = {
+        "train/critic_loss": Loss(critic_loss),
+        "train/actor_loss": Loss(actor_loss),
+        "train/ent_coef_loss": Loss(temperature_loss),
+    }
+    metrics = {
         "train/ent_coef": alpha.sum(),
         "train/entropy": -chosen.log_prob.mean(),
         "train/value": values.mean(),
     }
+    return Losses(table, metrics)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..common.config import require, validate
 from ..storage.format import storable
 from .other_ratios import RATIOS, RatioName
 
 
-@storable
+@storable(upgrade=lambda fields: upgraded(fields))
 @dataclass(frozen=True)
 class PolicyFlowConfig:
     """Hyperparameters of PolicyFlow; those that PPO has too bear Stable-Baselines3's names.
@@ -45,8 +45,8 @@ class PolicyFlowConfig:
     """Largest norm of the joint gradient of actor and critic, > 0."""
     weight_decay: float = 0.0
     """Weight decay of AdamW, >= 0."""
-    lr_schedule: Literal["adaptive", "linear", "constant"] = "adaptive"
-    """Course of the learning rate: adaptive keeps the KL near desired_kl; linear falls to 0; constant."""
+    lr_schedule: Literal["adaptive", "linear", "constant", "function"] = "adaptive"
+    """Course of the learning rate. adaptive: KL near desired_kl; linear: falls to 0; function: learning_rate is one."""
     desired_kl: float = 0.01
     """Mean KL of an iteration's minibatches that the adaptive learning rate aims at, > 0, in nats."""
     lr_min: float = 1e-6
@@ -63,10 +63,9 @@ class PolicyFlowConfig:
     """ODE solver of the flow."""
     solver_steps: int = 2
     """Fixed steps of the solver from flow time 0 to 1, >= 1."""
-    sampler: Literal["ode", "sde"] = "ode"
-    """While sampling, the flow is an ODE, or an SDE by Euler and Maruyama (solver euler)."""
-    langevin_eps: float = 0.1
-    """sampler sde: noise of the flow, in (0, 1], in units of the base's variance / flow time."""
+    langevin_eps: float = 0.0
+    """Noise of the flow while sampling, in [0, 1], in units of the base's variance / flow time. 0: the flow is an ODE;
+    above 0 an SDE, by Euler and Maruyama (solver euler)."""
     base: Literal["standard", "learned", "gaussian"] = "learned"
     """Base of z: standard N(0, base_std^2); learned N(0, s^2), s learned from base_std; gaussian N(m(obs), s^2)."""
     base_std: float = 0.1
@@ -79,14 +78,15 @@ class PolicyFlowConfig:
     """exploration_noise ou: correlation time in steps, > 0."""
     hurst: float = 0.7
     """exploration_noise fractional: Hurst exponent in [0.3, 1): below 1/2 alternating, above persistent."""
-    brownian: Literal["paper", "consistent", "score"] = "consistent"
-    """What spreads actions: the paper's Brownian regularizer, one that aims at brownian_std, the entropy's gradient."""
-    brownian_coef: float = 0.0
+    spread: Literal["paper", "consistent", "score"] = "consistent"
+    """Regularizer that spreads actions. paper: Brownian, as published; consistent: Brownian, aims at spread_std; score:
+    gradient of the entropy."""
+    spread_coef: float = 0.0
     """(Initial) weight of it, w_b of the paper, >= 0; 0 switches it off."""
     target_entropy: tuple[float, float] | None = None
     """Entropy of actions, in nats, that the weight is adapted to, at start and end of the run; None: a fixed weight."""
-    brownian_std: float = 0.5
-    """Standard deviation that the consistent Brownian regularizer drives the flow's samples to, > 0."""
+    spread_std: float = 0.5
+    """spread consistent: standard deviation that the flow's samples are driven to, > 0."""
     transport_coef: float = 0.0
     """Weight of the transport cost |x1 - z|^2, >= 0: the flow moves z only as far as advantages ask for; 0: off."""
     jacobian_coef: float = 0.0
@@ -96,7 +96,7 @@ class PolicyFlowConfig:
     actor_hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of the velocity field (and of the base's mean)."""
     critic_hidden: tuple[int, ...] = (64, 64)
-    """Widths of the hidden layers of the critic."""
+    """Widths of the hidden layers of the critic; none: the value is linear."""
     critic_gain: float = 1.0
     """Gain of the critic's last layer at the start, >= 0; 0: all values are 0, no state is preferred."""
     activation: Literal["silu", "mish", "tanh", "elu", "relu"] = "silu"
@@ -111,39 +111,96 @@ class PolicyFlowConfig:
     """Compile rollout and update: the same up to rounding, after 20 s. auto: in long runs, if a compiler is found."""
     nonfinite: Literal["raise", "skip", "rollback"] = "raise"
     """Numbers that are not finite: an error; leave the transition or update out; or take updates back (docs)."""
-    guard: Literal["off", "warn", "lower_rate", "rollback"] = "off"
-    """What to do where training collapses: nothing, warn, halve the adaptive learning rate, go back to good weights."""
-    guard_drop: float = 0.5
-    """Fall of the mean return that the guard takes for a collapse, in (0, 1], as a share of its range so far."""
+    on_collapse: Literal["ignore", "warn", "lower_rate", "rollback"] = "ignore"
+    """Where training collapses: ignore it, warn, halve the adaptive learning rate, go back to good weights."""
+    collapse_drop: float = 0.5
+    """on_collapse: fall of the mean return that counts as a collapse, in (0, 1], as a share of its range so far."""
     diagnostics_interval: int = 10
     """Iterations between the flow/ diagnostics in the log, >= 0; 0: never."""
 
     def __post_init__(self) -> None:
         ranges = {
             "a number above 0": "learning_rate clip_range max_grad_norm desired_kl lr_min lr_max "
-            "action_std brownian_std noise_time",
-            "a number above 0, at most 1": "langevin_eps guard_drop",
+            "action_std spread_std noise_time",
+            "a number above 0, at most 1": "collapse_drop",
             "a number in [0.3, 1)": "hurst",
             "a number above 0, or None": "clip_range_vf target_kl",
-            "a number of at least 0": "ent_coef vf_coef weight_decay brownian_coef transport_coef "
+            "a number of at least 0": "ent_coef vf_coef weight_decay spread_coef transport_coef "
             "jacobian_coef solver_error_coef base_std critic_gain",
-            "a number in [0, 1]": "gamma gae_lambda",
+            "a number in [0, 1]": "gamma gae_lambda langevin_eps",
             "a number in [0, 1)": "ema_decay",
             "an integer of at least 1": "n_steps batch_size n_epochs solver_steps ratio_draws",
             "an integer of at least 0": "diagnostics_interval",
-            "positive integers, at least one": "actor_hidden critic_hidden",
+            "positive integers, at least one": "actor_hidden",
+            "positive integers": "critic_hidden",
             "two numbers, or None": "target_entropy",
             "True or False": "normalize_advantage normalize_observation normalize_reward",
         }
         validate(self, ranges)
-        require(self, "solver", self.sampler == "ode" or self.solver == "euler", "euler with sampler sde")
-        adaptive = self.guard != "lower_rate" or self.lr_schedule == "adaptive"
-        require(self, "lr_schedule", adaptive, "adaptive with guard lower_rate")
-        steered = self.target_entropy is None or self.brownian_coef > 0
-        require(self, "brownian_coef", steered, "a number above 0 with target_entropy")
-        gaussian = {} if self.base_std else {"base": "standard", "ratio": "endpoint", "sampler": "ode"}
-        gaussian |= {"brownian": "score"} if gaussian and self.brownian_coef else {}
+        require(self, "solver", not self.langevin_eps or self.solver == "euler", "euler with langevin_eps above 0")
+        adaptive = self.on_collapse != "lower_rate" or self.lr_schedule == "adaptive"
+        require(self, "lr_schedule", adaptive, "adaptive with on_collapse lower_rate")
+        steered = self.target_entropy is None or self.spread_coef > 0
+        require(self, "spread_coef", steered, "a number above 0 with target_entropy")
+        gaussian = {} if self.base_std else {"base": "standard", "ratio": "endpoint", "langevin_eps": 0.0}
+        gaussian |= {"spread": "score"} if gaussian and self.spread_coef else {}
         for why, needed in ((f"ratio {self.ratio}", RATIOS[self.ratio].requires), ("base_std 0", gaussian)):
             for name, value in needed.items():
                 require(self, name, getattr(self, name) == value, f"{value} with {why}")
         require(self, "lr_max", self.lr_max >= self.lr_min, f"a number of at least lr_min = {self.lr_min}")
+
+    def switched_off(self) -> dict[str, str]:
+        """Fields that change nothing as the others are -> what would switch them on."""
+        off = {}
+        if self.exploration_noise != "ou":
+            off["noise_time"] = "exploration_noise ou"
+        if self.exploration_noise != "fractional":
+            off["hurst"] = "exploration_noise fractional"
+        if not RATIOS[self.ratio].has_draws:
+            off["ratio_draws"] = f"ratio {', '.join(name for name, kind in RATIOS.items() if kind.has_draws)}"
+        if self.spread_coef == 0:
+            off["spread"] = "spread_coef above 0"
+        if self.spread_coef == 0 or self.spread != "consistent":
+            off["spread_std"] = "spread_coef above 0 and spread consistent"
+        if self.on_collapse == "ignore":
+            off["collapse_drop"] = "on_collapse warn, lower_rate or rollback"
+        if self.lr_schedule != "adaptive":
+            off |= dict.fromkeys(("lr_min", "lr_max"), "lr_schedule adaptive")
+            if self.on_collapse == "ignore":
+                off["desired_kl"] = "lr_schedule adaptive, or on_collapse"
+        return off
+
+
+RENAMED = {
+    "brownian": "spread", "brownian_coef": "spread_coef", "brownian_std": "spread_std", "guard": "on_collapse",
+    "guard_drop": "collapse_drop",
+}  # fmt: skip
+"""Fields of earlier versions -> what they are called now."""
+
+
+def upgraded(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields as an earlier version named them, in saved runs and benchmarks, by their present names."""
+    fields = {RENAMED.get(name, name): value for name, value in fields.items()}
+    if fields.get("on_collapse") == "off":
+        fields["on_collapse"] = "ignore"
+    if "sampler" in fields:
+        fields["langevin_eps"] = fields.get("langevin_eps", 0.1) if fields.pop("sampler") == "sde" else 0.0
+    return fields
+
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "basics": (
+        "learning_rate", "lr_schedule", "desired_kl", "target_kl", "n_steps", "batch_size", "n_epochs", "gamma",
+        "gae_lambda", "clip_range", "clip_range_vf", "normalize_advantage", "vf_coef", "max_grad_norm",
+        "normalize_observation", "normalize_reward", "actor_hidden", "critic_hidden", "activation",
+    ),
+    "flow": ("ratio", "ratio_draws", "solver", "solver_steps", "langevin_eps", "base", "base_std"),
+    "exploration": ("action_std", "ent_coef", "exploration_noise", "noise_time", "hurst"),
+    "spread": ("spread", "spread_coef", "spread_std", "target_entropy"),
+    "regularizers": ("weight_decay", "transport_coef", "jacobian_coef", "solver_error_coef"),
+    "numerics": (
+        "lr_min", "lr_max", "critic_gain", "ema_decay", "compile", "nonfinite", "on_collapse", "collapse_drop",
+        "diagnostics_interval",
+    ),
+}  # fmt: skip
+"""Fields by the group in which `train.py policyflow --help-all` shows them; each in one group."""

@@ -1,7 +1,4 @@
-"""Measurements during training that cost more than a loss.
-
-Of a flow policy: the ratio's bias, |J|, entropy. Of a model and the value learned from it: errors, smoothness.
-"""
+"""Measurements of a flow policy that cost more than a loss: the ratio's bias, the field's Jacobian, entropies."""
 
 from __future__ import annotations
 
@@ -10,26 +7,24 @@ import math
 import torch
 from torch import Tensor
 
-from ..common.networks import gaussian_log_prob
+from .entropy import policy_entropy
 from .other_ratios import EndpointRatio
-from .policy import FlowActor
-from .ratios import Ratio, interpolate
-from .regularizers import policy_entropy
-from .rollout import Batch
+from .policy import FlowActor, FlowNoise, gaussian_log_prob
+from .ratios import Ratio, chord_point
+from .rollout import Samples
 
 SAMPLES = 256
 LATENTS = 32
-MODEL_STEPS = 5
 
 
 @torch.no_grad()
-def flow_diagnostics(actor: FlowActor, ratio: Ratio, batch: Batch, clip_range: float) -> dict[str, float]:
+def flow_diagnostics(actor: FlowActor, ratio: Ratio, samples: Samples, clip_range: float) -> dict[str, float]:
     """Compare the ratio in use with the exact one given z after an update, on a subsample of the rollout.
 
     Args:
         actor: the updated actor.
         ratio: the ratio that the update used.
-        batch: what the last epoch learned from.
+        samples: what the last epoch learned from.
         clip_range: clip range of the update.
 
     Returns:
@@ -42,20 +37,20 @@ def flow_diagnostics(actor: FlowActor, ratio: Ratio, batch: Batch, clip_range: f
         flow/entropy: see `policy_entropy`, in nats.
     """
     # Evenly spaced rows: no random numbers, so that measuring does not change training.
-    stride = max(1, len(batch["obs"]) // SAMPLES)
-    part = {name: tensor[::stride][:SAMPLES] for name, tensor in batch.items()}
-    used = ratio.terms(actor, part).log_ratio.view(len(part["obs"]), -1).mean(1)
+    stride = max(1, len(samples.obs) // SAMPLES)
+    part = samples.rows(slice(None, None, stride)).rows(slice(SAMPLES))
+    used = ratio.terms(actor, part).log_ratio.view(len(part.obs), -1).mean(1)
     exact = EndpointRatio().terms(actor, part).log_ratio
     half = torch.full_like(used, 0.5)
-    jacobian = actor.field.jacobian(half, interpolate(part | {"t": half}), part["obs"])[1]
+    jacobian = actor.field.jacobian(half, chord_point(part, half), part.obs)[1]
     return {
         "flow/ratio_correlation": torch.corrcoef(torch.stack([used, exact]))[0, 1].item(),
         "flow/ratio_bias": (used - exact).mean().item(),
         "flow/ratio_error": ((used - exact).square().mean() / exact.square().mean()).sqrt().item(),
         "flow/exact_clip_fraction": (exact.expm1().abs() > clip_range).float().mean().item(),
         "flow/jacobian_norm": jacobian.square().sum((-2, -1)).sqrt().mean().item(),
-        "flow/action_entropy": action_entropy(actor, part["obs"]).item(),
-        "flow/entropy": policy_entropy(actor, batch["obs"]).item(),
+        "flow/action_entropy": action_entropy(actor, part.obs).item(),
+        "flow/entropy": policy_entropy(actor, samples.obs).item(),
     }
 
 
@@ -70,7 +65,7 @@ def action_entropy(actor: FlowActor, obs: Tensor, latents: int = LATENTS) -> Ten
     """
     generator = torch.Generator(obs.device).manual_seed(0)
     noise = torch.randn(actor.draws, len(obs) * latents, actor.log_std.shape[0], generator=generator, device=obs.device)
-    x1 = actor.sample(obs.repeat_interleave(latents, 0), noise).x1.view(len(obs), latents, -1)
-    action = actor.sample(obs, noise[:, -len(obs) :].flip(0)).action
+    x1 = actor.sample(obs.repeat_interleave(latents, 0), FlowNoise.of(noise)).x1.view(len(obs), latents, -1)
+    action = actor.sample(obs, FlowNoise.of(noise[:, -len(obs) :].flip(0))).action
     log_density = gaussian_log_prob(action.unsqueeze(1), x1, actor.noise_log_std())
     return math.log(latents) - torch.logsumexp(log_density, dim=1).mean()

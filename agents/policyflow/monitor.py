@@ -1,8 +1,7 @@
-"""A guard for long runs: notices that training collapses and warns, lowers the learning rate or rolls back."""
+"""A monitor for long runs: notices that training collapses and warns, lowers the learning rate or rolls back."""
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.update import Snapshot
 from .policy import FlowPolicy
 
 # Healthy runs (Hopper-v5, HalfCheetah-v5, InvertedPendulum-v5, presets) had at most 2.1 x desired_kl, 37 % of ratios
@@ -26,7 +26,7 @@ GOOD = 0.1
 """Weights are good if the return lies this share of its range below the best, or less."""
 
 
-class Guard:
+class CollapseMonitor:
     """Watches KL, ratios, entropy and return after every update, and acts if they show a collapse.
 
     The fall of the return is ``(best - now) / (best - worst)`` of the mean over the latest episodes, so far; it counts
@@ -34,7 +34,7 @@ class Guard:
     normalisers that acted while that fall was at most `GOOD`; they are kept in memory, not in saved files.
 
     Args:
-        choice: "off"; or "warn", "lower_rate", "rollback", all of which warn.
+        choice: "warn", "lower_rate" or "rollback"; all of them warn.
         drop: fall of the return that is a collapse, in (0, 1].
         desired_kl: KL per iteration that is aimed at, in nats.
         action_dim: number of action dimensions.
@@ -45,8 +45,8 @@ class Guard:
         self.alarms = self.rollbacks = 0
         self._best, self._worst, self._fall, self._seen = -math.inf, math.inf, 0.0, 0
         self._entropy: float | None = None
-        self._good: dict[str, Any] | None = None  # acted, and its return was good
-        self._next: dict[str, Any] | None = None  # came after it and acts now
+        self._good: tuple[Snapshot, float] | None = None  # acted, and its return was good; with its learning rate
+        self._next: tuple[Snapshot, float] | None = None  # came after it and acts now
 
     def alarm(self, metrics: Mapping[str, float], returns: Sequence[float], window: int) -> str | None:
         """What is wrong after an update, or None.
@@ -88,10 +88,8 @@ class Guard:
             rate: the adaptive learning rate.
 
         Returns:
-            The learning rate to go on with; guard/alarms and guard/rollbacks so far, guard/return_fall (none if "off").
+            The learning rate to go on with; collapse/alarms and collapse/rollbacks so far, collapse/return_fall.
         """
-        if self.choice == "off":
-            return rate, {}
         reason = self.alarm(metrics, [float(episode["r"]) for episode in episodes], episodes.maxlen)
         if reason is not None:
             self.alarms += 1
@@ -99,19 +97,18 @@ class Guard:
             if self.choice == "lower_rate":
                 rate, action = rate / 2, "the learning rate is halved"
             elif self.choice == "rollback" and self._good is not None:
-                rate, action = min(rate, self._good["rate"]) / 2, "back to the last good weights, at half their rate"
-                policy.load_state_dict(self._good["policy"])
-                policy.optimizer.load_state_dict(copy.deepcopy(self._good["optimizer"]))
+                snapshot, its_rate = self._good
+                rate, action = min(rate, its_rate) / 2, "back to the last good weights, at half their rate"
+                snapshot.restore()
                 episodes.clear()
                 self.rollbacks, self._next, self._entropy = self.rollbacks + 1, None, None
-            warnings.warn(f"guard: {reason}; {action}", stacklevel=2)
+            warnings.warn(f"collapse: {reason}; {action}", stacklevel=2)
         elif self.choice == "rollback":
             if self._fall <= GOOD:
                 self._good = self._next or self._good
-            state = {"policy": policy.state_dict(), "optimizer": policy.optimizer.state_dict(), "rate": rate}
-            self._next = copy.deepcopy(state)
+            self._next = Snapshot(policy), rate
         return rate, {
-            "guard/alarms": self.alarms,
-            "guard/rollbacks": self.rollbacks,
-            "guard/return_fall": self._fall,
+            "collapse/alarms": self.alarms,
+            "collapse/rollbacks": self.rollbacks,
+            "collapse/return_fall": self._fall,
         }

@@ -7,17 +7,16 @@ What each costs and works with, whether it is unbiased and how its gradient and 
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..common.networks import gaussian_kl, gaussian_log_prob
-from .policy import LOG_STD_RANGE, FlowActor
-from .ratios import InterpolationRatio, Ratio, RatioTerms, clipped_surrogate, gaussian_terms, record_velocities
-from .rollout import Batch
+from .policy import LOG_STD_RANGE, FlowActor, gaussian_kl, gaussian_log_prob
+from .ratios import InterpolationRatio, Ratio, RatioTerms, clipped_surrogate, gaussian_terms
+from .rollout import Samples
 
-ODE: dict[str, object] = {"sampler": "ode"}
+ODE: dict[str, object] = {"langevin_eps": 0.0}
 INDEPENDENT: dict[str, object] = ODE | {"exploration_noise": "gaussian"}
 
 
@@ -36,10 +35,18 @@ class EndpointRatio(Ratio):
     that is Gaussian PPO. Costs as many field evaluations as a rollout step.
     """
 
-    def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
+    def terms(self, actor: FlowActor, samples: Samples) -> RatioTerms:
         """Log-ratio and KL through the solver."""
-        path = batch["path"].transpose(0, 1) if "path" in batch else None
-        return gaussian_terms(actor, batch, actor.flow(batch["z"], batch["obs"], path) - batch["x1"])
+        path = None if samples.path is None else samples.path.transpose(0, 1)
+        return gaussian_terms(actor, samples, actor.flow(samples.z, samples.obs, path) - samples.x1)
+
+
+class FlowSteps(NamedTuple):
+    """Of the flow that acted: its K Euler steps, or in an epoch the drawn one, without the axis K."""
+
+    point: Tensor  # x_k, [B, K, D]
+    velocity: Tensor  # v_old(t_k, x_k), [B, K, D]
+    transport: Tensor  # Phi_k = d x1 / d x_{k+1}, [B, K, D, D]
 
 
 class AdjointRatio(Ratio):
@@ -54,36 +61,46 @@ class AdjointRatio(Ratio):
     """
 
     requires = ODE | {"solver": "euler"}
+    on_chord = True  # of which it takes the time
 
     @torch.no_grad()
-    def record(self, actor: FlowActor, batch: Batch, generator: torch.Generator) -> Batch:
-        """Add points x_k, velocities [B, K, D] and Phi_k [B, K, D, D]; `draw_interpolation` chooses the time."""
+    def record(self, actor: FlowActor, samples: Samples, generator: torch.Generator) -> FlowSteps:
+        """The steps of the flow that acted."""
         del generator
         assert actor.solver == "euler", actor.solver
-        x, steps, batch = batch["z"], actor.solver_steps, record_velocities(actor, batch)
+        x, steps = samples.z, actor.solver_steps
         points, velocities, jacobians = [], [], []
         for k in range(steps):
             t = x.new_full((len(x),), k / steps)
             points.append(x)
-            velocities.append(actor.field(t, x, batch["obs"]))  # as `terms` does, to the last bit
-            jacobians.append(actor.field.jacobian(t, x, batch["obs"])[1])
+            velocities.append(actor.field(t, x, samples.obs))  # as `terms` does, to the last bit
+            jacobians.append(actor.field.jacobian(t, x, samples.obs)[1])
             x = x + velocities[-1] / steps
         transports = [torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1)]
         for jacobian in reversed(jacobians[1:]):
             transports.insert(0, transports[0] + transports[0] @ jacobian / steps)
-        return batch | {
-            "flow_points": torch.stack(points, 1),
-            "flow_velocities": torch.stack(velocities, 1),
-            "transports": torch.stack(transports, 1),
-        }
+        return FlowSteps(torch.stack(points, 1), torch.stack(velocities, 1), torch.stack(transports, 1))
 
-    def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
-        """Log-ratio and KL at the step whose time was drawn."""
-        step = (batch["t"] * actor.solver_steps).round().long()
+    def for_epoch(self, actor: FlowActor, samples: Samples) -> FlowSteps:
+        """The step whose time was drawn."""
+        assert samples.chord is not None
+        step = (samples.chord.t * actor.solver_steps).round().long()
         row = torch.arange(len(step), device=step.device)
-        velocity = actor.field(batch["t"], batch["flow_points"][row, step], batch["obs"])
-        change = velocity - batch["flow_velocities"][row, step]
-        return gaussian_terms(actor, batch, (batch["transports"][row, step] @ change.unsqueeze(-1)).squeeze(-1))
+        return FlowSteps(*(each[row, step] for each in samples.recorded))
+
+    def terms(self, actor: FlowActor, samples: Samples) -> RatioTerms:
+        """Log-ratio and KL at the step whose time was drawn."""
+        assert samples.chord is not None
+        drawn: FlowSteps = samples.recorded
+        change = actor.field(samples.chord.t, drawn.point, samples.obs) - drawn.velocity
+        return gaussian_terms(actor, samples, (drawn.transport @ change.unsqueeze(-1)).squeeze(-1))
+
+
+class Latents(NamedTuple):
+    """Latents of the marginal ratio."""
+
+    normals: Tensor  # in units of the base, [B, M, D]; the first is the one that was drawn
+    log_density: Tensor  # of the action under the policy that acted, [B]
 
 
 class MarginalRatio(Ratio):
@@ -96,29 +113,38 @@ class MarginalRatio(Ratio):
     """
 
     requires = INDEPENDENT
+    has_draws = True
 
     @torch.no_grad()
-    def record(self, actor: FlowActor, batch: Batch, generator: torch.Generator) -> Batch:
-        """Add the latents in units of the base, [B, M, D], and the acting policy's log-density of the action, [B]."""
-        z = batch["z"]
-        drawn = (z - batch["base_mean"]) / batch["base_log_std"].exp()
+    def record(self, actor: FlowActor, samples: Samples, generator: torch.Generator) -> Latents:
+        """The latents, and the acting policy's log-density of the action."""
+        z = samples.z
+        drawn = (z - samples.base_mean) / samples.base_log_std.exp()
         shape = (len(z), self.draws - 1, z.shape[1])
         others = torch.randn(shape, generator=generator, dtype=z.dtype, device=z.device)
-        batch = batch | {"latents": torch.cat([drawn.unsqueeze(1), others], 1)}
-        return batch | {"log_density": self._log_density(actor, batch)}
+        normals = torch.cat([drawn.unsqueeze(1), others], 1)
+        return Latents(normals, self._log_density(actor, samples, normals))
 
-    def _log_density(self, actor: FlowActor, batch: Batch) -> Tensor:
-        latents = batch["latents"]
-        mean, log_std = actor.base(batch["obs"])
-        z = mean.unsqueeze(1) + log_std.exp().unsqueeze(1) * latents
-        x1 = actor.flow(z.flatten(0, 1), batch["obs"].repeat_interleave(latents.shape[1], 0)).view_as(latents)
-        each = gaussian_log_prob(batch["action"].unsqueeze(1), x1, actor.noise_log_std())
-        return torch.logsumexp(each, 1) - math.log(latents.shape[1])
+    def _log_density(self, actor: FlowActor, samples: Samples, normals: Tensor) -> Tensor:
+        mean, log_std = actor.base(samples.obs)
+        z = mean.unsqueeze(1) + log_std.exp().unsqueeze(1) * normals
+        x1 = actor.flow(z.flatten(0, 1), samples.obs.repeat_interleave(normals.shape[1], 0)).view_as(normals)
+        each = gaussian_log_prob(samples.action.unsqueeze(1), x1, actor.noise_log_std())
+        return torch.logsumexp(each, 1) - math.log(normals.shape[1])
 
-    def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
+    def terms(self, actor: FlowActor, samples: Samples) -> RatioTerms:
         """Log-ratio of the actions, and its estimated KL."""
-        log_ratio = self._log_density(actor, batch) - batch["log_density"]
+        recorded: Latents = samples.recorded
+        log_ratio = self._log_density(actor, samples, recorded.normals) - recorded.log_density
         return RatioTerms(log_ratio, estimated_kl(log_ratio))
+
+
+class ChainSteps(NamedTuple):
+    """The K steps of a chain, [B, K, D] each: the states before them, and the acting policy's Gaussians after them."""
+
+    states: Tensor
+    means: Tensor
+    log_std: Tensor
 
 
 class ChainRatio(Ratio):
@@ -133,48 +159,56 @@ class ChainRatio(Ratio):
     requires = INDEPENDENT | {"solver": "euler"}
 
     @torch.no_grad()
-    def record(self, actor: FlowActor, batch: Batch, generator: torch.Generator) -> Batch:
-        """Add the chain's states after z and before x1, [B, K, D], and the means and deviations of its steps."""
+    def record(self, actor: FlowActor, samples: Samples, generator: torch.Generator) -> ChainSteps:
+        """The chain's states after z and before x1, and the means and deviations of its steps."""
         del generator
-        path = batch["path"].transpose(0, 1) if "path" in batch else batch["z"].unsqueeze(0)[:0]
-        batch = batch | {"states": actor.chain(batch["z"], batch["obs"], path)[:-1].transpose(0, 1)}
-        means, log_std = self._steps(actor, batch)
-        return batch | {"step_means": means, "step_log_std": log_std.expand_as(means)}
+        path = samples.z.unsqueeze(0)[:0] if samples.path is None else samples.path.transpose(0, 1)
+        states = actor.chain(samples.z, samples.obs, path)[:-1].transpose(0, 1)
+        means, log_std = self._steps(actor, samples.obs, states)
+        return ChainSteps(states, means, log_std.expand_as(means))
 
-    def _steps(self, actor: FlowActor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _steps(self, actor: FlowActor, obs: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         """Means [B, K, D] and log standard deviations [K, D] of the steps."""
         assert actor.chain_log_std is not None
-        states, steps = batch["states"], actor.solver_steps
+        steps = actor.solver_steps
         t = (torch.arange(steps, dtype=states.dtype, device=states.device) / steps).repeat(len(states))
-        velocity = actor.field(t, states.flatten(0, 1), batch["obs"].repeat_interleave(steps, 0)).view_as(states)
+        velocity = actor.field(t, states.flatten(0, 1), obs.repeat_interleave(steps, 0)).view_as(states)
         inner = actor.chain_log_std.clamp(*LOG_STD_RANGE)
         return states + velocity / steps, torch.cat([inner, actor.noise_log_std().unsqueeze(0)])
 
-    def _each(self, actor: FlowActor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _each(self, actor: FlowActor, samples: Samples) -> tuple[Tensor, Tensor]:
         """Log-ratio and KL of z and of each step, [B, K + 1]."""
-        reached = torch.cat([batch["states"][:, 1:], batch["action"].unsqueeze(1)], 1)
-        old_means, old_log_std = batch["step_means"], batch["step_log_std"]
-        means, log_std = self._steps(actor, batch)
-        log_ratio = gaussian_log_prob(reached, means, log_std) - gaussian_log_prob(reached, old_means, old_log_std)
-        old_base, base = (batch["base_mean"], batch["base_log_std"]), actor.base(batch["obs"])
-        of_z = gaussian_log_prob(batch["z"], *base) - gaussian_log_prob(batch["z"], *old_base)
-        kl = gaussian_kl(old_means, old_log_std, means, log_std)
+        old: ChainSteps = samples.recorded
+        reached = torch.cat([old.states[:, 1:], samples.action.unsqueeze(1)], 1)
+        means, log_std = self._steps(actor, samples.obs, old.states)
+        log_ratio = gaussian_log_prob(reached, means, log_std) - gaussian_log_prob(reached, old.means, old.log_std)
+        old_base, base = (samples.base_mean, samples.base_log_std), actor.base(samples.obs)
+        of_z = gaussian_log_prob(samples.z, *base) - gaussian_log_prob(samples.z, *old_base)
+        kl = gaussian_kl(old.means, old.log_std, means, log_std)
         kl_of_z = gaussian_kl(*old_base, *base)
         return torch.cat([of_z.unsqueeze(1), log_ratio], 1), torch.cat([kl_of_z.unsqueeze(1), kl], 1)
 
-    def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
+    def terms(self, actor: FlowActor, samples: Samples) -> RatioTerms:
         """Log-ratio and KL of the chain."""
-        log_ratio, kl = self._each(actor, batch)
+        log_ratio, kl = self._each(actor, samples)
         return RatioTerms(log_ratio.sum(1), kl.sum(1))
 
 
 class ChainStepsRatio(ChainRatio):
     """DPPO's ratios: one, and one clipping, per step of the chain, z included (arXiv 2409.00588), not discounted."""
 
-    def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
+    def terms(self, actor: FlowActor, samples: Samples) -> RatioTerms:
         """Log-ratios [B, K + 1], and the chain's KL."""
-        log_ratio, kl = self._each(actor, batch)
+        log_ratio, kl = self._each(actor, samples)
         return RatioTerms(log_ratio, kl.sum(1))
+
+
+class FlowMatchingPairs(NamedTuple):
+    """N pairs of flow time and noise per sample, and the acting policy's losses there."""
+
+    t: Tensor  # [B, N]
+    z: Tensor  # [B, N, D]
+    loss: Tensor  # [B, N]
 
 
 class FPORatio(Ratio):
@@ -188,27 +222,33 @@ class FPORatio(Ratio):
     """
 
     requires = INDEPENDENT | {"base": "standard", "ent_coef": 0}
+    has_draws = True
 
     @torch.no_grad()
-    def record(self, actor: FlowActor, batch: Batch, generator: torch.Generator) -> Batch:
-        """Add the pairs, pair_t [B, N] and pair_z [B, N, D], and the acting policy's losses, [B, N]."""
-        z = batch["z"]
+    def record(self, actor: FlowActor, samples: Samples, generator: torch.Generator) -> FlowMatchingPairs:
+        """The pairs, and the acting policy's losses."""
+        z = samples.z
         t = torch.rand((len(z), self.draws), generator=generator, dtype=z.dtype, device=z.device)
         noise = torch.randn((*t.shape, z.shape[1]), generator=generator, dtype=z.dtype, device=z.device)
-        batch = batch | {"pair_t": t, "pair_z": batch["base_log_std"].exp().unsqueeze(1) * noise}
-        return batch | {"pair_loss": self._losses(actor, batch)}
+        noise = samples.base_log_std.exp().unsqueeze(1) * noise
+        return FlowMatchingPairs(t, noise, self._losses(actor, samples, t, noise))
 
-    def _losses(self, actor: FlowActor, batch: Batch) -> Tensor:
-        t, z, action = batch["pair_t"], batch["pair_z"], batch["action"].unsqueeze(1)
+    def _losses(self, actor: FlowActor, samples: Samples, t: Tensor, z: Tensor) -> Tensor:
+        action = samples.action.unsqueeze(1)
         x = torch.lerp(z, action, t.unsqueeze(-1))
-        obs = batch["obs"].repeat_interleave(t.shape[1], 0)
+        obs = samples.obs.repeat_interleave(t.shape[1], 0)
         velocity = actor.field(t.flatten(), x.flatten(0, 1), obs).view_as(z)
-        error = (velocity - (action - z)) * torch.exp(-batch["base_log_std"]).unsqueeze(1)
+        error = (velocity - (action - z)) * torch.exp(-samples.base_log_std).unsqueeze(1)
         return t.square() * error.square().mean(-1)
 
-    def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
+    def _change(self, actor: FlowActor, samples: Samples) -> Tensor:
+        """Old losses minus new ones, [B, N]."""
+        pairs: FlowMatchingPairs = samples.recorded
+        return pairs.loss - self._losses(actor, samples, pairs.t, pairs.z)
+
+    def terms(self, actor: FlowActor, samples: Samples) -> RatioTerms:
         """Log-ratio, and the KL that it would have if E[rho] were 1."""
-        log_ratio = (batch["pair_loss"] - self._losses(actor, batch)).mean(1)
+        log_ratio = self._change(actor, samples).mean(1)
         return RatioTerms(log_ratio, estimated_kl(log_ratio))
 
 
@@ -217,9 +257,9 @@ class FPOPlusPlusRatio(FPORatio):
 
     limit = 10.0  # of the log-ratio
 
-    def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
+    def terms(self, actor: FlowActor, samples: Samples) -> RatioTerms:
         """Log-ratios [B, N], and the mean of their estimated KLs."""
-        log_ratio = (batch["pair_loss"] - self._losses(actor, batch)).clamp(-self.limit, self.limit)
+        log_ratio = self._change(actor, samples).clamp(-self.limit, self.limit)
         return RatioTerms(log_ratio, estimated_kl(log_ratio).mean(1))
 
     def surrogate(self, log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:

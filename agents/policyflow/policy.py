@@ -23,12 +23,29 @@ from torch import Tensor, nn
 
 from ...dynamics.fields import MLPField
 from ...dynamics.ode import odeint
-from ..common.networks import RunningNorm, activation_name, gaussian_log_prob, mlp
-from ..common.policy import JoinedPolicy
+from ..common.networks import activation_name, mlp
+from ..common.observations import RunningNorm
+from ..common.policy import BoxPolicy
 from ..storage.format import storable
 from .noisy_flows import gaussian_chain, langevin_flow
 
 LOG_STD_RANGE = (-5.0, 2.0)
+
+
+class FlowNoise(NamedTuple):
+    """Standard normals that a draw from the policy takes: for z and the action [B, D], for the flow's path [K, B, D].
+
+    K is 0 where the flow is an ODE, the number of solver steps of an SDE, one less of a chain.
+    """
+
+    base: Tensor
+    action: Tensor
+    path: Tensor
+
+    @classmethod
+    def of(cls, normals: Tensor) -> FlowNoise:
+        """The noise in one tensor [draws, B, D]."""
+        return cls(normals[0], normals[1], normals[2:])
 
 
 class FlowSample(NamedTuple):
@@ -37,6 +54,17 @@ class FlowSample(NamedTuple):
     z: Tensor
     x1: Tensor
     action: Tensor
+
+
+def gaussian_log_prob(x: Tensor, mean: Tensor | float, log_std: Tensor) -> Tensor:
+    """Log-density of a diagonal Gaussian: x [B, D], mean and log_std broadcast to it; returns [B], in nats."""
+    return (-0.5 * ((x - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor | float, other_log_std: Tensor) -> Tensor:
+    """KL(N(mean, std^2) || N(other_mean, other_std^2)) of diagonal Gaussians, [B, D] each; returns [B], in nats."""
+    scaled = torch.exp(2 * (log_std - other_log_std)) + ((mean - other_mean) * torch.exp(-other_log_std)).square()
+    return (other_log_std - log_std + 0.5 * scaled - 0.5).sum(-1)
 
 
 class FlowActor(nn.Module):
@@ -62,8 +90,9 @@ class FlowActor(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.solver, self.solver_steps, self.langevin_eps = solver, solver_steps, langevin_eps
-        noises = solver_steps if langevin_eps else solver_steps - 1 if chained else 0
-        self.draws = 2 + noises  # standard normals per sample and dimension
+        self.path_length = solver_steps if langevin_eps else solver_steps - 1 if chained else 0
+        """Standard normals per dimension along the flow: K of `FlowNoise`."""
+        self.draws = 2 + self.path_length
         # Last layers are zero: the flow starts as the identity (the paper's best initialisation), the base at mean 0.
         self.field = MLPField(action_dim, obs_dim, hidden=hidden, activation=activation, last_layer_scale=0.0)
         self.base_mean = mlp([obs_dim, *hidden, action_dim], activation, 0.0) if base == "gaussian" else None
@@ -82,15 +111,26 @@ class FlowActor(nn.Module):
         """Log standard deviation of the action noise, [D]."""
         return self.log_std.clamp(*LOG_STD_RANGE)
 
+    def gaussian_entropy(self) -> Tensor:
+        """Entropy of all learned Gaussians together, in nats per sample, up to a constant; a scalar.
+
+        Those of the action noise, of the base (one without spread adds nothing) and of a chain's inner steps.
+        """
+        base_log_std = self.base_log_std.nan_to_num(neginf=0.0)
+        entropy = (self.noise_log_std() + base_log_std + math.log(2 * math.pi * math.e)).sum()
+        if self.chain_log_std is not None:
+            entropy = entropy + self.chain_log_std.clamp(*LOG_STD_RANGE).sum()
+        return entropy
+
     def flow(self, z: Tensor, obs: Tensor, path: Tensor | None = None) -> Tensor:
         """Carry z [B, D] to x1 [B, D] given obs [B, O]: by the ODE or, along the noise of each step, a noisy flow.
 
         Args:
             z: start.
             obs: normalised observations.
-            path: standard normals, [draws - 2, B, D], or None: the ODE.
+            path: standard normals, [K, B, D] as in `FlowNoise`, or None: the ODE.
         """
-        if path is None or self.draws == 2:
+        if path is None or self.path_length == 0:
             return odeint(self.field, z, steps=self.solver_steps, solver=self.solver, cond=obs)
         if self.chain_log_std is not None:
             return self.chain(z, obs, path)[-1]
@@ -101,12 +141,12 @@ class FlowActor(nn.Module):
         assert self.chain_log_std is not None
         return gaussian_chain(self.field, z, obs, path, self.chain_log_std.clamp(*LOG_STD_RANGE))
 
-    def sample(self, obs: Tensor, noise: Tensor) -> FlowSample:
-        """Draw given obs [B, O] and standard normal noise [draws, B, D]: for z, for the action, for the path."""
+    def sample(self, obs: Tensor, noise: FlowNoise) -> FlowSample:
+        """Draw given obs [B, O]."""
         mean, log_std = self.base(obs)
-        z = mean + log_std.exp() * noise[0] if self.has_latent else mean
-        x1 = self.flow(z, obs, noise[2:])
-        return FlowSample(z, x1, x1 + self.noise_log_std().exp() * noise[1])
+        z = mean + log_std.exp() * noise.base if self.has_latent else mean
+        x1 = self.flow(z, obs, noise.path)
+        return FlowSample(z, x1, x1 + self.noise_log_std().exp() * noise.action)
 
     def mode(self, obs: Tensor) -> Tensor:
         """The deterministic action [B, D]: the ODE from the mean of the base, no noise."""
@@ -119,7 +159,7 @@ class FlowActor(nn.Module):
 
 
 @storable
-class FlowPolicy(JoinedPolicy):
+class FlowPolicy(BoxPolicy):
     """Actor, critic and normalisers as a Stable-Baselines3 policy for Box actions and vector observations.
 
     Args:
@@ -171,9 +211,8 @@ class FlowPolicy(JoinedPolicy):
             "chained": chained, "critic_gain": critic_gain, "normalize_observation": normalize_observation,
             "ema_decay": ema_decay, "optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs,
         }  # fmt: skip
-        self.obs_norm = RunningNorm(self.obs_dim)
+        self.obs_norm = RunningNorm(self.obs_dim, enabled=normalize_observation)
         self.return_norm = RunningNorm(1)
-        self.normalize_observation = normalize_observation
         self.actor = FlowActor(
             self.obs_dim, self.action_dim, hidden=tuple(net_arch["pi"]), activation=activation, base=base,
             base_std=base_std, log_std_init=log_std_init, solver=solver, solver_steps=solver_steps,
@@ -183,11 +222,11 @@ class FlowPolicy(JoinedPolicy):
         self.averaging = 1 - ema_decay
         self.averaged_actor = copy.deepcopy(self.actor).requires_grad_(False) if ema_decay else None
         self.draws = self.actor.draws
-        self._join(lr_schedule)
+        self._make_optimizer(lr_schedule)
 
-    def act(self, features: Tensor, noise: Tensor) -> Tensor:
-        """Draw z, x1 and action [3, N, D] given raw observation vectors [N, O] and noise as for `sample`."""
-        return torch.stack(self.actor.sample(self.normalize(features), noise))
+    def act(self, features: Tensor, normals: Tensor) -> Tensor:
+        """Draw a `FlowSample`, as one tensor [3, N, D], given raw observation vectors [N, O] and one `FlowNoise`."""
+        return torch.stack(self.actor.sample(self.obs_norm(features), FlowNoise.of(normals)))
 
     def value(self, obs: Tensor) -> Tensor:
         """State value [B] of normalised observations [B, O], in units of normalised returns."""
@@ -201,23 +240,23 @@ class FlowPolicy(JoinedPolicy):
             obs: batch of observations.
             deterministic: z at the mean of the base and no noise.
         """
-        vector = self.normalize(self.features(obs))
+        vector = self.obs_norm(self.features(obs))
         if deterministic:
             x1 = self.actor.mode(vector)
             sample = FlowSample(self.actor.base(vector)[0], x1, x1)
         else:
-            noise = torch.randn(self.actor.draws, len(vector), self.action_dim, device=vector.device)
-            sample = self.actor.sample(vector, noise)
+            normals = torch.randn(self.draws, len(vector), self.action_dim, device=vector.device)
+            sample = self.actor.sample(vector, FlowNoise.of(normals))
         return sample.action, self.value(vector).unsqueeze(-1), self.actor.log_prob(vector, sample)
 
     def predict_values(self, obs: PyTorchObs) -> Tensor:
         """Values [B, 1] of a batch of observations, in units of normalised returns."""
-        return self.value(self.normalize(self.features(obs))).unsqueeze(-1)
+        return self.value(self.obs_norm(self.features(obs))).unsqueeze(-1)
 
     def decide(self, features: Tensor, noise: Tensor | None) -> Tensor:
-        """As in `JoinedPolicy`, by the averaged actor where there is one."""
-        obs, actor = self.normalize(features), self.actor if self.averaged_actor is None else self.averaged_actor
-        return (actor.mode(obs) if noise is None else actor.sample(obs, noise).action).clamp(-1, 1)
+        """As in `BoxPolicy`, by the averaged actor where there is one."""
+        obs, actor = self.obs_norm(features), self.actor if self.averaged_actor is None else self.averaged_actor
+        return (actor.mode(obs) if noise is None else actor.sample(obs, FlowNoise.of(noise)).action).clamp(-1, 1)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         spaces_ = {"observation_space": self.observation_space, "action_space": self.action_space}

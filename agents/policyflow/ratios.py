@@ -6,23 +6,23 @@ on the noise along the flow, whose law does not depend on the policy, and on the
 that is part of the state, with the policy that acted as its filter, and the action is
 ``N(x1 + std noise_mean, (std noise_scale)^2)``.
 
-A ratio is asked twice. `record` runs once per rollout, while the policy still is the one that acted, and adds to the
-batch what only that policy knows. `terms` runs in every minibatch, with gradient.
+A ratio is asked three times. `record` runs once per rollout, while the policy still is the one that acted, and notes
+what only that policy knows. `for_epoch` draws from it what an epoch needs. `terms` runs in every minibatch, with
+gradient.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...dynamics.ode import SOLVERS
-from ..common.networks import gaussian_kl, gaussian_log_prob
-from .policy import FlowActor
-from .rollout import Batch
+from .policy import FlowActor, gaussian_kl, gaussian_log_prob
+from .rollout import Chord, Samples
 
 
 class RatioTerms(NamedTuple):
@@ -48,17 +48,26 @@ class Ratio(ABC):
 
     requires: ClassVar[dict[str, object]] = {}
     """The value that a field of the Config must have with this ratio."""
+    has_draws: ClassVar[bool] = False
+    """Whether `draws` means anything."""
+    on_chord: ClassVar[bool] = False
+    """Whether `Samples.chord` is read."""
 
     def __init__(self, draws: int = 8) -> None:
         self.draws = draws
 
-    def record(self, actor: FlowActor, batch: Batch, generator: torch.Generator) -> Batch:
-        """Add what `terms` needs; called with the weights that acted."""
-        del actor, generator
-        return batch
+    def record(self, actor: FlowActor, samples: Samples, generator: torch.Generator) -> Any:
+        """What is to be known of the policy that acted, with first axis B; called with its weights."""
+        del actor, samples, generator
+        return None
+
+    def for_epoch(self, actor: FlowActor, samples: Samples) -> Any:
+        """What `terms` reads as `samples.recorded` in an epoch, of what `record` returned; after the chord is drawn."""
+        del actor
+        return samples.recorded
 
     @abstractmethod
-    def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
+    def terms(self, actor: FlowActor, samples: Samples) -> RatioTerms:
         """Log-ratio and KL of `actor` against the policy that acted; both 0 while they are the same."""
 
     def surrogate(self, log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
@@ -66,27 +75,27 @@ class Ratio(ABC):
         return clipped_surrogate(log_ratio, advantages.view(-1, *[1] * (log_ratio.ndim - 1)), clip_range)
 
 
-def gaussian_terms(actor: FlowActor, batch: Batch, shift: Tensor) -> RatioTerms:
+def gaussian_terms(actor: FlowActor, samples: Samples, shift: Tensor) -> RatioTerms:
     """Ratio and KL of a policy whose flow ends `shift` [B, D] away from x1: Gaussians in z and in the action."""
-    noise, log_std = batch["action"] - batch["x1"], actor.noise_log_std()
-    old_shift, old_log_std = torch.zeros_like(shift), batch["log_std"]
-    if "noise_mean" in batch:
-        log_scale = batch["noise_scale"].log()
-        shift = shift + log_std.exp() * batch["noise_mean"]
-        old_shift, old_log_std = old_log_std.exp() * batch["noise_mean"], old_log_std + log_scale
+    noise, log_std = samples.action - samples.x1, actor.noise_log_std()
+    old_shift, old_log_std = torch.zeros_like(shift), samples.log_std
+    if samples.past is not None:
+        log_scale = samples.past.scale.log()
+        shift = shift + log_std.exp() * samples.past.mean
+        old_shift, old_log_std = old_log_std.exp() * samples.past.mean, old_log_std + log_scale
         log_std = log_std + log_scale
-    mean, base_log_std = actor.base(batch["obs"])
+    mean, base_log_std = actor.base(samples.obs)
     log_ratio = gaussian_log_prob(noise, shift, log_std) - gaussian_log_prob(noise, old_shift, old_log_std)
-    log_ratio = log_ratio + gaussian_log_prob(batch["z"], mean, base_log_std)
-    log_ratio = log_ratio - gaussian_log_prob(batch["z"], batch["base_mean"], batch["base_log_std"])
+    log_ratio = log_ratio + gaussian_log_prob(samples.z, mean, base_log_std)
+    log_ratio = log_ratio - gaussian_log_prob(samples.z, samples.base_mean, samples.base_log_std)
     kl = gaussian_kl(old_shift, old_log_std, shift, log_std)
-    kl = kl + gaussian_kl(batch["base_mean"], batch["base_log_std"], mean, base_log_std)
+    kl = kl + gaussian_kl(samples.base_mean, samples.base_log_std, mean, base_log_std)
     return RatioTerms(log_ratio, kl)
 
 
-def interpolate(batch: Batch) -> Tensor:
-    """The point x_t = (1 - t) z + t x1 of the chord, [B, D] (section 3 of the paper)."""
-    return torch.lerp(batch["z"], batch["x1"], batch["t"].unsqueeze(-1))
+def chord_point(samples: Samples, t: Tensor) -> Tensor:
+    """The point x_t = (1 - t) z + t x1 of the chord, [B, D], at times t [B] (section 3 of the paper)."""
+    return torch.lerp(samples.z, samples.x1, t.unsqueeze(-1))
 
 
 def _remaining(eps: float, steps: int) -> float:
@@ -112,24 +121,44 @@ def quadrature(actor: FlowActor) -> tuple[list[float], list[float]]:
 
 
 @torch.no_grad()
-def record_velocities(actor: FlowActor, batch: Batch) -> Batch:
-    """Add the acting policy's velocities at all M times of the quadrature: v_nodes [B, M, D] on the chord."""
-    times = [batch["z"].new_full((len(batch["z"]),), t) for t in quadrature(actor)[0]]
-    return batch | {
-        "v_nodes": torch.stack([actor.field(t, interpolate(batch | {"t": t}), batch["obs"]) for t in times], 1)
-    }
+def chord_velocities(actor: FlowActor, samples: Samples) -> Tensor:
+    """The acting policy's velocities on the chord at all M times of the quadrature, [B, M, D]."""
+    times = [samples.z.new_full((len(samples.z),), t) for t in quadrature(actor)[0]]
+    return torch.stack([actor.field(t, chord_point(samples, t), samples.obs) for t in times], 1)
 
 
-def draw_interpolation(actor: FlowActor, batch: Batch, generator: torch.Generator) -> Batch:
-    """Replace the velocities at all times by those at one per sample: flow time t [B] and velocity v_old [B, D].
+def draw_chord(actor: FlowActor, velocities: Tensor, generator: torch.Generator) -> Chord:
+    """One time per sample, and the velocity there, of `chord_velocities` [B, M, D].
 
     t is drawn with the weights of the solver's quadrature, so that ``E_t[dv]`` is the endpoint's shift to zeroth order
     in the Jacobian, for any solver.
     """
-    times, weights = (batch["z"].new_tensor(values) for values in quadrature(actor))
-    index = torch.multinomial(weights, len(batch["z"]), replacement=True, generator=generator)
-    v_old = batch["v_nodes"][torch.arange(len(index), device=index.device), index]
-    return {name: value for name, value in batch.items() if name != "v_nodes"} | {"t": times[index], "v_old": v_old}
+    times, weights = (velocities.new_tensor(values) for values in quadrature(actor))
+    index = torch.multinomial(weights, len(velocities), replacement=True, generator=generator)
+    return Chord(times[index], velocities[torch.arange(len(index), device=index.device), index])
+
+
+class References(NamedTuple):
+    """A rollout with what is known of the policy that acted, until its last epoch."""
+
+    samples: Samples
+    velocities: Tensor | None  # `chord_velocities`, where ratio or regularizers look at the chord
+
+
+def record_references(
+    actor: FlowActor, ratio: Ratio, samples: Samples, generator: torch.Generator, *, chord: bool = False
+) -> References:
+    """Note what a ratio, and regularizers on the chord, must know of the policy that acted; while it still acts."""
+    velocities = chord_velocities(actor, samples) if chord or ratio.on_chord else None
+    return References(samples._replace(recorded=ratio.record(actor, samples, generator)), velocities)
+
+
+def draw_epoch(actor: FlowActor, ratio: Ratio, references: References, generator: torch.Generator) -> Samples:
+    """The samples of an epoch: with a point of the chord drawn anew, and what the ratio draws."""
+    samples, velocities = references
+    if velocities is not None:
+        samples = samples._replace(chord=draw_chord(actor, velocities, generator))
+    return samples._replace(recorded=ratio.for_epoch(actor, samples))
 
 
 class InterpolationRatio(Ratio):
@@ -141,18 +170,17 @@ class InterpolationRatio(Ratio):
     does to the endpoint is added, with dv/dx = 0 there as well.
     """
 
-    def record(self, actor: FlowActor, batch: Batch, generator: torch.Generator) -> Batch:
-        """Add the velocities, of which `draw_interpolation` chooses one per sample and epoch."""
-        del generator
-        return record_velocities(actor, batch)
+    on_chord = True
 
-    def terms(self, actor: FlowActor, batch: Batch) -> RatioTerms:
-        """Log-ratio and KL at the recorded point."""
-        velocity = actor.field(batch["t"], interpolate(batch), batch["obs"])
-        shift, eps, steps = velocity - batch["v_old"], actor.langevin_eps, actor.solver_steps
-        if "path" in batch:  # without drift x1 = m + remaining (z - m) + s noise
-            mean, log_std = actor.base(batch["obs"])
-            noise = sum(_remaining(eps, steps - 1 - k) * batch["path"][:, k] for k in range(steps))
-            shift = shift + (1 - _remaining(eps, steps)) * (mean - batch["base_mean"])
-            shift = shift + math.sqrt(2 * eps / steps) * (log_std.exp() - batch["base_log_std"].exp()) * noise
-        return gaussian_terms(actor, batch, shift)._replace(velocity=velocity)
+    def terms(self, actor: FlowActor, samples: Samples) -> RatioTerms:
+        """Log-ratio and KL at the drawn point."""
+        assert samples.chord is not None
+        t, old_velocity = samples.chord
+        velocity = actor.field(t, chord_point(samples, t), samples.obs)
+        shift, eps, steps = velocity - old_velocity, actor.langevin_eps, actor.solver_steps
+        if eps and samples.path is not None:  # without drift x1 = m + remaining (z - m) + s noise
+            mean, log_std = actor.base(samples.obs)
+            noise = sum(_remaining(eps, steps - 1 - k) * samples.path[:, k] for k in range(steps))
+            shift = shift + (1 - _remaining(eps, steps)) * (mean - samples.base_mean)
+            shift = shift + math.sqrt(2 * eps / steps) * (log_std.exp() - samples.base_log_std.exp()) * noise
+        return gaussian_terms(actor, samples, shift)._replace(velocity=velocity)

@@ -1,10 +1,10 @@
-"""Rollouts of a flow policy: environment steps, rewards in units of their return, advantages."""
+"""Rollouts of a flow policy: environment steps, rewards in units of their return, advantages, minibatches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,20 +15,91 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from ...dynamics.noise import StepNoise, step_noise
+from ..common.config import Configured
 from ..common.networks import lazy_zeros
-from ..common.nonfinite import Guarded, replaced
 from ..common.observations import batch_of_one, observation_vectors
+from ..common.update import FiniteUpdates
 from ..storage.saving import Checkpointed
-from .policy import FlowPolicy
+from .policy import FlowActor, FlowNoise, FlowPolicy, FlowSample
 
-Batch: TypeAlias = dict[str, Tensor]
-"""Samples of a rollout, first axis B = steps x environments:
 
-obs [B, O] (normalised); z, x1, action [B, D]; base_mean, base_log_std, log_std [B, D] of the policy that acted;
-values, returns, advantages [B]; what the ratio in use records; noise_mean [B, D] and noise_scale [B, 1], the moments of
-the action noise given its past, in units of its standard deviation, where it is correlated; path [B, steps, D], the
-noise of the flow, where that is an SDE.
-"""
+class Chord(NamedTuple):
+    """A point x_t = (1 - t) z + t x1 of each sample's chord, and the velocity of the policy that acted there."""
+
+    t: Tensor  # flow time, [B]
+    velocity: Tensor  # v_old(t, x_t, s), [B, D]
+
+
+class PastNoise(NamedTuple):
+    """Moments of correlated action noise given its past, in units of its standard deviation."""
+
+    mean: Tensor  # [B, D]
+    scale: Tensor  # [B, 1]
+
+
+class Samples(NamedTuple):
+    """Samples of a rollout, of an epoch or of a minibatch; first axis B, in a rollout steps x environments.
+
+    Optional parts are decided by the Config: a run has them in all its minibatches or in none.
+    """
+
+    obs: Tensor  # normalised, [B, O]
+    z: Tensor  # [B, D], as are the next two: normalised action units
+    x1: Tensor
+    action: Tensor  # not clipped
+    base_mean: Tensor  # of the policy that acted, [B, D], as are the next two
+    base_log_std: Tensor
+    log_std: Tensor  # of the action noise
+    values: Tensor  # V(s) of the policy that acted, in units of normalised returns, [B], as are the next two
+    returns: Tensor
+    advantages: Tensor
+    past: PastNoise | None = None  # where the action noise is correlated
+    path: Tensor | None = None  # noise of the flow, [B, K, D], where it is no ODE
+    recorded: Any = None  # what the ratio in use recorded of the policy that acted: a NamedTuple of its own
+    chord: Chord | None = None  # where ratio or regularizers look at the chord
+    posterior_noise: Tensor | None = (
+        None  # E[n | a, s] of the action noise, [B, D], where the entropy's gradient is used
+    )
+    error_time: Tensor | None = None  # [B], where the solver's error is penalised
+
+    @classmethod
+    def drawn(cls, actor: FlowActor, obs: Tensor, sample: FlowSample, **others: Any) -> Samples:
+        """What an actor drew given obs [B, O], each part [B, D], and what is to be known of it.
+
+        Args:
+            actor: the policy that acted.
+            obs: normalised observations.
+            sample: the draw.
+            **others: further fields; values, returns and advantages are 0 unless given.
+        """
+        base_mean, base_log_std = actor.base(obs)
+        log_std = actor.noise_log_std().expand_as(base_mean)
+        others = dict.fromkeys(("values", "returns", "advantages"), obs.new_zeros(len(obs))) | others
+        return cls(obs, *sample, base_mean, base_log_std, log_std, **others)
+
+    def rows(self, index: Tensor | slice) -> Samples:
+        """The samples that an index of the first axis chooses."""
+        chosen: Samples = _rows(self, index)
+        return chosen
+
+    def minibatches(self, size: int, order: Tensor) -> Iterator[Samples]:
+        """Minibatches of `size` samples in an order [B]; the last may be smaller."""
+        shuffled = self.rows(order)
+        for start in range(0, len(order), size):
+            yield shuffled.rows(slice(start, start + size))
+
+
+def _rows(data: Any, index: Tensor | slice) -> Any:
+    if isinstance(data, tuple):
+        return type(data)(*[_rows(part, index) for part in data])  # a NamedTuple
+    return None if data is None else data[index]
+
+
+class RolloutStorage(NamedTuple):
+    """What the environment steps of a rollout fill, on the device: T steps of N environments."""
+
+    features: Tensor  # raw observation vectors, [T + 1, N, O]; the last is what follows
+    drawn: Tensor  # `FlowSample`s in one tensor, [3, T, N, D]
 
 
 def generalized_advantage(
@@ -58,29 +129,28 @@ def generalized_advantage(
     return advantages
 
 
-class FlowRollouts(Checkpointed, Guarded, OnPolicyAlgorithm):
-    """The half of an on-policy agent that lies between the environments and the batch to learn from.
+class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
+    """The half of an on-policy agent that lies between the environments and the samples to learn from.
 
-    Subclasses build the policy and call `_setup_rollout`, then learn from `batch` in `train`.
+    Subclasses build the policy and call `_setup_rollout`, then learn from `samples` in `train`.
     """
 
     policy: FlowPolicy  # type: ignore[assignment]  # SB3 asks for more of its policies than its loops use
-    batch: Batch
-    normalize_reward: bool
+    samples: Samples
+    rollout_buffer: RolloutStorage  # type: ignore[assignment]  # SB3's learn() hands it to collect_rollouts
     _act: Callable[[Tensor, Tensor], Tensor]  # FlowPolicy.act, perhaps compiled
     _exploration: StepNoise | None  # action noise with memory, which lasts from rollout to rollout
     _diverged = 0  # unstable simulations so far
     _iteration: int  # so many times `train` was called
-    _remade = ("batch", "_ratio", "_guard", "_discounted_return", "_act", "_gradient", "_exploration")
+    _remade = ("samples", "_ratio", "_monitor", "_discounted_return", "_act", "_gradient", "_exploration")
 
-    def _setup_rollout(self, exploration_noise: str, noise_time: float, hurst: float) -> None:
-        steps, envs, size = self.n_steps, self.n_envs, (self.n_envs, self.policy.action_dim)
-        self._exploration = step_noise(exploration_noise, noise_time, hurst, size, self.device)
-        # SB3's learn() hands this attribute to collect_rollouts. Ours: plain tensors on the device.
-        self.rollout_buffer: Batch = {  # type: ignore[assignment]
-            "features": lazy_zeros(steps + 1, envs, self.policy.obs_dim, device=self.device),  # the last: what follows
-            "sample": lazy_zeros(steps, 3, envs, self.policy.action_dim, device=self.device),  # z, x1, action
-        }
+    def _setup_rollout(self) -> None:
+        config, envs, size = self.config, self.n_envs, (self.n_envs, self.policy.action_dim)
+        self._exploration = step_noise(config.exploration_noise, config.noise_time, config.hurst, size, self.device)
+        self.rollout_buffer = RolloutStorage(
+            lazy_zeros(self.n_steps + 1, envs, self.policy.obs_dim, device=self.device),
+            lazy_zeros(3, self.n_steps, *size, device=self.device),
+        )
         self._discounted_return = np.zeros(envs, np.float32)
         assert isinstance(self.action_space, spaces.Box)
         self._action_shape = self.action_space.shape
@@ -105,25 +175,28 @@ class FlowRollouts(Checkpointed, Guarded, OnPolicyAlgorithm):
     @torch.no_grad()
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
         """Act for n_rollout_steps in every environment and fill the rollout; False if a callback ended training."""
-        policy, features, sample = self.policy, rollout_buffer["features"], rollout_buffer["sample"]
-        policy.set_training_mode(False)
+        policy, features, drawn = self.policy, rollout_buffer.features, rollout_buffer.drawn
+        policy.train(False)
         callback.on_rollout_start()
-        shape, draws, memory = (n_rollout_steps, env.num_envs), policy.actor.draws, self._exploration
-        size = (n_rollout_steps, draws + (memory.terms - 1 if memory else 0), env.num_envs, policy.action_dim)
-        noise = torch.randn(size, generator=self._generator, device=self.device)
-        moments: list[tuple[Tensor, Tensor]] = []  # of the action noise given its past
+        shape, memory, path_length = (n_rollout_steps, env.num_envs), self._exploration, policy.actor.path_length
+        # Per step the `FlowNoise`, and further normals of an action noise whose memory takes several.
+        parts = (policy.draws, memory.terms - 1 if memory else 0)
+        size = (n_rollout_steps, sum(parts), env.num_envs, policy.action_dim)
+        noise, further = torch.randn(size, generator=self._generator, device=self.device).split(parts, dim=1)
+        moments: list[PastNoise] = []
         host_rewards = np.zeros(shape, np.float32)
         terminated, truncated, left_out = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape, bool)
         reached: list[Tensor] = []  # raw features of truncated steps, in the order of np.nonzero(truncated)
         features[0] = self._features(self._last_obs)
         for step in range(n_rollout_steps):
-            if memory is not None:  # its first normal lies where that of the action does, the others last
-                normal = torch.cat([noise[step, 1:2], noise[step, draws:]])
+            if memory is not None:
                 start = torch.as_tensor(self._last_episode_starts, dtype=torch.bool, device=self.device)
-                noise[step, 1], *given = memory.step(normal, start)
-                moments.append((given[0], given[1]))
-            sample[step] = self._act(features[step], noise[step, :draws])
-            actions = sample[step, 2].cpu().numpy().reshape(-1, *self._action_shape)
+                normal = FlowNoise.of(noise[step]).action
+                value, *given = memory.step(torch.cat([normal[None], further[step]]), start)
+                normal.copy_(value)
+                moments.append(PastNoise(*given))
+            drawn[:, step] = self._act(features[step], noise[step])
+            actions = FlowSample(*drawn[:, step]).action.cpu().numpy().reshape(-1, *self._action_shape)
             self._check_actions(actions)
             clipped_actions = policy.unscale_action(actions.clip(-1, 1))
             new_obs, rewards, dones, infos = env.step(clipped_actions)
@@ -149,12 +222,12 @@ class FlowRollouts(Checkpointed, Guarded, OnPolicyAlgorithm):
             # that was done, and learning need not start from raw observations.
             policy.obs_norm.update(features[:-1].flatten(0, 1))
         to_device = partial(torch.as_tensor, device=self.device)
-        all_obs = policy.normalize(features.flatten(0, 1))
+        all_obs = policy.obs_norm(features.flatten(0, 1))
         all_values = policy.value(all_obs).view(-1, env.num_envs)
         values, next_values = all_values[:-1], all_values[1:].clone()
         # Bootstrap with the value of the state reached: after a time limit that is not the next row's.
         if reached:
-            next_values[to_device(truncated)] = policy.value(policy.normalize(to_device(torch.cat(reached)).float()))
+            next_values[to_device(truncated)] = policy.value(policy.obs_norm(to_device(torch.cat(reached)).float()))
         terminated |= left_out
         ended = terminated | truncated
         scaled = to_device(self._scale_rewards(host_rewards, ended))
@@ -165,27 +238,18 @@ class FlowRollouts(Checkpointed, Guarded, OnPolicyAlgorithm):
             self.gae_lambda,
         )  # fmt: skip
         obs = all_obs[: values.numel()]
-        z, x1, action = sample.transpose(0, 1).flatten(1, 2)
-        base_mean, base_log_std = policy.actor.base(obs)
-        self.batch = {
-            "obs": obs,
-            "z": z,
-            "x1": x1,
-            "action": action,
-            "base_mean": base_mean,
-            "base_log_std": base_log_std,
-            "log_std": policy.actor.noise_log_std().expand_as(base_mean),
-            "values": values.flatten(),
-            "returns": (advantages + values).flatten(),
-            "advantages": advantages.flatten(),
-        }
-        if moments:
-            mean, scale = zip(*moments, strict=True)
-            self.batch |= {"noise_mean": torch.cat(mean), "noise_scale": torch.cat(scale)}
-        if draws > 2:
-            self.batch["path"] = noise[:, 2:draws].transpose(1, 2).flatten(0, 1)
+        self.samples = Samples.drawn(
+            policy.actor,
+            obs,
+            FlowSample(*drawn.flatten(1, 2)),
+            values=values.flatten(),
+            returns=(advantages + values).flatten(),
+            advantages=advantages.flatten(),
+            past=PastNoise(*(torch.cat(each) for each in zip(*moments, strict=True))) if moments else None,
+            path=FlowNoise.of(noise.transpose(0, 1)).path.movedim(0, 2).flatten(0, 1) if path_length else None,
+        )
         if left_out.any():
-            self.batch = replaced(self.batch, to_device(left_out).flatten(), self._generator)
+            self.samples = self.samples.rows(_replacements(to_device(left_out).flatten(), self._generator))
         callback.on_rollout_end()
         return True
 
@@ -195,7 +259,7 @@ class FlowRollouts(Checkpointed, Guarded, OnPolicyAlgorithm):
 
     def _scale_rewards(self, rewards: np.ndarray, ended: np.ndarray) -> np.ndarray:
         """Divide rewards [T, N] by the running standard deviation of the discounted return, clipped to +-10."""
-        if not self.normalize_reward:
+        if not self.config.normalize_reward:
             return rewards
         returns = np.empty_like(rewards)
         for t in range(len(rewards)):
@@ -203,3 +267,16 @@ class FlowRollouts(Checkpointed, Guarded, OnPolicyAlgorithm):
             self._discounted_return = returns[t] * ~ended[t]
         self.policy.return_norm.update(torch.as_tensor(returns, device=self.device).view(-1, 1))
         return (rewards * self.policy.return_norm.scale.item()).clip(-10, 10)
+
+
+def _replacements(left_out: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows to take, [B], where those left out, [B], are replaced by others drawn at random: the number is the same.
+
+    Raises:
+        ValueError: if every row is left out.
+    """
+    kept = (~left_out).nonzero().squeeze(1)
+    if not len(kept):
+        raise ValueError("non-finite rollout: got no transition of finite numbers; check the environment")
+    drawn = kept[torch.randint(len(kept), (len(left_out),), generator=generator, device=kept.device)]
+    return torch.where(left_out, drawn, torch.arange(len(left_out), device=kept.device))

@@ -18,6 +18,7 @@ import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -67,13 +68,23 @@ _FIELDS: dict[type, tuple[str, ...]] = {
 """Classes whose instances can be stored -> their attributes that, as arguments, make an equal one."""
 
 _CLASSES = {kind.__name__: kind for kind in _FIELDS}
+_UPGRADES: dict[type, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 
-def storable(kind: T) -> T:
-    """Let checkpoints hold a class, by its name, and its instances if it is a dataclass. A decorator."""
+def storable(kind: T | None = None, *, upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Any:
+    """Let checkpoints hold a class, by its name, and its instances if it is a dataclass. A decorator.
+
+    Args:
+        kind: the class.
+        upgrade: of a dataclass: fields as any earlier version saved them -> fields of this one.
+    """
+    if kind is None:
+        return partial(storable, upgrade=upgrade)
     _CLASSES[kind.__name__] = kind
     if dataclasses.is_dataclass(kind):
         _FIELDS[kind] = tuple(field.name for field in dataclasses.fields(kind))
+    if upgrade is not None:
+        _UPGRADES[kind] = upgrade
     return kind
 
 
@@ -336,6 +347,8 @@ class _Decoder:
     def _object(self, parts: list[Any]) -> Any:
         name, tree = parts
         kind, arguments = _CLASSES[name], self.decode(tree)
+        if kind in _UPGRADES:
+            arguments = _UPGRADES[kind](arguments)
         unknown = sorted(arguments.keys() - set(_FIELDS[kind]))
         if unknown and not dataclasses.is_dataclass(kind):  # other arguments could make it of any size
             raise CheckpointError(f"got {name} with {', '.join(unknown)}, expected {', '.join(_FIELDS[kind])}")

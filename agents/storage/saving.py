@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from collections.abc import Iterable, Iterator
@@ -134,7 +135,8 @@ class Checkpointed(BaseAlgorithm):
         device: torch.device | str, size: int,
     ) -> Self:  # fmt: skip
         """Make the agent of a document of `size` bytes."""
-        for name in attributes:
+        settings = {*dataclasses.asdict(attributes["config"]), "learning_rate", "lr_schedule"}  # for `_setup_model`
+        for name in attributes.keys() - settings:
             if callable(getattr(cls, name, None)) or isinstance(getattr(cls, name, None), property):
                 raise CheckpointError(f"got an attribute {name}, which is a method")
         model = cls(policy=attributes["policy_class"], env=env, device=device, _init_setup_model=False)  # type: ignore[call-arg]
@@ -171,6 +173,9 @@ class Checkpointed(BaseAlgorithm):
                 if allow_pickle and checkpoint.is_pickled(file, label):
                     return super().set_parameters(cast(Any, file), exact_match, device)
                 parameters = _read(file, label)["parameters"]
+        if "policy.optimizer" in parameters:
+            upgraded: Any = self.policy.upgraded_optimizer_state(parameters["policy.optimizer"])  # type: ignore[operator]
+            parameters = parameters | {"policy.optimizer": upgraded}
         super().set_parameters(parameters, exact_match, device)
 
     def training_state(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ clipping, and the averaged weights where the policy has them. It is one function
 
 obs is the raw observation, flattened; the entries of a Dict lie one after the other, in the order of their space. noise
 is standard normal and new in each call, D the number of action dimensions, draws that of the policy: 1 for
-LipschitzMBPO, 2 for PolicyFlow, and solver_steps more with sampler="sde". The file says so itself (`describe`).
+LipschitzMBPO, 2 for PolicyFlow, and solver_steps more where langevin_eps is above 0. The file says so (`describe`).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from .. import __version__
-from ..agents.common.policy import JoinedPolicy
+from ..agents.common.policy import BoxPolicy
 
 _OUTPUT = "action"
 
 
-def export_onnx(agent: BaseAlgorithm | JoinedPolicy, path: Path, *, sampled: bool = False) -> None:
+def export_onnx(agent: BaseAlgorithm | BoxPolicy, path: Path, *, sampled: bool = False) -> None:
     """Write a policy as ONNX, of standard operators only; `describe` under "driftrl" in the model's metadata.
 
     Args:
@@ -70,7 +70,7 @@ def export_onnx(agent: BaseAlgorithm | JoinedPolicy, path: Path, *, sampled: boo
     onnx.save(model, path)
 
 
-def export_program(agent: BaseAlgorithm | JoinedPolicy, path: Path, *, sampled: bool = False) -> None:
+def export_program(agent: BaseAlgorithm | BoxPolicy, path: Path, *, sampled: bool = False) -> None:
     """Write a policy as a program of `torch.export`; `describe` as its extra file "driftrl.json".
 
     ``torch.export.load(path).module()`` is a function of CPU tensors. It needs PyTorch alone.
@@ -92,7 +92,7 @@ EXPORTERS = {".onnx": export_onnx, ".pt2": export_program}
 """How a policy is written, by the ending of the file's name."""
 
 
-def describe(policy: JoinedPolicy, sampled: bool) -> dict[str, Any]:
+def describe(policy: BoxPolicy, sampled: bool) -> dict[str, Any]:
     """What a user of the file must know: inputs, the parts of obs in their order, and the bounds of the actions."""
     space = policy.observation_space
     parts = space.spaces if isinstance(space, spaces.Dict) else {"obs": space}
@@ -109,7 +109,7 @@ def describe(policy: JoinedPolicy, sampled: bool) -> dict[str, Any]:
 class _Predict(nn.Module):
     """`predict` as one function of tensors."""
 
-    def __init__(self, policy: JoinedPolicy) -> None:
+    def __init__(self, policy: BoxPolicy) -> None:
         super().__init__()
         self.policy = policy
         box: Any = policy.action_space
@@ -122,14 +122,14 @@ class _Predict(nn.Module):
         return torch.reshape(action, (-1, *self.shape))
 
 
-def _policy_of(agent: BaseAlgorithm | JoinedPolicy) -> JoinedPolicy:
-    policy = agent if isinstance(agent, JoinedPolicy) else agent.policy
-    if not isinstance(policy, JoinedPolicy):
+def _policy_of(agent: BaseAlgorithm | BoxPolicy) -> BoxPolicy:
+    policy = agent if isinstance(agent, BoxPolicy) else agent.policy
+    if not isinstance(policy, BoxPolicy):
         raise ValueError(f"export: got {type(agent).__name__}, expected an agent of this library, or its policy")
     return policy
 
 
-def _trace(policy: JoinedPolicy, sampled: bool) -> ExportedProgram:
+def _trace(policy: BoxPolicy, sampled: bool) -> ExportedProgram:
     """The program of a copy on the CPU, so that neither the policy nor its device matter to the file."""
     module = _Predict(copy.deepcopy(policy).cpu()).requires_grad_(False).eval()
     inputs = {"obs": torch.zeros(2, policy.obs_dim)}  # of size 1 torch.export would not take the batch for dynamic

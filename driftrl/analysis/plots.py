@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.type_aliases import PolicyPredictor
 
-from ..agents.policyflow.policy import FlowActor, FlowPolicy
+from ..agents.policyflow.policy import FlowActor, FlowNoise, FlowPolicy
 from ..dynamics.ode import odeint_path, time_grid
 from ..envs.multigoal import GOAL_TASKS, GoalTask
 from .multimodality import MAZE_TRAJECTORIES, count_visits, free_cells, play_from_start
@@ -183,9 +183,9 @@ def _acting(policy: FlowPolicy) -> FlowActor:
 @torch.inference_mode()
 def _sample(policy: FlowPolicy, obs: Any, number: int) -> NDArray[Any]:
     """z, x1 and action, each [number, D], given one observation, in normalised action units."""
-    actor, vector = _acting(policy), policy.normalize(policy.features(policy.obs_to_tensor(obs)[0]))
-    noise = torch.randn(actor.draws, number, policy.action_dim, device=vector.device)
-    return torch.stack(actor.sample(vector.expand(number, -1), noise)).cpu().numpy()
+    actor, vector = _acting(policy), policy.obs_norm(policy.features(policy.obs_to_tensor(obs)[0]))
+    normals = torch.randn(actor.draws, number, policy.action_dim, device=vector.device)
+    return torch.stack(actor.sample(vector.expand(number, -1), FlowNoise.of(normals))).cpu().numpy()
 
 
 @torch.inference_mode()
@@ -194,7 +194,7 @@ def _draw_velocity(figure: Figure, policy: FlowPolicy, title: str, obs: Any) -> 
 
     At 1 the solvers of low order never ask it: nothing was learned there.
     """
-    actor, vector = _acting(policy), policy.normalize(policy.features(policy.obs_to_tensor(obs)[0]))
+    actor, vector = _acting(policy), policy.obs_norm(policy.features(policy.obs_to_tensor(obs)[0]))
     z = torch.as_tensor(_sample(policy, obs, 500)[0], device=vector.device)
     path = odeint_path(
         actor.field, z, steps=actor.solver_steps, solver=actor.solver, cond=vector.expand(len(z), -1)

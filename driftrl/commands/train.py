@@ -22,7 +22,8 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
-from ..agents.registry import AGENTS, Entry, policy_alias
+from ..agents.common.config import without_inert
+from ..agents.registry import AGENTS, AgentSpec, policy_alias
 from ..agents.storage.files import write_json
 from ..agents.storage.saving import Checkpointed
 from ..agents.storage.training_state import restore
@@ -45,9 +46,11 @@ from ..runs.folder import (
 )
 from ..runs.log import open_logger, warn
 from ..runs.signals import StopOnSignal, exit_code, sigterm_as_interrupt
+from .help import LEGEND, format_help, grouped, options
 from .parser import Parser, fail
 
 _FINAL_EPISODES = 10
+_HELP = {"-h", "--help", "--help-all"}
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _start(args[0], args[1:])
             if any(arg.split("=")[0] == "--resume" for arg in args):
                 return _resume(args)
-        if set(args) & {"-h", "--help"}:
+        if _HELP & set(args):
             print(_overview())
             return 0
         raise ValueError(f"got {args[0] if args else 'no agent'}, expected {' or '.join(AGENTS)}, or --resume RUN")
@@ -110,8 +113,11 @@ def _overview() -> str:
     name = Path(sys.argv[0]).name
     agents = "\n".join(f"  {agent:12} {entry.summary}" for agent, entry in AGENTS.items())
     return (
-        f"usage: {name} AGENT [OPTIONS]    train an agent; {name} AGENT --help lists all options\n"
-        f"       {name} --resume RUN       go on with an interrupted or finished run; --resume RUN --help\n\n"
+        f"usage: {name} AGENT [OPTIONS]    train an agent\n"
+        f"       {name} --resume RUN       go on with an interrupted or finished run\n\n"
+        f"{name} AGENT --help            options of the run and the agent's basic ones\n"
+        f"{name} AGENT --help-all        all options of the agent, in groups\n"
+        f"{name} --resume RUN --help     options of a resumption\n\n"
         f"agents:\n{agents}"
     )
 
@@ -126,7 +132,13 @@ def _start(name: str, args: Sequence[str]) -> int:
     preset = entry.preset(known.env, known.preset)
     run = {name: preset.pop(name) for name in ("n_envs", "total_timesteps") if name in preset}
     defaults = Arguments(env=known.env, preset=known.preset, config=entry.config(**preset), **run)
-    arguments = _parse(name, entry, args, defaults)
+    if _HELP & set(args):
+        print(_help(name, entry, defaults, in_full="--help-all" in args))
+        return 0
+    arguments = _parse(name, args, defaults)
+    before = dataclasses.asdict(defaults.config)
+    chosen = [each for each, value in dataclasses.asdict(arguments.config).items() if value != before[each]]
+    arguments = dataclasses.replace(arguments, config=without_inert(arguments.config, chosen))
     check_device(arguments.device)
     settings = RunSettings(
         agent=name,
@@ -193,22 +205,38 @@ def _make_env(settings: RunSettings, seed: int | None) -> VecEnv:
     return make_vec(settings.env_id, settings.n_envs, seed, **how, **settings.env_kwargs)
 
 
-def _parse(name: str, entry: Entry, args: Sequence[str], defaults: Arguments) -> Arguments:
+def _help(name: str, entry: AgentSpec, defaults: Arguments, in_full: bool) -> str:
+    """What `train.py AGENT --help` prints: the run's options and the agent's first group, or all groups."""
+    program = f"{Path(sys.argv[0]).name} {name}"
+    run, agent = options(defaults), options(defaults.config)
+    del run["config"]
+    first, *others = grouped(entry.groups, agent).items()
+    sections = {"run": list(run.values())}
+    sections |= {title: [agent[each] for each in names] for title, names in ([first, *others] if in_full else [first])}
+    head = (
+        f"usage: {program} [OPTIONS]\n\nTrain {name}: {entry.summary}.\n"
+        f"The defaults are those of the preset {defaults.preset} for {defaults.env}. {LEGEND}"
+    )
+    counts = ", ".join(f"{title} ({len(names)})" for title, names in others)
+    foot = f"{program} --help shows the first two groups alone." if in_full else f"More, by --help-all: {counts}."
+    return format_help(head, sections, foot)
+
+
+def _parse(name: str, args: Sequence[str], defaults: Arguments) -> Arguments:
     """The command line over the defaults; tyro's boxed errors become ValueErrors."""
     program = f"{Path(sys.argv[0]).name} {name}"
-    summary = f"Train {name}: {entry.summary}. The defaults are those for {defaults.env}."
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(Arguments, prog=program, description=summary, args=args, default=defaults)
+            return tyro.cli(Arguments, prog=program, args=args, default=defaults, add_help=False)
     except SystemExit as stop:
-        if not stop.code:
+        if not stop.code:  # tyro wrote a shell's completions
             raise
         text = re.sub("[│╭╮╰╯]", "", box.getvalue())
         message = re.split("[─-]{5,}", text)[1].strip().removeprefix("Error parsing config: ")  # below the title
         meant = re.search(r"Perhaps you meant:\s*(--[\w-]+)", text)
         hint = f"did you mean {meant[1]}? " if meant else ""
-        raise ValueError(f"{message.rstrip('.')}; {hint}see {program} --help") from None
+        raise ValueError(f"{message.rstrip('.')}; {hint}see {program} --help-all") from None
 
 
 def _describe(agent: Checkpointed, settings: RunSettings) -> str:
@@ -217,7 +245,7 @@ def _describe(agent: Checkpointed, settings: RunSettings) -> str:
     return f"{what}, {environments}, seed {settings.seed}, {agent.device}"
 
 
-def _describe_preset(entry: Entry, defaults: Arguments, arguments: Arguments) -> str:
+def _describe_preset(entry: AgentSpec, defaults: Arguments, arguments: Arguments) -> str:
     """Which preset holds, what it changes of the Config's defaults, and what the user changed of it."""
     preset, standard = entry.preset(arguments.env, arguments.preset), dataclasses.asdict(entry.config())
     run = ("n_envs", "total_timesteps") if "total_timesteps" in preset else ("n_envs",)

@@ -17,7 +17,7 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 
 from driftrl import PolicyFlow
-from driftrl.agents.common.policy import JoinedPolicy
+from driftrl.agents.common.policy import BoxPolicy
 from driftrl.agents.lipschitz_mbpo.sac import SACPolicy
 from driftrl.agents.policyflow.policy import FlowPolicy
 from driftrl.analysis.export import EXPORTERS, export_onnx, export_program
@@ -38,10 +38,10 @@ CASES: list[tuple[str, type[Any], dict[str, Any], bool]] = [  # file, policy, it
 def make(
     kind: type[Any], options: dict[str, Any], observation_space: spaces.Space[Any] = VECTOR,
     action_space: spaces.Space[Any] = ACTIONS,
-) -> JoinedPolicy:  # fmt: skip
+) -> BoxPolicy:  # fmt: skip
     """A policy whose every weight and statistic matters, and whose actions also meet their bounds."""
     torch.manual_seed(0)
-    policy: JoinedPolicy = kind(observation_space, action_space, lambda _: 1e-3, net_arch=[16, 16], **options)
+    policy: BoxPolicy = kind(observation_space, action_space, lambda _: 1e-3, net_arch=[16, 16], **options)
     policy.obs_norm.update(3 * torch.randn(50, policy.obs_dim) + 2)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -67,7 +67,7 @@ def description(path: Path) -> Any:
     return json.loads(extra["driftrl.json"])
 
 
-def expected(policy: JoinedPolicy, obs: np.ndarray, sampled: bool) -> tuple[np.ndarray, np.ndarray]:
+def expected(policy: BoxPolicy, obs: np.ndarray, sampled: bool) -> tuple[np.ndarray, np.ndarray]:
     """Actions of `predict` and the noise [B, draws, D] behind them: PyTorch's own generator, drawn from alike."""
     torch.manual_seed(3)
     actions, _ = policy.predict(obs, deterministic=not sampled)

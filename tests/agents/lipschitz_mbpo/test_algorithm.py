@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -18,20 +19,29 @@ from torch import Tensor, nn
 from driftrl import LipschitzMBPO, LipschitzMBPOConfig
 from driftrl.agents.lipschitz_mbpo.critic_regularizers import adversary, value_gap
 from driftrl.agents.lipschitz_mbpo.diagnostics import model_diagnostics, value_diagnostics
+from driftrl.agents.lipschitz_mbpo.replay import Minibatch, SearchNoise
 from driftrl.agents.registry import AGENTS
 from driftrl.dynamics.regularize import spectral_norms
 from driftrl.envs import make_vec
 
 SMALL: dict[str, Any] = {
     "learning_starts": 40, "gradient_steps": 2, "batch_size": 32, "actor_hidden": (16, 16), "critic_hidden": (16, 16),
-    "model_hidden": (16,), "model_epochs": 2, "model_interval": 20, "model_rollouts": 4, "model_retain": 40,
-    "horizon": (0, 0, 2, 2), "diagnostics_interval": 20, "compile": "off", "seed": 0, "device": "cpu",
+    "model_interval": 20, "diagnostics_interval": 20, "compile": "off", "seed": 0, "device": "cpu",
 }  # fmt: skip
-MODELS = ("none", "deterministic", "probabilistic", "flow", "langevin")
+SMALL_MODEL: dict[str, Any] = {
+    "model_hidden": (16,), "model_epochs": 2, "model_rollouts": 4, "model_retain": 40, "rollout_min": 2,
+    "rollout_max": 2,
+}  # fmt: skip
+MODELS = ("deterministic", "probabilistic", "flow", "langevin")
 
 
 def agent(env: str = "InvertedPendulum-v5", n_envs: int = 1, **fields: Any) -> LipschitzMBPO:
-    return LipschitzMBPO("MlpPolicy", make_vec(env, n_envs, 0), **(SMALL | fields))
+    defaults = SMALL if fields.get("model") == "none" else SMALL | SMALL_MODEL
+    return LipschitzMBPO("MlpPolicy", make_vec(env, n_envs, 0), **(defaults | fields))
+
+
+def weights(learner: LipschitzMBPO) -> Tensor:
+    return nn.utils.parameters_to_vector(learner.policy.weights.parameters).detach()
 
 
 class Linear(nn.Module):
@@ -58,11 +68,12 @@ def test_the_robust_term_and_its_gradient_are_those_of_a_linear_critic(method: s
     policy: Any = SimpleNamespace(critic=critic, actor=None)
     generator = torch.Generator().manual_seed(0)
     sizes = {"obs": 3, "action": 1, "start": 3}
-    batch = {name: 2 * torch.rand(40, n, dtype=torch.float64, generator=generator) - 1 for name, n in sizes.items()}
-    gap = value_gap(policy, batch, critic(batch["obs"], batch["action"]), "same_action")
+    drawn = {name: 2 * torch.rand(40, n, dtype=torch.float64, generator=generator) - 1 for name, n in sizes.items()}
+    search, batch = SearchNoise(drawn.pop("start")), cast(Minibatch, SimpleNamespace(**drawn))
+    gap = value_gap(policy, batch, critic(batch.obs, batch.action), "same_action")
     radius = 0.2 * unit
-    states = adversary(gap, batch, radius, method, steps=8)
-    assert ((states - batch["obs"]).abs() <= radius * (1 + 1e-12)).all()
+    states = adversary(gap, batch.obs, search, radius, method, steps=8)
+    assert ((states - batch.obs).abs() <= radius * (1 + 1e-12)).all()
     penalty = gap(states).mean()
     reach = critic.weight.detach() @ radius
     assert penalty.item() == pytest.approx(reach.square().sum().item())
@@ -73,36 +84,37 @@ def test_the_robust_term_and_its_gradient_are_those_of_a_linear_critic(method: s
 
 
 @pytest.mark.parametrize("method", ["fgsm", "pgd", "langevin"])
-@pytest.mark.parametrize("pairing", ["paper", "same_action", "policy"])
-def test_adversaries_stay_in_their_ball_and_raise_the_gap(pairing: str, method: str) -> None:
-    learner = agent(adversary=method, pairing=pairing, model="none").learn(60)
+@pytest.mark.parametrize("actions", ["paper", "same_action", "policy"])
+def test_adversaries_stay_in_their_ball_and_raise_the_gap(actions: str, method: str) -> None:
+    learner = agent(adversary=method, robust_actions=actions, model="none").learn(60)
     policy, config = learner.policy, learner.config
     batch = learner._minibatches(1, 256)[0]
-    gap = value_gap(policy, batch, policy.critic(batch["obs"], batch["action"]), pairing)
-    radius = 0.3 * policy.unit()
-    states = adversary(gap, batch, radius, method, config.adversary_steps, 1e-3)
-    assert ((states - batch["obs"]).abs() <= radius * (1 + 1e-5) + 1e-6).all()
+    assert batch.search is not None
+    gap = value_gap(policy, batch, policy.critic(batch.obs, batch.action), actions)
+    radius = 0.3 * policy.obs_std()
+    states = adversary(gap, batch.obs, batch.search, radius, method, config.adversary_steps, 1e-3)
+    assert ((states - batch.obs).abs() <= radius * (1 + 1e-5) + 1e-6).all()
     if method != "langevin":  # which only leans towards high values, at a temperature
-        assert gap(states).mean() > gap(batch["obs"]).mean()
-        assert gap(states).mean() > gap(batch["obs"] + radius * batch["start"]).mean()
-    gradients = torch.autograd.grad(gap(states).mean(), [*policy.trained().values()], allow_unused=True)
-    pairs: list[tuple[str, Tensor | None]] = list(zip(policy.trained(), gradients, strict=True))
+        assert gap(states).mean() > gap(batch.obs).mean()
+        assert gap(states).mean() > gap(batch.obs + radius * batch.search.start).mean()
+    gradients = torch.autograd.grad(gap(states).mean(), policy.weights.parameters, allow_unused=True)
+    pairs: list[tuple[str, Tensor | None]] = list(zip(policy.weights.names, gradients, strict=True))
     reached = {name.split(".")[0] for name, gradient in pairs if gradient is not None}
     assert reached == {"critic"}
 
 
-def test_pairings_compare_the_actions_they_say() -> None:
+def test_robust_actions_are_compared_as_they_say() -> None:
     learner = agent(model="none").learn(60)
     policy, batch = learner.policy, learner._minibatches(1, 32)[0]
-    obs, action = batch["obs"], batch["action"]
+    obs, action = batch.obs, batch.action
     there, values = obs + 0.1, policy.critic(obs, action)
     pairs = {
         "paper": (policy.actor(there), action), "same_action": (action, action),
         "policy": (policy.actor(there), policy.actor(obs)),
     }  # fmt: skip
-    for pairing, (far, near) in pairs.items():
+    for actions, (far, near) in pairs.items():
         expected = (policy.critic(there, far) - policy.critic(obs, near)).square().sum(0)
-        torch.testing.assert_close(value_gap(policy, batch, values, pairing)(there), expected)
+        torch.testing.assert_close(value_gap(policy, batch, values, actions)(there), expected)
 
 
 def test_spectral_bound_holds_after_training() -> None:
@@ -110,8 +122,7 @@ def test_spectral_bound_holds_after_training() -> None:
     assert all((norm <= 0.5 * (1 + 1e-5)).all() for norm in spectral_norms(learner.policy.critic).values())
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("termination", ["auto", "learned"])
+@pytest.mark.parametrize(("model", "termination"), [("none", "auto"), *product(MODELS, ("auto", "learned"))])
 def test_every_model_trains_and_its_rollouts_do_not_count(model: str, termination: str) -> None:
     learner = agent(model=model, termination=termination).learn(
         100, log_interval=10**6
@@ -124,43 +135,43 @@ def test_every_model_trains_and_its_rollouts_do_not_count(model: str, terminatio
     wanted = {"lipschitz/penalty", "lipschitz/slope", "lipschitz/adversarial_gain", "lipschitz/spectral_product"}
     if model != "none":
         wanted |= {"model/holdout_mse", "model/value_error", "model/rollout_error", "model/terminated_share"}
-        imagined = learner.imagined.all()
-        assert 80 < len(learner.imagined) <= 2 * 4 * 40
-        assert (imagined["action"].abs() <= 1).all()
+        imagined = learner.model_buffer.all()
+        assert 80 < len(learner.model_buffer) <= 2 * 4 * 40
+        assert (imagined.action.abs() <= 1).all()
     assert wanted <= logged.keys()
 
 
 def test_model_rollouts_end_where_the_task_ends() -> None:
-    learner = agent(horizon=(0, 0, 6, 6)).learn(60)
-    imagined = learner.imagined.all()
-    ended = imagined["next_obs"][:, 1].abs() > 0.2
-    assert torch.equal(imagined["terminated"] > 0, ended) and ended.any()
-    never = agent(horizon=(0, 0, 6, 6), termination="never").learn(60)
-    assert not never.imagined.all()["terminated"].any()
+    learner = agent(rollout_min=6, rollout_max=6).learn(60)
+    imagined = learner.model_buffer.all()
+    ended = imagined.next_obs[:, 1].abs() > 0.2
+    assert torch.equal(imagined.terminated > 0, ended) and ended.any()
+    never = agent(rollout_min=6, rollout_max=6, termination="never").learn(60)
+    assert not never.model_buffer.all().terminated.any()
 
 
 @pytest.mark.parametrize("ratio", [0.05, 0.5, 1.0])
 def test_the_share_of_real_transitions_is_exact(ratio: float) -> None:
     learner = agent(real_ratio=ratio).learn(60)
-    learner.imagined.rows[:, -2] = 777.0
-    real = sum((batch["reward"] != 777).sum().item() for _ in range(5) for batch in learner._minibatches(10, 32))
+    learner.model_buffer.rows[:, -2] = 777.0
+    real = sum((batch.reward != 777).sum().item() for _ in range(5) for batch in learner._minibatches(10, 32))
     assert real == pytest.approx(ratio * 32 * 50, abs=1)
 
 
 def test_the_horizon_grows_as_scheduled() -> None:
-    config = LipschitzMBPOConfig(horizon=(20_000, 150_000, 1, 15))
+    config = LipschitzMBPOConfig(rollout_start=20_000, rollout_end=150_000, rollout_min=1, rollout_max=15)
     steps = {0: 1, 20_000: 1, 29_000: 1, 30_000: 2, 85_000: 8, 150_000: 15, 10**6: 15}
-    assert {step: config.horizon_at(step) for step in steps} == steps
-    assert LipschitzMBPOConfig(horizon=(0, 0, 3, 3)).horizon_at(0) == 3
+    assert {step: config.rollout_length(step) for step in steps} == steps
+    assert LipschitzMBPOConfig(rollout_min=3, rollout_max=3).rollout_length(0) == 3
 
 
 def test_truncation_bootstraps() -> None:
-    learner = LipschitzMBPO("MlpPolicy", DummyVecEnv([lambda: gym.make("Pendulum-v1")]), **(SMALL | {"model": "none"}))
+    learner = LipschitzMBPO("MlpPolicy", DummyVecEnv([lambda: gym.make("Pendulum-v1")]), **SMALL, model="none")
     learner.learn(410)
     assert learner.replay_buffer is not None
     seen = learner.replay_buffer.transitions.unpack(learner.replay_buffer.transitions.newest(410))
-    assert not seen["terminated"].any()
-    jumps = (seen["next_obs"][:-1] != seen["obs"][1:]).any(1).nonzero().flatten().tolist()
+    assert not seen.terminated.any()
+    jumps = (seen.next_obs[:-1] != seen.obs[1:]).any(1).nonzero().flatten().tolist()
     assert jumps == [199, 399]  # the state reached is kept, not the first one of the next episode
 
 
@@ -179,7 +190,7 @@ def test_diagnostics_of_a_perfect_model_and_a_linear_value() -> None:
     assert learner.replay_buffer is not None
     real = learner.replay_buffer.transitions
     seen = real.unpack(real.newest(100))
-    table = {tuple(o.tolist()): (n, r) for o, n, r in zip(seen["obs"], seen["next_obs"], seen["reward"], strict=True)}
+    table = {tuple(o.tolist()): (n, r) for o, n, r in zip(seen.obs, seen.next_obs, seen.reward, strict=True)}
 
     def replayed(obs: Tensor, action: Tensor, generator: object = None) -> tuple[Tensor, Tensor]:
         known = [table.get(tuple(row.tolist()), (row, torch.tensor(0.0))) for row in obs]
@@ -192,7 +203,7 @@ def test_diagnostics_of_a_perfect_model_and_a_linear_value() -> None:
     critic = Linear(4).float()
     learner.policy.critic = critic  # type: ignore[assignment]
     slope = value_diagnostics(learner.policy, batch, 0.1)["lipschitz/slope"]
-    w = critic.weight.detach() * learner.policy.unit()
+    w = critic.weight.detach() * learner.policy.obs_std()
     draws = torch.empty(100_000, 4).uniform_(-1, 1)
     assert slope == pytest.approx((draws @ w.T).abs().mean().item(), rel=0.1)  # of 256 states
 
@@ -230,7 +241,7 @@ def test_without_its_replay_buffer_an_agent_sees_something_first(tmp_path: Path)
 
 
 def test_same_seed_same_agent() -> None:
-    one, two = (agent().learn(60).policy.joined() for _ in range(2))
+    one, two = (weights(agent().learn(60)) for _ in range(2))
     assert torch.equal(one, two)
 
 
@@ -238,7 +249,7 @@ def test_same_seed_same_agent() -> None:
 @pytest.mark.parametrize("adversary", ["fgsm", "langevin"])
 def test_compiled_as_eager(adversary: str) -> None:
     eager, compiled = (
-        agent(model="none", learning_starts=20, compile=compile, adversary=adversary).learn(30).policy.joined()
+        weights(agent(model="none", learning_starts=20, compile=compile, adversary=adversary).learn(30))
         for compile in ("off", "on")
     )
     torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
@@ -252,7 +263,7 @@ def test_several_environments_get_updates_per_step() -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"horizon": (5, 1, 1, 1)}, r"horizon: got \(5, 1, 1, 1\), expected \(a, b, x, y\)"),
+        ({"rollout_start": 5, "rollout_end": 1}, "rollout_end: got 1, expected at least rollout_start = 5"),
         ({"members": 2, "elites": 3}, "elites: got 3, expected at most members = 2"),
         ({"members": 2, "model": "flow"}, "members: got 2, expected 1 for the model flow"),
         ({"model_retain": 10, "model_interval": 20}, "model_retain: got 10, expected at least model_interval"),

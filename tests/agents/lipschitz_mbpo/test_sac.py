@@ -15,6 +15,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import Tensor, distributions, nn
 
+from driftrl.agents.lipschitz_mbpo.replay import Minibatch
 from driftrl.agents.lipschitz_mbpo.sac import SACPolicy, SquashedActor, TwinCritic, sac_losses
 
 
@@ -24,13 +25,11 @@ def make_policy(obs_dim: int = 3, action_dim: int = 2, **options: object) -> SAC
     return SACPolicy(*spaces, lambda _: 1e-3, net_arch=[16, 16], **options)  # type: ignore[arg-type]
 
 
-def make_batch(policy: SACPolicy, rows: int = 64) -> dict[str, Tensor]:
+def make_batch(rows: int = 64) -> Minibatch:
     generator = torch.Generator().manual_seed(1)
-    shapes = {"obs": (rows, 3), "next_obs": (rows, 3), "reward": (rows,)} | dict.fromkeys(
-        ("action", "noise", "next_noise"), (rows, 2)
-    )
-    batch = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return batch | {"action": batch["action"].tanh(), "terminated": (batch["reward"] > 1).float()}
+    shapes = (rows, 3), (rows, 3), (rows,), (rows, 2), (rows, 2), (rows, 2)
+    obs, next_obs, reward, action, noise, next_noise = (torch.randn(shape, generator=generator) for shape in shapes)
+    return Minibatch(obs, action.tanh(), next_obs, reward, (reward > 1).float(), noise, next_noise)
 
 
 def test_log_prob_is_that_of_the_tanh_of_a_gaussian() -> None:
@@ -70,30 +69,32 @@ def test_twin_critics_are_two_networks() -> None:
 
 def test_each_loss_reaches_its_own_networks_alone() -> None:
     policy = make_policy()
-    terms = sac_losses(policy, batch := make_batch(policy), policy.critic(batch["obs"], batch["action"]), 0.99, -2.0)
+    table = sac_losses(policy, batch := make_batch(), policy.critic(batch.obs, batch.action), 0.99, -2.0).table
     owners = {"train/critic_loss": "critic", "train/actor_loss": "actor", "train/ent_coef_loss": "log_alpha"}
+    assert table.keys() == owners.keys()
+    names, parameters = policy.weights.names, policy.weights.parameters
     for name, owner in owners.items():
-        gradients = torch.autograd.grad(terms[name], [*policy.trained().values()], retain_graph=True, allow_unused=True)
-        pairs: list[tuple[str, Tensor | None]] = list(zip(policy.trained(), gradients, strict=True))
+        gradients = torch.autograd.grad(table[name].value, parameters, retain_graph=True, allow_unused=True)
+        pairs: list[tuple[str, Tensor | None]] = list(zip(names, gradients, strict=True))
         reached = {key.split(".")[0] for key, gradient in pairs if gradient is not None}
         assert reached == {owner}, name
 
 
 def test_terminated_states_have_no_future_and_the_target_is_soft() -> None:
     policy, gamma = make_policy(temperature=0.5), 0.9
-    batch = make_batch(policy)
+    batch = make_batch()
     with torch.no_grad():
-        loss = sac_losses(policy, batch, policy.critic(batch["obs"], batch["action"]), gamma, -2.0)
-        mean, log_std = policy.actor.body(batch["next_obs"]).chunk(2, -1)
+        table = sac_losses(policy, batch, policy.critic(batch.obs, batch.action), gamma, -2.0).table
+        mean, log_std = policy.actor.body(batch.next_obs).chunk(2, -1)
         dist = distributions.TransformedDistribution(
             distributions.Normal(mean, log_std.exp()), distributions.TanhTransform(cache_size=1)
         )
-        action = (mean + log_std.exp() * batch["next_noise"]).tanh()
-        soft = torch.minimum(*policy.target_critic(batch["next_obs"], action)) - 0.5 * dist.log_prob(action).sum(-1)
-        target = torch.where(batch["terminated"] > 0, batch["reward"], batch["reward"] + gamma * soft)
-        one, two = policy.critic(batch["obs"], batch["action"])
+        action = (mean + log_std.exp() * batch.next_noise).tanh()
+        soft = torch.minimum(*policy.target_critic(batch.next_obs, action)) - 0.5 * dist.log_prob(action).sum(-1)
+        target = torch.where(batch.terminated > 0, batch.reward, batch.reward + gamma * soft)
+        one, two = policy.critic(batch.obs, batch.action)
         expected = 0.5 * (nn.functional.mse_loss(one, target) + nn.functional.mse_loss(two, target))
-    assert loss["train/critic_loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert table["train/critic_loss"].value.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_gradients_are_those_of_stable_baselines3(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,12 +117,13 @@ def test_gradients_are_those_of_stable_baselines3(monkeypatch: pytest.MonkeyPatc
                     mine.weight.data[i], mine.bias.data[i, 0] = theirs.weight.T, theirs.bias
 
     copy_critics()
-    batch = make_batch(ours)
-    batch |= {name: batch[name][:, :1] for name in ("action", "noise", "next_noise")}  # Pendulum has one action
-    ends = [batch[name].unsqueeze(1) for name in ("terminated", "reward")]
-    samples = ReplayBufferSamples(batch["obs"], batch["action"], batch["next_obs"], *ends)
+    batch = make_batch()
+    one_action = {name: getattr(batch, name)[:, :1] for name in ("action", "noise", "next_noise")}  # as Pendulum has
+    batch = batch._replace(**one_action)
+    ends = batch.terminated.unsqueeze(1), batch.reward.unsqueeze(1)
+    samples = ReplayBufferSamples(batch.obs, batch.action, batch.next_obs, *ends)
     monkeypatch.setattr(peer.replay_buffer, "sample", lambda *_, **__: samples)
-    noises = iter((batch["noise"], batch["next_noise"]))
+    noises = iter((batch.noise, batch.next_noise))
     monkeypatch.setattr(distributions.normal, "_standard_normal", lambda *_, **__: next(noises))
     of_critics: list[Tensor] = []  # as its optimizer sees them: the actor's loss adds to them later
     weights = list(peer.critic.parameters())
@@ -129,8 +131,8 @@ def test_gradients_are_those_of_stable_baselines3(monkeypatch: pytest.MonkeyPatc
     peer.train(1, 64)
 
     def gradients(loss: str, parameters: Iterable[Tensor]) -> tuple[Tensor, ...]:
-        terms = sac_losses(ours, batch, ours.critic(batch["obs"], batch["action"]), 0.9, -1.0)
-        return torch.autograd.grad(terms[loss], list(parameters))
+        table = sac_losses(ours, batch, ours.critic(batch.obs, batch.action), 0.9, -1.0).table
+        return torch.autograd.grad(table[loss].value, list(parameters))
 
     close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
     twins = zip(of_critics[:6], of_critics[6:], strict=True)
@@ -144,19 +146,21 @@ def test_gradients_are_those_of_stable_baselines3(monkeypatch: pytest.MonkeyPatc
 
 def test_temperature_rises_where_entropy_is_short() -> None:
     policy = make_policy()
-    batch = make_batch(policy)
-    values = policy.critic(batch["obs"], batch["action"])
+    batch = make_batch()
+    values = policy.critic(batch.obs, batch.action)
     for target, sign in ((-20.0, 1), (20.0, -1)):
-        loss = sac_losses(policy, batch, values, 0.99, target)["train/ent_coef_loss"]
-        (slope,) = torch.autograd.grad(loss, policy.log_alpha)
+        loss = sac_losses(policy, batch, values, 0.99, target).table["train/ent_coef_loss"]
+        (slope,) = torch.autograd.grad(loss.value, policy.log_alpha)
         assert slope.sign().item() == sign  # descent lowers log alpha where the entropy exceeds the target
 
 
 def test_the_slow_critics_follow_and_predictions_keep_their_shape() -> None:
     policy = make_policy(tau=0.25)
     weight = policy.target_critic.get_parameter("layers.0.weight")
-    vector, before = policy.joined().detach(), weight.clone()
-    policy.average(vector.add_(1))
+    weights, before = policy.weights, weight.clone()
+    assert weights.vector is not None
+    weights.vector.add_(1)
+    weights.average()
     torch.testing.assert_close(weight, before + 0.25)
     for obs in (np.zeros(3), np.zeros((5, 3))):
         for deterministic in (True, False):

@@ -15,14 +15,16 @@ from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback,
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import IdentityEnvBox
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.logger import configure
+from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from driftrl import PolicyFlow, PolicyFlowConfig
+from driftrl.agents.common.compiling import tensors_in
+from driftrl.agents.common.update import Weights
 from driftrl.agents.policyflow.diagnostics import action_entropy, flow_diagnostics
 from driftrl.agents.policyflow.other_ratios import EndpointRatio
-from driftrl.agents.policyflow.ratios import draw_interpolation
+from driftrl.agents.policyflow.ratios import draw_epoch, record_references
 
 PENDULUM = "InvertedPendulum-v5"
 SMALL: dict[str, Any] = {"n_steps": 16, "batch_size": 16, "n_epochs": 2, "device": "cpu", "seed": 0}
@@ -44,7 +46,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("base", ["standard", "learned", "gaussian"])
 def test_same_seed_gives_the_same_weights_bit_for_bit(ratio: str, base: str) -> None:
     def train(seed: int) -> dict[str, torch.Tensor]:
-        fields = SMALL | {"ratio": ratio, "base": base, "seed": seed, "brownian_coef": 0.01, "jacobian_coef": 0.01}
+        fields = SMALL | {"ratio": ratio, "base": base, "seed": seed, "spread_coef": 0.01, "jacobian_coef": 0.01}
         return weights(PolicyFlow("MlpPolicy", pendulum(seed=seed), **fields).learn(32 * 4))
 
     first = train(0)
@@ -56,8 +58,8 @@ NOISES: list[dict[str, Any]] = [
     {},
     {"exploration_noise": "ou"},
     {"exploration_noise": "fractional", "hurst": 0.8},
-    {"sampler": "sde", "langevin_eps": 0.3},
-    {"sampler": "sde", "langevin_eps": 1.0, "exploration_noise": "fractional", "hurst": 0.4},
+    {"langevin_eps": 0.3},
+    {"langevin_eps": 1.0, "exploration_noise": "fractional", "hurst": 0.4},
 ]
 
 
@@ -81,9 +83,9 @@ def test_ratio_of_a_stored_rollout_is_one_before_each_update(ratio: str, base: s
         seen: ClassVar[list[float]] = []
 
         def train(self) -> None:
-            batch = self._ratio.record(self.policy.actor, self.batch, torch.Generator())
-            batch = draw_interpolation(self.policy.actor, batch, torch.Generator()) if "v_nodes" in batch else batch
-            terms = self._ratio.terms(self.policy.actor, batch)
+            actor, generator = self.policy.actor, torch.Generator()
+            references = record_references(actor, self._ratio, self.samples, generator)
+            terms = self._ratio.terms(actor, draw_epoch(actor, self._ratio, references, generator))
             self.seen.extend([terms.log_ratio.abs().max().item(), terms.kl.abs().max().item()])
             super().train()
 
@@ -205,9 +207,9 @@ def test_a_callback_can_end_training() -> None:
 
 def test_log_holds_the_documented_names(tmp_path: Path) -> None:
     regularizers: dict[str, Any] = {
-        "brownian_coef": 1e-3,
+        "spread_coef": 1e-3,
         "target_entropy": (1.0, 0.0),
-        "guard": "rollback",
+        "on_collapse": "rollback",
         "transport_coef": 1e-3,
         "jacobian_coef": 1e-3,
         "solver_error_coef": 1e-3,
@@ -221,13 +223,14 @@ def test_log_holds_the_documented_names(tmp_path: Path) -> None:
     names = set(header.split(","))
     assert {"rollout/ep_rew_mean", "train/approx_kl", "train/clip_fraction", "train/explained_variance", "time/fps",
             "flow/ratio_correlation", "flow/ratio_bias", "flow/exact_clip_fraction", "flow/jacobian_norm",
-            "flow/action_entropy", "flow/entropy", "flow/target_entropy", "flow/brownian_coef",
-            "guard/alarms", "guard/rollbacks", "guard/return_fall"} <= names  # fmt: skip
+            "flow/action_entropy", "flow/entropy", "flow/target_entropy", "flow/spread_coef",
+            "collapse/alarms", "collapse/rollbacks", "collapse/return_fall"} <= names  # fmt: skip
     assert [name for name in sorted(names) if f"`{name}`" not in glossary] == []
 
 
 def test_learning_rate_follows_the_kl() -> None:
     agent = PolicyFlow("MlpPolicy", pendulum(), desired_kl=0.01, lr_max=4e-4, lr_min=1.5e-4, **SMALL)
+    agent.set_logger(Logger(None, []))
     rates = []
     for kl in (0.021, 0.019, 0.006, 0.004, 0.004, 1.0, 1.0, 1.0):
         agent._adapt_learning_rate(kl)
@@ -258,17 +261,17 @@ def test_target_kl_ends_the_epochs() -> None:
     assert agent._n_updates < 50
 
 
-def test_weight_average_is_the_exponential_one_and_what_predict_uses() -> None:
+def test_weight_average_is_the_exponential_one_and_what_predict_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     agent = PolicyFlow("MlpPolicy", pendulum(), ema_decay=0.5, **SMALL | {"n_epochs": 3, "batch_size": 32})
     course: list[torch.Tensor] = []
     first = agent.policy.actor.log_std.detach().clone()
-    step = agent.policy.optimizer.step
+    step = Weights.step
 
-    def watch(*arguments: Any, **keywords: Any) -> Any:
-        step(*arguments, **keywords)
+    def watch(weights: Weights, gradient: torch.Tensor) -> None:
+        step(weights, gradient)
         course.append(agent.policy.actor.log_std.detach().clone())
 
-    agent.policy.optimizer.step = watch  # type: ignore[method-assign]
+    monkeypatch.setattr(Weights, "step", watch)
     agent.learn(32)
     average = agent.policy.averaged_actor
     assert average is not None
@@ -284,7 +287,7 @@ def test_weight_average_is_the_exponential_one_and_what_predict_uses() -> None:
 
 def test_exact_ratio_has_no_bias_and_correlates_with_itself() -> None:
     agent = PolicyFlow("MlpPolicy", pendulum(), ratio="endpoint", **SMALL).learn(64)
-    values = flow_diagnostics(agent.policy.actor, EndpointRatio(), agent.batch, 0.2)
+    values = flow_diagnostics(agent.policy.actor, EndpointRatio(), agent.samples, 0.2)
     assert values["flow/ratio_correlation"] == pytest.approx(1)
     assert values["flow/ratio_bias"] == values["flow/ratio_error"] == 0
 
@@ -309,13 +312,15 @@ def test_entropy_estimate_is_that_of_a_gaussian_where_the_policy_is_one() -> Non
         ({"exploration_noise": "pink"}, ValueError, "exploration_noise: got 'pink', expected one of gaussian, ou, fr"),
         ({"noise_time": 0.0}, ValueError, "noise_time: got 0.0, expected a number above 0"),
         ({"hurst": 1.0}, ValueError, r"hurst: got 1.0, expected a number in \[0.3, 1\)"),
-        ({"sampler": "pde"}, ValueError, "sampler: got 'pde', expected one of ode, sde"),
-        ({"langevin_eps": 0.0}, ValueError, "langevin_eps: got 0.0, expected a number above 0, at most 1"),
-        ({"langevin_eps": 1.5}, ValueError, "langevin_eps: got 1.5, expected a number above 0, at most 1"),
-        ({"sampler": "sde", "solver": "rk4"}, ValueError, "solver: got 'rk4', expected euler with sampler sde"),
-        ({"sampler": "sde", "policy_kwargs": {"solver": "heun"}}, ValueError, "solver: got heun, expected euler"),
+        ({"sampler": "sde"}, TypeError, "unknown argument: got sampler"),
+        ({"langevin_eps": -0.1}, ValueError, r"langevin_eps: got -0.1, expected a number in \[0, 1\]"),
+        ({"langevin_eps": 1.5}, ValueError, r"langevin_eps: got 1.5, expected a number in \[0, 1\]"),
+        ({"langevin_eps": 0.1, "solver": "rk4"}, ValueError, "solver: got 'rk4', expected euler with langevin_eps"),
+        ({"langevin_eps": 0.1, "policy_kwargs": {"solver": "heun"}}, ValueError, "solver: got 'heun', expected euler"),
         ({"policy_kwargs": {"langevin_eps": 2.0}}, ValueError, r"langevin_eps: got 2.0, expected .* \[0, 1\]"),
         ({"solver_error_coef": -1.0}, ValueError, "solver_error_coef: got -1.0, expected a number of at least 0"),
+        ({"hurst": 0.8}, ValueError, "hurst: got 0.8, which changes nothing without exploration_noise fractional"),
+        ({"ratio_draws": 4}, ValueError, "ratio_draws: got 4, which changes nothing without ratio marginal, fpo"),
     ],
 )
 def test_impossible_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -323,8 +328,8 @@ def test_impossible_arguments_are_refused(arguments: dict[str, Any], error: type
         PolicyFlow("MlpPolicy", **{"env": pendulum()} | SMALL | arguments)
 
 
-def test_deterministic_action_follows_the_ode_whatever_the_sampler() -> None:
-    agents = [PolicyFlow("MlpPolicy", pendulum(), **SMALL | {"sampler": sampler}) for sampler in ("ode", "sde")]
+def test_deterministic_action_follows_the_ode_whatever_the_noise_of_the_flow() -> None:
+    agents = [PolicyFlow("MlpPolicy", pendulum(), **SMALL | {"langevin_eps": eps}) for eps in (0.0, 0.1)]
     agents[0].learn(64)
     agents[1].policy.load_state_dict(agents[0].policy.state_dict())
     obs = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
@@ -359,7 +364,7 @@ def test_policy_arguments_take_precedence() -> None:
 def test_training_on_cuda_keeps_everything_there(ratio: str, compile: str) -> None:
     fields = SMALL | {"device": "cuda", "ratio": ratio, "ema_decay": 0.9, "compile": compile}
     agent = PolicyFlow("MlpPolicy", pendulum(), **fields).learn(96)
-    tensors = [*agent.policy.state_dict().values(), *agent.rollout_buffer.values(), *agent.batch.values()]
+    tensors = [*agent.policy.state_dict().values(), *tensors_in((agent.rollout_buffer, agent.samples))]
     assert all(tensor.is_cuda for tensor in tensors)
     again = PolicyFlow("MlpPolicy", pendulum(), **fields).learn(96)
     assert equal(weights(agent), weights(again))

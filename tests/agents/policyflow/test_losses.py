@@ -10,9 +10,10 @@ import torch
 
 from driftrl.agents.policyflow.algorithm import value_loss
 from driftrl.agents.policyflow.config import PolicyFlowConfig
-from driftrl.agents.policyflow.policy import FlowActor
-from driftrl.agents.policyflow.ratios import clipped_surrogate, draw_interpolation, interpolate, record_velocities
+from driftrl.agents.policyflow.policy import FlowActor, FlowNoise
+from driftrl.agents.policyflow.ratios import chord_point, chord_velocities, clipped_surrogate, draw_chord
 from driftrl.agents.policyflow.regularizers import brownian_loss
+from driftrl.agents.policyflow.rollout import Chord, Samples
 
 
 def test_surrogate_is_ppos_on_all_four_sides_of_the_band() -> None:
@@ -51,20 +52,20 @@ def spread_after_training(form: str, std: float, base_std: float) -> float:
     generator = torch.Generator().manual_seed(0)
     obs = torch.zeros(512, 1)
 
-    def draw() -> dict[str, torch.Tensor]:
+    def draw() -> tuple[Samples, Chord]:
         with torch.no_grad():
-            sample = actor.sample(obs, torch.randn(2, 512, 1, generator=generator))
-            mean, log_std = actor.base(obs)
-        batch = {"obs": obs, "z": sample.z, "x1": sample.x1, "base_mean": mean, "base_log_std": log_std}
-        return draw_interpolation(actor, record_velocities(actor, batch), generator)
+            sample = actor.sample(obs, FlowNoise.of(torch.randn(2, 512, 1, generator=generator)))
+            samples = Samples.drawn(actor, obs, sample)
+        chord = draw_chord(actor, chord_velocities(actor, samples), generator)
+        return samples._replace(chord=chord), chord
 
     for _ in range(300):
-        batch = draw()
-        loss = brownian_loss(actor.field(batch["t"], interpolate(batch), obs), batch, form, std)
+        samples, (t, _) = draw()
+        loss = brownian_loss(actor.field(t, chord_point(samples, t), obs), samples, form, std)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return torch.cat([draw()["x1"] for _ in range(20)]).std().item()
+    return torch.cat([draw()[0].x1 for _ in range(20)]).std().item()
 
 
 def test_papers_brownian_regularizer_alone_drives_the_flow_to_e() -> None:
@@ -82,9 +83,9 @@ def test_both_forms_have_the_same_gradient_for_the_policy_that_acted_and_c_one()
     torch.manual_seed(0)
     velocity = torch.randn(9, 2, dtype=torch.float64, requires_grad=True)
     z, x1 = torch.randn(2, 9, 2, dtype=torch.float64)
-    zero = torch.zeros(9, 2, dtype=torch.float64)
-    batch = {"z": z, "x1": x1, "t": torch.rand(9, dtype=torch.float64), "v_old": velocity.detach()}
-    batch |= {"base_mean": zero, "base_log_std": zero}
+    zero, zeros = torch.zeros(9, 2, dtype=torch.float64), torch.zeros(9, dtype=torch.float64)
+    chord = Chord(torch.rand(9, dtype=torch.float64), velocity.detach())
+    batch = Samples(zero, z, x1, x1, zero, zero, zero, zeros, zeros, zeros, chord=chord)
     paper, consistent = (
         torch.autograd.grad(brownian_loss(velocity, batch, form, math.e), velocity)[0]
         for form in ("paper", "consistent")
@@ -108,7 +109,7 @@ def test_both_forms_have_the_same_gradient_for_the_policy_that_acted_and_c_one()
         ("ratio", "exact", "one of interpolation, endpoint"),
         ("solver", "rk5", "one of euler, midpoint, heun, rk4"),
         ("base", "uniform", "one of standard, learned, gaussian"),
-        ("brownian", "none", "one of paper, consistent"),
+        ("spread", "none", "one of paper, consistent"),
         ("actor_hidden", (), "positive integers"),
         ("actor_hidden", (64, 0), "positive integers"),
         ("normalize_reward", "yes", "True or False"),

@@ -1,4 +1,4 @@
-"""The guard: what it takes for a collapse, on recorded curves and a run that is broken on purpose, and what it does."""
+"""The monitor: what a collapse is, on recorded curves and a run that is broken on purpose, and what it does then."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from driftrl import PolicyFlow, PolicyFlowConfig
-from driftrl.agents.policyflow.monitor import Guard
+from driftrl.agents.policyflow.monitor import CollapseMonitor
+from driftrl.agents.policyflow.policy import FlowPolicy
 
 HEALTHY = {"train/approx_kl": 0.01, "train/clip_fraction": 0.1, "train/entropy_loss": -2.0, "train/loss": 1.0}
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "learning"
 
 
-def guard(choice: str = "warn", drop: float = 0.5) -> Guard:
-    return Guard(choice, drop, desired_kl=0.01, action_dim=2)
+def monitor(choice: str = "warn", drop: float = 0.5) -> CollapseMonitor:
+    return CollapseMonitor(choice, drop, desired_kl=0.01, action_dim=2)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def guard(choice: str = "warn", drop: float = 0.5) -> Guard:
     ],
 )
 def test_a_broken_update_is_noticed_at_once(change: dict[str, float], reason: str | None) -> None:
-    watcher = guard()
+    watcher = monitor()
     assert watcher.alarm(HEALTHY, [], 100) is None
     found = watcher.alarm(HEALTHY | change, [], 100)
     assert found is None if reason is None else reason in str(found)
@@ -48,7 +49,7 @@ def test_a_fall_of_the_return_counts_against_its_range_and_its_noise(
     lowest: float, noise: float, is_collapse: bool
 ) -> None:
     # from 0 up to 100, and down to 40: a fall of 60 % of the range, unless episodes differ by more than that
-    watcher = guard()
+    watcher = monitor()
     returns = [*np.linspace(0, 100, 20), *np.linspace(100, lowest, 20)]
     reasons = [watcher.alarm(HEALTHY, [mean - noise, mean + noise], 2) for mean in returns]
     assert not any(reasons[:20])
@@ -59,7 +60,7 @@ def test_a_fall_of_the_return_counts_against_its_range_and_its_noise(
 
 
 def test_few_episodes_say_nothing() -> None:
-    watcher = guard()
+    watcher = monitor()
     for mean in (*np.linspace(0, 100, 20), 0.0):
         assert watcher.alarm(HEALTHY, [mean] * 99, 100) is None
 
@@ -75,7 +76,7 @@ def test_recorded_runs_of_policyflow_raise_no_alarm_and_collapsed_ones_do() -> N
     def alarms(curves: dict[str, list[float]], drop: float) -> int:
         return sum(
             any([watcher.alarm(HEALTHY, [mean], 1) for mean in curve])
-            for watcher, curve in ((guard(drop=drop), curve) for curve in curves.values())
+            for watcher, curve in ((monitor(drop=drop), curve) for curve in curves.values())
         )
 
     # with little action noise FPO's ratios learn for a while and lose it
@@ -102,7 +103,7 @@ def run(choice: str, agent: type[PolicyFlow] = Broken, steps: int = 512 * 14, **
     envs = DummyVecEnv([lambda: Monitor(IdentityEnvBox(eps=0.2, ep_length=32))] * 8)
     learner = agent(
         "MlpPolicy", envs, n_steps=64, batch_size=64, n_epochs=4, gamma=0.5, learning_rate=1e-3, seed=0, device="cpu",
-        normalize_observation=False, stats_window_size=16, compile="off", guard=choice, **fields,
+        normalize_observation=False, stats_window_size=16, compile="off", on_collapse=choice, **fields,
     )  # fmt: skip
     return learner.learn(steps, log_interval=10**6)
 
@@ -112,12 +113,20 @@ def mean_return(agent: PolicyFlow) -> float:
     return float(np.mean([episode["r"] for episode in agent.ep_info_buffer]))
 
 
-def test_broken_run_collapses_without_the_guard_and_goes_on_with_it() -> None:
-    assert mean_return(run("off")) < 6
-    with pytest.warns(UserWarning, match="guard: the KL of an update is .* back to the last good weights"):
+def weights(policy: FlowPolicy) -> torch.Tensor:
+    """All weights that learn, as the vector that they are views of."""
+    vector = policy.weights.vector
+    assert vector is not None
+    return vector
+
+
+def test_broken_run_collapses_without_the_monitor_and_goes_on_with_it() -> None:
+    assert mean_return(run("ignore")) < 6
+    with pytest.warns(UserWarning, match="^collapse: the KL of an update is .* back to the last good weights"):
         saved = run("rollback")
     assert mean_return(saved) > 12
-    assert saved._guard.alarms == saved._guard.rollbacks == saved.logger.name_to_value["guard/rollbacks"] == 1
+    assert saved._monitor is not None
+    assert saved._monitor.alarms == saved._monitor.rollbacks == saved.logger.name_to_value["collapse/rollbacks"] == 1
     assert saved.logger.name_to_value["train/learning_rate"] == saved._rate < 0.01
 
 
@@ -125,26 +134,27 @@ def test_healthy_run_is_left_alone_to_the_last_bit() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         watched, unwatched = (
-            PolicyFlow("MlpPolicy", "Pendulum-v1", n_steps=64, batch_size=32, seed=0, device="cpu", guard=choice)
-            for choice in ("rollback", "off")
+            PolicyFlow("MlpPolicy", "Pendulum-v1", n_steps=64, batch_size=32, seed=0, device="cpu", on_collapse=choice)
+            for choice in ("rollback", "ignore")
         )
         for agent in (watched, unwatched):
             agent.learn(256, log_interval=10**6)
-    assert torch.equal(watched.policy.joined(), unwatched.policy.joined())
-    assert watched.logger.name_to_value["guard/alarms"] == 0
-    assert "guard/alarms" not in unwatched.logger.name_to_value
+    assert unwatched._monitor is None
+    assert torch.equal(weights(watched.policy), weights(unwatched.policy))
+    assert watched.logger.name_to_value["collapse/alarms"] == 0
+    assert "collapse/alarms" not in unwatched.logger.name_to_value
 
 
 def test_rolling_back_restores_the_last_weights_that_acted_well() -> None:
-    agent = run("off", PolicyFlow, 512, ema_decay=0.9)
-    watcher, policy = guard("rollback"), agent.policy
+    agent = run("ignore", PolicyFlow, 512, ema_decay=0.9)
+    watcher, policy = monitor("rollback"), agent.policy
     episodes: deque[dict[str, float]] = deque(maxlen=2)
 
     def iterate(mean: float, kl: float = 0.01) -> float:
         """An iteration whose update makes every weight 1 larger, after episodes of that return."""
         with torch.no_grad():
-            policy.joined().add_(1)
-            policy.average(policy.joined().detach())
+            weights(policy).add_(1)
+            policy.weights.average()
             policy.obs_norm.update(torch.randn(10, 1))
         episodes.extend([{"r": mean}] * 2)
         return watcher.watch(policy, HEALTHY | {"train/approx_kl": kl}, episodes, rate=0.1)[0]
@@ -158,8 +168,9 @@ def test_rolling_back_restores_the_last_weights_that_acted_well() -> None:
     # a return of 99 was good; the weights that earned it came from the update before
     assert all(torch.equal(tensor, states[10][name]) for name, tensor in policy.state_dict().items())
     torch.testing.assert_close(policy.actor.log_std, start + 11)
-    first = next(iter(policy.trained().values()))
-    assert torch.equal(policy.joined()[: first.numel()], first.flatten())  # still views of one vector
+    vector, first = weights(policy), policy.weights.parameters[0]
+    assert torch.equal(vector[: first.numel()], first.flatten())  # still views of one vector
+    assert first.data_ptr() == vector.data_ptr()
     assert len(episodes) == 0
     with pytest.warns(UserWarning, match="the KL of an update"):  # soon again: to the same weights, slower still
         assert iterate(100, kl=1.0) == 0.05
@@ -167,24 +178,27 @@ def test_rolling_back_restores_the_last_weights_that_acted_well() -> None:
 
 
 def test_lowering_the_rate_and_warning_leave_the_weights() -> None:
-    agent = run("off", PolicyFlow, 512)
-    before = agent.policy.joined().detach().clone()
+    agent = run("ignore", PolicyFlow, 512)
+    before = weights(agent.policy).clone()
     episodes: deque[dict[str, float]] = deque(maxlen=2)
     for choice, rate, text in (("lower_rate", 0.05, "the learning rate is halved"), ("warn", 0.1, "nothing is done")):
         with pytest.warns(UserWarning, match=text):
-            after, metrics = guard(choice).watch(agent.policy, HEALTHY | {"train/approx_kl": 1.0}, episodes, 0.1)
-        assert (after, metrics["guard/alarms"], metrics["guard/rollbacks"]) == (rate, 1, 0)
-    assert torch.equal(agent.policy.joined(), before)
+            after, metrics = monitor(choice).watch(agent.policy, HEALTHY | {"train/approx_kl": 1.0}, episodes, 0.1)
+        assert (after, metrics["collapse/alarms"], metrics["collapse/rollbacks"]) == (rate, 1, 0)
+    assert torch.equal(weights(agent.policy), before)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"guard": "on"}, "guard: got 'on', expected one of off, warn, lower_rate, rollback"),
-        ({"guard_drop": 0.0}, "guard_drop: got 0.0, expected a number above 0, at most 1"),
-        ({"guard": "lower_rate", "lr_schedule": "linear"}, "lr_schedule: got 'linear', expected adaptive with guard"),
+        ({"on_collapse": "on"}, "on_collapse: got 'on', expected one of ignore, warn, lower_rate, rollback"),
+        ({"collapse_drop": 0.0}, "collapse_drop: got 0.0, expected a number above 0, at most 1"),
+        (
+            {"on_collapse": "lower_rate", "lr_schedule": "linear"},
+            "lr_schedule: got 'linear', expected adaptive with on_collapse lower_rate",
+        ),
     ],
 )
-def test_impossible_guards_are_refused(fields: dict[str, Any], message: str) -> None:
+def test_impossible_monitors_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PolicyFlowConfig(**fields)

@@ -23,16 +23,18 @@ from driftrl.agents.policyflow.other_ratios import (
     RATIOS,
     AdjointRatio,
     ChainRatio,
+    ChainSteps,
     ChainStepsRatio,
     EndpointRatio,
+    FlowMatchingPairs,
     FPOPlusPlusRatio,
     FPORatio,
     MarginalRatio,
     RatioName,
 )
-from driftrl.agents.policyflow.policy import FlowActor
-from driftrl.agents.policyflow.ratios import InterpolationRatio, draw_interpolation
-from driftrl.agents.policyflow.rollout import Batch
+from driftrl.agents.policyflow.policy import FlowActor, FlowNoise
+from driftrl.agents.policyflow.ratios import InterpolationRatio, Ratio, References, draw_epoch, record_references
+from driftrl.agents.policyflow.rollout import Chord, PastNoise, Samples
 
 RIVALS = [name for name in RATIOS if name not in ("interpolation", "endpoint")]
 OBS_DIM, ACTION_DIM, STEPS = 3, 2, 3
@@ -58,26 +60,22 @@ def perturb(actor: FlowActor, scale: float, seed: int = 1) -> None:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
 
 
-def roll_out(actor: FlowActor, size: int = 64, correlated: bool = False) -> Batch:
+def roll_out(actor: FlowActor, size: int = 64, correlated: bool = False) -> Samples:
     generator = torch.Generator().manual_seed(2)
     obs = torch.randn(size, OBS_DIM, generator=generator, dtype=torch.float64)
     noise = torch.randn(actor.draws, size, ACTION_DIM, generator=generator, dtype=torch.float64)
-    batch: Batch = {"path": noise[2:].transpose(0, 1)} if actor.draws > 2 else {}
+    path, past = noise[2:].transpose(0, 1) if actor.path_length else None, None
     if correlated:
         mean, scale = torch.randn(size, ACTION_DIM, generator=generator, dtype=torch.float64), 0.7
         noise[1] = mean + scale * noise[1]
-        batch |= {"noise_mean": mean, "noise_scale": torch.full((size, 1), scale, dtype=torch.float64)}
+        past = PastNoise(mean, torch.full((size, 1), scale, dtype=torch.float64))
     with torch.no_grad():
-        sample = actor.sample(obs, noise)
-        mean, log_std = actor.base(obs)
-    batch |= {"obs": obs, "z": sample.z, "x1": sample.x1, "action": sample.action, "base_mean": mean}
-    return batch | {"base_log_std": log_std, "log_std": actor.noise_log_std().detach().expand_as(mean)}
+        return Samples.drawn(actor, obs, actor.sample(obs, FlowNoise.of(noise)), path=path, past=past)
 
 
-def recorded(name: str, actor: FlowActor, batch: Batch, draws: int = 8) -> Batch:
-    generator = torch.Generator().manual_seed(3)
-    batch = RATIOS[name](draws).record(actor, batch, generator)
-    return draw_interpolation(actor, batch, generator) if "v_nodes" in batch else batch
+def recorded(name: str, actor: FlowActor, batch: Samples, draws: int = 8) -> Samples:
+    ratio, generator = RATIOS[name](draws), torch.Generator().manual_seed(3)
+    return draw_epoch(actor, ratio, record_references(actor, ratio, batch, generator), generator)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -136,6 +134,15 @@ def test_mean_of_the_ratio_is_one_where_it_is_one_of_densities(toy: ModuleType, 
     assert error < 0.03
 
 
+def at_step(actor: FlowActor, ratio: Ratio, references: References, k: int) -> Samples:
+    """An epoch's samples where the time drawn is that of Euler step k for all of them."""
+    samples, velocities = references
+    assert velocities is not None
+    times = torch.full((len(samples.obs),), k / STEPS, dtype=torch.float64)
+    samples = samples._replace(chord=Chord(times, velocities[:, k]))
+    return samples._replace(recorded=ratio.for_epoch(actor, samples))
+
+
 def test_adjoint_gives_the_endpoints_gradient_to_first_order() -> None:
     # The mean over its times is the derivative of the discrete flow, with a memory of the noise, too.
     actor = make_actor()
@@ -146,8 +153,8 @@ def test_adjoint_gives_the_endpoints_gradient_to_first_order() -> None:
     def slopes(objective: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad((weight * objective).sum(), learned))
 
-    ratio, nodes = AdjointRatio(), AdjointRatio().record(actor, batch, torch.Generator())
-    at_times = [nodes | {"t": torch.full((64,), k / STEPS, dtype=torch.float64)} for k in range(STEPS)]
+    ratio, references = AdjointRatio(), record_references(actor, AdjointRatio(), batch, torch.Generator())
+    at_times = [at_step(actor, ratio, references, k) for k in range(STEPS)]
     mean = torch.stack([ratio.terms(actor, each).log_ratio for each in at_times]).mean(0)
     exact = EndpointRatio().terms(actor, batch).log_ratio
     for ours, theirs in zip(slopes(mean), slopes(exact), strict=True):
@@ -160,18 +167,18 @@ def test_error_of_the_adjoint_shift_is_of_second_order(size: float) -> None:
     errors = {}
     for name, ratio in (("adjoint", AdjointRatio()), ("interpolation", InterpolationRatio())):
         actor = make_actor()
-        nodes = ratio.record(actor, roll_out(actor), torch.Generator())
+        batch = roll_out(actor)
+        references = record_references(actor, ratio, batch, torch.Generator())
         perturb(actor, size, seed=7)
         shifts = []
         for k in range(STEPS):
-            at = draw_interpolation(actor, nodes, torch.Generator()) | {"t": torch.full((64,), k / STEPS).double()}
-            at["v_old"] = nodes["v_nodes"][:, k]
-            at["action"] = at["action"].clone().requires_grad_()
-            (slope,) = torch.autograd.grad(ratio.terms(actor, at).log_ratio.sum(), at["action"])
-            old = (at["action"] - at["x1"]).detach() * (actor.log_std.mul(-2).exp() - at["log_std"].mul(-2).exp())
+            at = at_step(actor, ratio, references, k)
+            at = at._replace(action=at.action.clone().requires_grad_())
+            (slope,) = torch.autograd.grad(ratio.terms(actor, at).log_ratio.sum(), at.action)
+            old = (at.action - at.x1).detach() * (actor.log_std.mul(-2).exp() - at.log_std.mul(-2).exp())
             shifts.append((slope + old).detach() * actor.log_std.detach().mul(2).exp())
         with torch.no_grad():
-            exact = actor.flow(nodes["z"], nodes["obs"]) - nodes["x1"]
+            exact = actor.flow(batch.z, batch.obs) - batch.x1
         errors[name] = ((torch.stack(shifts).mean(0) - exact).norm() / exact.norm()).item()
     assert errors["adjoint"] < 4 * size
     assert errors["interpolation"] > 0.02
@@ -196,20 +203,21 @@ def test_marginal_ratio_approaches_that_of_the_actions(toy: ModuleType) -> None:
 def test_chain_ratio_is_that_of_the_distributions(steps: int) -> None:
     actor = make_actor("chain", steps=steps)
     batch = recorded("chain", actor, roll_out(actor))
-    states = [*batch["states"].unbind(1), batch["action"]]
-    torch.testing.assert_close(states[0], batch["z"])
+    chain: ChainSteps = batch.recorded
+    states = [*chain.states.unbind(1), batch.action]
+    torch.testing.assert_close(states[0], batch.z)
 
     def distributions() -> list[Distribution]:
         """Of z, then of each state given the one before."""
         assert actor.chain_log_std is not None
         with torch.no_grad():
-            mean, log_std = actor.base(batch["obs"])
+            mean, log_std = actor.base(batch.obs)
             scales = [*actor.chain_log_std.exp(), actor.log_std.exp()]
-            means = [x + actor.field(k / steps, x, batch["obs"]) / steps for k, x in enumerate(states[:-1])]
+            means = [x + actor.field(k / steps, x, batch.obs) / steps for k, x in enumerate(states[:-1])]
             each = [Normal(m, s.expand_as(m)) for m, s in zip(means, scales, strict=True)]
         return [Independent(Normal(mean, log_std.exp()), 1), *(Independent(normal, 1) for normal in each)]
 
-    torch.testing.assert_close(batch["step_means"][:, -1], batch["x1"])  # the rollout's chain, again
+    torch.testing.assert_close(chain.means[:, -1], batch.x1)  # the rollout's chain, again
     old = distributions()
     perturb(actor, 0.05, seed=4)
     new = distributions()
@@ -246,11 +254,12 @@ def test_fpo_compares_losses_of_flow_matching() -> None:
     batch = recorded("fpo", actor, roll_out(actor, 5), draws=3)
     with torch.no_grad():
         actor.field.output.bias.copy_(torch.tensor([0.1, -0.2]))
-    t, gap = batch["pair_t"].numpy(), (batch["action"].unsqueeze(1) - batch["pair_z"]).numpy()
+    pairs: FlowMatchingPairs = batch.recorded
+    t, gap = pairs.t.numpy(), (batch.action.unsqueeze(1) - pairs.z).numpy()
     fall = t**2 * (gap**2 - (np.array([0.1, -0.2]) - gap) ** 2).mean(-1) / 0.4**2
     np.testing.assert_allclose(FPORatio(3).terms(actor, batch).log_ratio.detach(), fall.mean(1), rtol=1e-6)
     np.testing.assert_allclose(FPOPlusPlusRatio(3).terms(actor, batch).log_ratio.detach(), fall, rtol=1e-6)
-    assert batch["pair_z"].shape == (5, 3, 2)
+    assert pairs.z.shape == (5, 3, 2)
     with torch.no_grad():
         actor.field.output.bias.fill_(100.0)
     assert FPOPlusPlusRatio(3).terms(actor, batch).log_ratio.min() == -10
@@ -274,7 +283,7 @@ def test_every_ratio_can_be_chosen() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"ratio": "adjoint", "sampler": "sde"}, "sampler: got 'sde', expected ode with ratio adjoint"),
+        ({"ratio": "adjoint", "langevin_eps": 0.1}, "langevin_eps: got 0.1, expected 0.0 with ratio adjoint"),
         ({"ratio": "adjoint", "solver": "rk4"}, "solver: got 'rk4', expected euler with ratio adjoint"),
         ({"ratio": "chain", "solver": "heun"}, "solver: got 'heun', expected euler with ratio chain"),
         ({"ratio": "marginal", "exploration_noise": "ou"}, "exploration_noise: got 'ou', expected gaussian with ratio"),
@@ -283,13 +292,13 @@ def test_every_ratio_can_be_chosen() -> None:
         ({"base_std": 0.0, "base": "standard"}, "ratio: got 'interpolation', expected endpoint with base_std 0"),
         ({"base_std": 0.0, "ratio": "endpoint"}, "base: got 'learned', expected standard with base_std 0"),
         (
-            {"base_std": 0.0, "base": "standard", "ratio": "endpoint", "brownian_coef": 0.1},
-            "brownian: got 'consistent', expected score with base_std 0",
+            {"base_std": 0.0, "base": "standard", "ratio": "endpoint", "spread_coef": 0.1},
+            "spread: got 'consistent', expected score with base_std 0",
         ),
         ({"base_std": -0.1}, "base_std: got -0.1, expected a number of at least 0"),
         ({"ratio_draws": 0}, "ratio_draws: got 0, expected an integer of at least 1"),
-        ({"target_entropy": (1.0, 0.0)}, "brownian_coef: got 0.0, expected a number above 0 with target_entropy"),
-        ({"target_entropy": (1.0,), "brownian_coef": 1.0}, "target_entropy: got .* expected two numbers, or None"),
+        ({"target_entropy": (1.0, 0.0)}, "spread_coef: got 0.0, expected a number above 0 with target_entropy"),
+        ({"target_entropy": (1.0,), "spread_coef": 1.0}, "target_entropy: got .* expected two numbers, or None"),
     ],
 )
 def test_what_does_not_go_together_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -302,16 +311,16 @@ def test_without_latent_the_policy_and_its_ratio_are_those_of_gaussian_ppo() -> 
         "MlpPolicy", "Pendulum-v1", base="standard", base_std=0.0, ratio="endpoint", action_std=0.4, n_steps=64,
         batch_size=32, diagnostics_interval=1, seed=0, device="cpu",
     ).learn(128)  # fmt: skip
-    actor, batch = agent.policy.actor, agent.batch  # of the rollout before the last update
-    assert batch["z"].abs().max() == 0
-    old = Independent(Normal(batch["x1"], batch["log_std"].exp()), 1)
-    new = Independent(Normal(actor.mode(batch["obs"]), actor.log_std.exp().expand_as(batch["x1"])), 1)
+    actor, batch = agent.policy.actor, agent.samples  # of the rollout before the last update
+    assert batch.z.abs().max() == 0
+    old = Independent(Normal(batch.x1, batch.log_std.exp()), 1)
+    new = Independent(Normal(actor.mode(batch.obs), actor.log_std.exp().expand_as(batch.x1)), 1)
     terms = EndpointRatio().terms(actor, batch)
-    torch.testing.assert_close(terms.log_ratio, new.log_prob(batch["action"]) - old.log_prob(batch["action"]))
+    torch.testing.assert_close(terms.log_ratio, new.log_prob(batch.action) - old.log_prob(batch.action))
     torch.testing.assert_close(terms.kl, kl_divergence(old, new), rtol=1e-3, atol=1e-6)
     assert terms.kl.mean() > 1e-3
     action, _, log_prob = agent.policy(torch.zeros(2, 3))
-    here = Normal(actor.mode(agent.policy.normalize(torch.zeros(2, 3))), actor.log_std.exp())
+    here = Normal(actor.mode(agent.policy.obs_norm(torch.zeros(2, 3))), actor.log_std.exp())
     torch.testing.assert_close(log_prob, here.log_prob(action).sum(-1))
 
 
@@ -323,17 +332,22 @@ def settings(name: str) -> dict[str, Any]:
 def test_trains_reproducibly_and_loads(name: str, tmp_path: Path) -> None:
     def train(seed: int) -> PolicyFlow:
         agent = PolicyFlow(
-            "MlpPolicy", "Pendulum-v1", n_steps=32, batch_size=16, n_epochs=2, brownian_coef=0.01, transport_coef=0.01,
+            "MlpPolicy", "Pendulum-v1", n_steps=32, batch_size=16, n_epochs=2, spread_coef=0.01, transport_coef=0.01,
             jacobian_coef=0.01, diagnostics_interval=1, seed=seed, device="cpu", **settings(name),
         )  # fmt: skip
         return agent.learn(96)
 
-    first, second, other = (train(seed).policy.joined() for seed in (0, 0, 1))
+    def vector(agent: PolicyFlow) -> Tensor:
+        weights = agent.policy.weights.vector
+        assert weights is not None
+        return weights
+
+    first, second, other = (vector(train(seed)) for seed in (0, 0, 1))
     assert torch.isfinite(first).all()
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
     train(0).save(tmp_path / "agent")
-    assert torch.equal(PolicyFlow.load(tmp_path / "agent", device="cpu").policy.joined(), first)
+    assert torch.equal(vector(PolicyFlow.load(tmp_path / "agent", device="cpu")), first)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The policy: its distribution, its normalisers, what it accepts."""
+"""The policy: its distribution, its predictions, what it accepts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ from gymnasium import spaces
 from torch import nn
 from torch.distributions import Independent, Normal
 
-from driftrl.agents.common.networks import RunningNorm, gaussian_kl, gaussian_log_prob
-from driftrl.agents.policyflow.policy import FlowActor, FlowPolicy, FlowSample
+from driftrl.agents.policyflow.policy import (
+    FlowActor,
+    FlowNoise,
+    FlowPolicy,
+    FlowSample,
+    gaussian_kl,
+    gaussian_log_prob,
+)
 from driftrl.dynamics.ode import odeint
 
 BOX = spaces.Box(-np.inf, np.inf, (3,))
@@ -36,18 +42,6 @@ def test_gaussian_density_and_divergence_equal_torchs() -> None:
     )
 
 
-def test_running_statistics_are_those_of_all_batches_together() -> None:
-    norm = RunningNorm(2)
-    batches = [torch.randn(n, 2) * 3 + 100 for n in (1, 7, 64)]
-    for batch in batches:
-        norm.update(batch)
-    everything = torch.cat(batches).numpy().astype(np.float64)
-    np.testing.assert_allclose(norm.mean.numpy(), everything.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(norm.var.numpy(), everything.var(0), rtol=1e-9)
-    assert norm.count.item() == 72
-    assert norm(torch.full((1, 2), 1e6)).tolist() == [[10.0, 10.0]]
-
-
 @pytest.mark.parametrize("base", ["standard", "learned", "gaussian"])
 def test_a_new_flow_is_the_identity_and_the_action_a_sum_of_two_gaussians(base: str) -> None:
     actor = FlowActor(
@@ -55,7 +49,8 @@ def test_a_new_flow_is_the_identity_and_the_action_a_sum_of_two_gaussians(base: 
         solver_steps=2,
     )  # fmt: skip
     obs = torch.zeros(100_000, 3)
-    sample = actor.sample(obs, torch.randn(2, 100_000, 2, generator=torch.Generator().manual_seed(0)))
+    noise = torch.randn(2, 100_000, 2, generator=torch.Generator().manual_seed(0))
+    sample = actor.sample(obs, FlowNoise.of(noise))
     assert torch.equal(sample.z, sample.x1)
     assert sample.z.std(0).tolist() == pytest.approx([0.3, 0.3], rel=0.02)
     assert sample.action.std(0).tolist() == pytest.approx([0.5, 0.5], rel=0.02)  # 3-4-5
@@ -67,13 +62,13 @@ def test_samples_pass_through_the_solver_and_have_the_stated_density() -> None:
     with torch.no_grad():
         actor.field.output.weight.normal_()
     obs, noise = torch.randn(6, 3), torch.randn(2, 6, 2)
-    sample = actor.sample(obs, noise)
+    sample = actor.sample(obs, FlowNoise.of(noise))
     torch.testing.assert_close(sample.x1, odeint(actor.field, sample.z, steps=3, solver="midpoint", cond=obs))
     mean, log_std = actor.base(obs)
     p_z = Independent(Normal(mean, log_std.exp()), 1)
     p_action = Independent(Normal(sample.x1, actor.log_std.exp()), 1)
     torch.testing.assert_close(actor.log_prob(obs, sample), p_z.log_prob(sample.z) + p_action.log_prob(sample.action))
-    quiet = actor.sample(obs, torch.zeros_like(noise))
+    quiet = actor.sample(obs, FlowNoise.of(torch.zeros_like(noise)))
     torch.testing.assert_close(actor.mode(obs), quiet.action)
     assert isinstance(sample, FlowSample)
 

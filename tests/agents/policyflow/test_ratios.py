@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 from driftrl.agents.policyflow.other_ratios import EndpointRatio
-from driftrl.agents.policyflow.policy import FlowActor
-from driftrl.agents.policyflow.ratios import InterpolationRatio, Ratio, draw_interpolation, quadrature
-from driftrl.agents.policyflow.rollout import Batch
+from driftrl.agents.policyflow.policy import FlowActor, FlowNoise, FlowSample
+from driftrl.agents.policyflow.ratios import InterpolationRatio, Ratio, draw_epoch, quadrature, record_references
+from driftrl.agents.policyflow.rollout import Chord, PastNoise, Samples
 from driftrl.dynamics import LinearField, ResidualField, VelocityField
 
 OBS_DIM, ACTION_DIM = 3, 2
@@ -41,28 +41,25 @@ def perturb(module: nn.Module, scale: float, seed: int = 1) -> None:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 
-def roll_out(actor: FlowActor, size: int = 64, correlated: bool = False) -> Batch:
+def roll_out(actor: FlowActor, size: int = 64, correlated: bool = False) -> Samples:
     generator = torch.Generator().manual_seed(2)
     obs = torch.randn(size, OBS_DIM, generator=generator, dtype=torch.float64)
     noise = torch.randn(actor.draws, size, ACTION_DIM, generator=generator, dtype=torch.float64)
-    extra: Batch = {"path": noise[2:].transpose(0, 1)} if actor.langevin_eps else {}
+    path, past = noise[2:].transpose(0, 1) if actor.langevin_eps else None, None
     if correlated:
         mean = torch.randn(size, ACTION_DIM, generator=generator, dtype=torch.float64)
         scale = 0.6 + 0.4 * torch.rand(size, 1, generator=generator, dtype=torch.float64)
         noise[1] = mean + scale * noise[1]
-        extra |= {"noise_mean": mean, "noise_scale": scale}
+        past = PastNoise(mean, scale)
     with torch.no_grad():
-        sample = actor.sample(obs, noise)
-        mean, log_std = actor.base(obs)
-    reference = {"base_mean": mean, "base_log_std": log_std, "log_std": actor.noise_log_std().detach().expand_as(mean)}
-    return {"obs": obs, "z": sample.z, "x1": sample.x1, "action": sample.action} | reference | extra
+        return Samples.drawn(actor, obs, actor.sample(obs, FlowNoise.of(noise)), path=path, past=past)
 
 
-def recorded(name: str, actor: FlowActor, batch: Batch, seed: int = 0) -> Batch:
+def recorded(name: str, actor: FlowActor, batch: Samples, seed: int = 0) -> Samples:
     """What a minibatch of the ratio holds."""
     generator = torch.Generator().manual_seed(seed)
-    batch = RATIOS[name]().record(actor, batch, generator)
-    return draw_interpolation(actor, batch, generator) if "v_nodes" in batch else batch
+    references = record_references(actor, RATIOS[name](), batch, generator)
+    return draw_epoch(actor, RATIOS[name](), references, generator)
 
 
 @pytest.mark.parametrize("name", RATIOS)
@@ -91,17 +88,18 @@ def test_ratio_is_exactly_one_with_a_memory_and_along_a_path(
         assert torch.equal(terms.kl, torch.zeros(64, dtype=torch.float64))
 
 
-def euler_maruyama(actor: FlowActor, batch: Batch) -> Tensor:
+def euler_maruyama(actor: FlowActor, batch: Samples) -> Tensor:
     """x1 along the recorded path, in action units: the oracle of the SDE."""
+    assert batch.path is not None
     with torch.no_grad():
-        mean, log_std = actor.base(batch["obs"])
-        x, eps, steps = batch["z"], actor.langevin_eps, actor.solver_steps
+        mean, log_std = actor.base(batch.obs)
+        x, eps, steps = batch.z, actor.langevin_eps, actor.solver_steps
         for k in range(steps):
             t, std = k / steps, log_std.exp()
-            velocity = actor.field(t, x, batch["obs"])
+            velocity = actor.field(t, x, batch.obs)
             score = (t * velocity - (x - mean)) / (1 - t) / std**2
             drift = velocity + eps * std**2 * score
-            x = x + drift / steps + std * math.sqrt(2 * eps / steps) * batch["path"][:, k]
+            x = x + drift / steps + std * math.sqrt(2 * eps / steps) * batch.path[:, k]
     return x
 
 
@@ -110,21 +108,23 @@ def euler_maruyama(actor: FlowActor, batch: Batch) -> Tensor:
 def test_endpoint_ratio_given_path_and_memory_is_that_of_the_distributions(base: str, langevin_eps: float) -> None:
     actor = make_actor(base, langevin_eps=langevin_eps)
     batch = roll_out(actor, correlated=True)
-    torch.testing.assert_close(batch["x1"], euler_maruyama(actor, batch))
+    past = batch.past
+    assert past is not None
+    torch.testing.assert_close(batch.x1, euler_maruyama(actor, batch))
 
     def distributions() -> tuple[Distribution, Distribution]:
         with torch.no_grad():
-            mean, log_std = actor.base(batch["obs"])
+            mean, log_std = actor.base(batch.obs)
             x1, std = euler_maruyama(actor, batch), actor.noise_log_std().exp()
-        action = Normal(x1 + std * batch["noise_mean"], std * batch["noise_scale"])
+        action = Normal(x1 + std * past.mean, std * past.scale)
         return Independent(Normal(mean, log_std.exp()), 1), Independent(action, 1)
 
     old_base, old_action = distributions()
     perturb(actor, 0.05, seed=3)
     new_base, new_action = distributions()
     terms = EndpointRatio().terms(actor, batch)
-    expected = new_action.log_prob(batch["action"]) - old_action.log_prob(batch["action"])
-    expected += new_base.log_prob(batch["z"]) - old_base.log_prob(batch["z"])
+    expected = new_action.log_prob(batch.action) - old_action.log_prob(batch.action)
+    expected += new_base.log_prob(batch.z) - old_base.log_prob(batch.z)
     torch.testing.assert_close(terms.log_ratio, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(terms.kl, kl_divergence(old_action, new_action) + kl_divergence(old_base, new_base))
     assert expected.abs().mean() > 0.05
@@ -159,13 +159,13 @@ def test_quadrature_weighs_velocities_by_their_share_in_the_endpoint(langevin_ep
     times, weights = quadrature(actor)
     assert sum(weights) == pytest.approx(1)
     batch = roll_out(actor, size=1)
-    path = batch["path"].transpose(0, 1) if "path" in batch else None
+    path = None if batch.path is None else batch.path.transpose(0, 1)
     for k in range(4):
         field = _Pulse(k / 4)
         actor.field = field  # type: ignore[assignment]
-        moved = actor.flow(batch["z"], batch["obs"], path)
+        moved = actor.flow(batch.z, batch.obs, path)
         field.t = -1.0
-        share = (moved - actor.flow(batch["z"], batch["obs"], path)).mean().item()
+        share = (moved - actor.flow(batch.z, batch.obs, path)).mean().item()
         assert share == pytest.approx(weights[times.index(k / 4)] if k / 4 in times else 0, abs=1e-12)
 
 
@@ -183,10 +183,10 @@ class _Pulse(VelocityField):
 @pytest.mark.parametrize("t", [0.0, 0.125, 0.5, 1.0])
 def test_interpolation_ratio_is_one_at_any_flow_time(t: float) -> None:
     actor = make_actor()
-    batch = roll_out(actor)
-    batch["t"] = torch.full((64,), t, dtype=torch.float64)
+    batch, times = roll_out(actor), torch.full((64,), t, dtype=torch.float64)
     with torch.no_grad():
-        batch["v_old"] = actor.field(batch["t"], torch.lerp(batch["z"], batch["x1"], t), batch["obs"])
+        velocity = actor.field(times, torch.lerp(batch.z, batch.x1, t), batch.obs)
+    batch = batch._replace(chord=Chord(times, velocity))
     assert torch.equal(InterpolationRatio().terms(actor, batch).log_ratio, torch.zeros(64, dtype=torch.float64))
 
 
@@ -202,10 +202,10 @@ def test_gaussian_ppo_is_recovered_when_the_velocity_depends_on_the_observation_
 
     def distributions() -> tuple[Distribution, Distribution]:
         with torch.no_grad():
-            mean, log_std = actor.base(batch["obs"])
-            shift = actor.field(0.0, batch["z"], batch["obs"])
+            mean, log_std = actor.base(batch.obs)
+            shift = actor.field(0.0, batch.z, batch.obs)
             std = actor.noise_log_std().exp()
-        return Independent(Normal(mean, log_std.exp()), 1), Independent(Normal(batch["z"] + shift, std), 1)
+        return Independent(Normal(mean, log_std.exp()), 1), Independent(Normal(batch.z + shift, std), 1)
 
     old_base, old_action = distributions()
     perturb(actor, 0.05, seed=3)
@@ -214,8 +214,8 @@ def test_gaussian_ppo_is_recovered_when_the_velocity_depends_on_the_observation_
         actor.field.time_weight.zero_()
     new_base, new_action = distributions()
     terms = RATIOS[name]().terms(actor, batch)
-    expected = new_action.log_prob(batch["action"]) - old_action.log_prob(batch["action"])
-    expected += new_base.log_prob(batch["z"]) - old_base.log_prob(batch["z"])
+    expected = new_action.log_prob(batch.action) - old_action.log_prob(batch.action)
+    expected += new_base.log_prob(batch.z) - old_base.log_prob(batch.z)
     torch.testing.assert_close(terms.log_ratio, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(terms.kl, kl_divergence(old_action, new_action) + kl_divergence(old_base, new_base))
     assert expected.abs().mean() > 0.05
@@ -226,13 +226,11 @@ def test_gaussian_ppo_is_recovered_when_the_velocity_depends_on_the_observation_
 def test_ratio_has_mean_one_over_the_action_noise_given_z(name: str, langevin_eps: float, correlated: bool) -> None:
     size = 200_000
     actor = make_actor(langevin_eps=langevin_eps)
-    one = roll_out(actor, size=1, correlated=correlated)
-    batch = {key: value.expand(size, *value.shape[1:]).clone() for key, value in one.items()}
+    batch = roll_out(actor, size=1, correlated=correlated).rows(torch.zeros(size, dtype=torch.long))
     noise = torch.randn(size, ACTION_DIM, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    if correlated:
-        noise = batch["noise_mean"] + batch["noise_scale"] * noise
-    batch["action"] = batch["x1"] + batch["log_std"].exp() * noise
-    batch = recorded(name, actor, batch)
+    if batch.past is not None:
+        noise = batch.past.mean + batch.past.scale * noise
+    batch = recorded(name, actor, batch._replace(action=batch.x1 + batch.log_std.exp() * noise))
     # z is held fixed: only the parameters of the field and of the action noise move.
     perturb(actor.field, 0.02, seed=6)  # small: the tails of the ratio must be sampled
     with torch.no_grad():
@@ -283,8 +281,8 @@ def test_shift_of_a_linear_flow_and_its_approximation(rate: float) -> None:
         batch = recorded(name, actor, batch)
         with torch.no_grad():
             constant.offset.copy_(d)
-        batch["action"].requires_grad_()
-        (slope,) = torch.autograd.grad(ratio.terms(actor, batch).log_ratio.sum(), batch["action"])
+        batch.action.requires_grad_()
+        (slope,) = torch.autograd.grad(ratio.terms(actor, batch).log_ratio.sum(), batch.action)
         shifts[name] = slope * variance
     torch.testing.assert_close(shifts["endpoint"], (d * math.expm1(rate) / rate).expand(64, -1), rtol=1e-6, atol=0)
     torch.testing.assert_close(shifts["interpolation"], d.expand(64, -1), rtol=1e-9, atol=0)
@@ -293,14 +291,15 @@ def test_shift_of_a_linear_flow_and_its_approximation(rate: float) -> None:
 def test_no_gradient_reaches_the_velocity_of_the_policy_that_acted() -> None:
     actor = make_actor()
     batch = recorded("interpolation", actor, roll_out(actor))
-    assert not batch["v_old"].requires_grad
+    assert batch.chord is not None
+    assert not batch.chord.velocity.requires_grad
     # At the policy that acted log rho = n . dv / var to first order, so d(log rho)/d(v) is n / var: had the second
     # velocity a gradient too, the two would cancel.
     terms = InterpolationRatio().terms(actor, batch)
     assert terms.velocity is not None
     (slope,) = torch.autograd.grad(terms.log_ratio.sum(), terms.velocity)
     variance = actor.noise_log_std().detach().exp().square()
-    torch.testing.assert_close(slope, (batch["action"] - batch["x1"]) / variance)
+    torch.testing.assert_close(slope, (batch.action - batch.x1) / variance)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +308,8 @@ def test_no_gradient_reaches_the_velocity_of_the_policy_that_acted() -> None:
 def test_interpolation_times_are_the_solvers_quadrature_nodes(solver: str, times: set[float]) -> None:
     actor = make_actor(solver=solver, steps=4)
     batch = recorded("interpolation", actor, roll_out(actor, 4000))
-    drawn, counts = batch["t"].unique(return_counts=True)
+    assert batch.chord is not None
+    drawn, counts = batch.chord.t.unique(return_counts=True)
     assert set(drawn.tolist()) == times
     assert counts.float() / 4000 == pytest.approx([0.25] * 4, abs=0.03)
 
@@ -331,19 +331,18 @@ def test_gradient_is_that_of_the_expected_return_of_the_process_with_its_memory(
         constant.offset.copy_(torch.tensor([0.3, -0.2]))
         old_shift, old_std = constant.offset.clone(), actor.noise_log_std().exp()
 
-    def act() -> tuple[Tensor, list[Batch]]:
+    def act() -> tuple[Tensor, list[Samples]]:
         """Returns [size] differentiable through the process, and the batch of each step."""
         memory, total, squares = torch.zeros(3, size, ACTION_DIM, dtype=torch.float64).unbind()
-        batches: list[Batch] = []
+        batches: list[Samples] = []
         for t in range(steps):
             mean, log_std = actor.base(obs)
             scale = torch.full((size, 1), 1.0 if t == 0 else math.sqrt(1 - rho**2), dtype=torch.float64)
             z = mean + log_std.exp() * noise[t, 0]
             action = z + constant.offset + actor.noise_log_std().exp() * (memory + scale * noise[t, 1])
-            record = {"obs": obs, "z": z, "x1": z + old_shift, "action": action, "base_mean": mean}
-            record |= {"base_log_std": log_std, "log_std": actor.noise_log_std().expand_as(z)}
-            record |= {"noise_mean": memory, "noise_scale": scale}
-            batches.append({key: value.detach() for key, value in record.items()})
+            sample = FlowSample(*(each.detach() for each in (z, z + old_shift, action)))
+            with torch.no_grad():
+                batches.append(Samples.drawn(actor, obs, sample, past=PastNoise(memory.detach(), scale)))
             # The filter knows z and takes the acting policy's flow to be x1 = z + old_shift.
             memory = rho * (action - z - old_shift) / old_std
             total, squares = total + action, squares + (t + 1) * action.square()
@@ -356,7 +355,7 @@ def test_gradient_is_that_of_the_expected_return_of_the_process_with_its_memory(
         """Estimated less exact gradient in each block of samples, in standard errors over the blocks."""
         log_ratio = torch.zeros(size, dtype=torch.float64)
         for batch in batches:
-            kept = {key: value for key, value in batch.items() if not (forget and key.startswith("noise_"))}
+            kept = batch._replace(past=None) if forget else batch
             log_ratio = log_ratio + RATIOS[name]().terms(actor, recorded(name, actor, kept)).log_ratio
         assert log_ratio.abs().max() < 1e-12
         difference = (log_ratio * advantage - returns).view(blocks, -1).mean(1)

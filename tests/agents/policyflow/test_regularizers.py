@@ -1,9 +1,8 @@
-"""What spreads actions, and how spread they are, against Gaussians and uniform laws whose entropy is known."""
+"""What spreads actions and what keeps the flow short, against the closed forms of a linear flow and by what they do."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,53 +12,10 @@ import pytest
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
-from torch import Tensor
 
 from driftrl import PolicyFlow
-from driftrl.agents.policyflow.regularizers import (
-    nearest_neighbour_entropy,
-    policy_entropy,
-    posterior_noise,
-    score_loss,
-    steer,
-    transport_cost,
-)
-
-GAUSSIAN = 0.5 * math.log(2 * math.pi * math.e)  # entropy of N(0, 1), in nats
-
-
-@pytest.mark.parametrize("dim", [1, 2, 3])
-@pytest.mark.parametrize("neighbour", [1, 3])
-def test_nearest_neighbours_tell_the_entropy_of_a_gaussian(dim: int, neighbour: int) -> None:
-    std = torch.tensor([0.5, 1.0, 2.0])[:dim]
-    samples = std * torch.randn(20, 500, dim, generator=torch.Generator().manual_seed(0))
-    estimate = nearest_neighbour_entropy(samples, neighbour)
-    error = estimate.std().item() / math.sqrt(20)
-    assert estimate.shape == (20,)
-    assert estimate.mean().item() == pytest.approx(dim * GAUSSIAN + std.log().sum().item(), abs=4 * error + 0.03)
-
-
-def test_nearest_neighbours_tell_the_entropy_of_separate_squares() -> None:
-    # Six squares of side 0.1: log(6 x 0.01), which no Gaussian fitted to the samples would tell.
-    generator = torch.Generator().manual_seed(0)
-    corner = torch.randint(6, (10, 1000, 1), generator=generator).expand(-1, -1, 2) * torch.tensor([1.0, 0.0])
-    samples = corner + 0.1 * torch.rand(10, 1000, 2, generator=generator)
-    assert nearest_neighbour_entropy(samples).mean().item() == pytest.approx(math.log(0.06), abs=0.1)
-
-
-def exact_entropy(toy: ModuleType, actor: Any) -> Tensor:
-    covariance: Tensor = toy.moments(actor)[1]
-    return 2 * GAUSSIAN + 0.5 * torch.logdet(covariance)
-
-
-def test_entropy_of_a_linear_flow_is_that_of_its_gaussian(toy: ModuleType) -> None:
-    actor = toy.make_actor("endpoint")
-    estimate = policy_entropy(actor, torch.zeros(10, 1, dtype=torch.float64), samples=1000).item()
-    assert estimate == pytest.approx(exact_entropy(toy, actor).item(), abs=0.04)
-    chain = toy.make_actor("chain")  # with the noise of its steps
-    estimate = policy_entropy(chain, torch.zeros(10, 1, dtype=torch.float64), samples=1000).item()
-    assert estimate == pytest.approx(exact_entropy(toy, chain).item(), abs=0.04)
-    assert exact_entropy(toy, chain) - exact_entropy(toy, actor) > 0.1
+from driftrl.agents.policyflow.entropy import policy_entropy
+from driftrl.agents.policyflow.regularizers import posterior_noise, score_loss, transport_cost
 
 
 def test_posterior_mean_of_the_noise_is_tweedies(toy: ModuleType) -> None:
@@ -68,7 +24,7 @@ def test_posterior_mean_of_the_noise_is_tweedies(toy: ModuleType) -> None:
     batch = toy.roll_out(actor, 500, generator)
     with torch.no_grad():
         mean, covariance = toy.moments(actor)
-        exact = toy.ACTION_STD**2 * torch.linalg.solve(covariance, (batch["action"] - mean).T).T
+        exact = toy.ACTION_STD**2 * torch.linalg.solve(covariance, (batch.action - mean).T).T
     errors = [(posterior_noise(actor, batch, generator, n) - exact).norm() / exact.norm() for n in (1, 16, 2000)]
     assert errors[0] > 1  # the drawn noise itself
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
@@ -80,13 +36,11 @@ def test_gradient_of_the_score_loss_is_that_of_the_entropy(toy: ModuleType, late
     actor, generator = toy.make_actor("endpoint", "learned"), torch.Generator().manual_seed(0)
     names = ("field.matrix", "base_log_std", "log_std")  # an offset does not change the entropy
     learned = [toy.parameters(actor)[name] for name in names]
-    exact = torch.autograd.grad(exact_entropy(toy, actor), learned)
+    exact = torch.autograd.grad(toy.entropy(actor), learned)
     batch = toy.roll_out(actor, 4_000 if latents > 100 else 50_000, generator)
-    batch["posterior_noise"] = torch.cat(
-        [posterior_noise(actor, {k: v[i : i + 1000] for k, v in batch.items()}, generator, latents)
-         for i in range(0, len(batch["z"]), 1000)]
-    )  # fmt: skip
-    estimate = torch.autograd.grad(-score_loss(actor, batch), learned)
+    parts = [batch.rows(slice(i, i + 1000)) for i in range(0, len(batch.z), 1000)]
+    noise = torch.cat([posterior_noise(actor, part, generator, latents) for part in parts])
+    estimate = torch.autograd.grad(-score_loss(actor, batch._replace(posterior_noise=noise)), learned)
     for name, ours, theirs in zip(names, estimate, exact, strict=True):
         assert torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.99, name
         if name != "log_std":
@@ -107,28 +61,6 @@ def test_transport_cost_of_a_linear_flow(toy: ModuleType) -> None:
         assert cost.item() == pytest.approx(exact.item(), rel=0.01)
         for ours, theirs in zip(torch.autograd.grad(cost, learned), torch.autograd.grad(exact, learned), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.01)
-
-
-@pytest.mark.parametrize(
-    ("remaining", "error", "clipped"), [(1.0, -0.2, -0.2), (0.0, 0.3, 0.3), (0.5, 7.0, 1.0), (0.5, -7.0, -1.0)]
-)
-def test_weight_rises_while_the_entropy_is_below_its_target(
-    toy: ModuleType, remaining: float, error: float, clipped: float
-) -> None:
-    actor, obs = toy.make_actor("endpoint"), torch.zeros(100, 1, dtype=torch.float64)
-    goal = policy_entropy(actor, obs).item() + error
-    target = (goal + 2 * (1 - remaining), goal - 2 * remaining)  # on a line that is at the goal now
-    weight, metrics = steer(actor, obs, 0.5, target, remaining)
-    assert weight == pytest.approx(0.5 * math.exp(0.1 * clipped))
-    assert metrics["flow/brownian_coef"] == pytest.approx(weight * math.exp(2 * clipped))
-    assert metrics["flow/entropy"] == pytest.approx(goal - error)
-    assert metrics["flow/target_entropy"] == pytest.approx(goal)
-
-
-@pytest.mark.parametrize(("weight", "target"), [(10.0, 99.0), (1e-4, -99.0)])
-def test_weight_stays_within_bounds(toy: ModuleType, weight: float, target: float) -> None:
-    actor, obs = toy.make_actor("endpoint"), torch.zeros(100, 1, dtype=torch.float64)
-    assert steer(actor, obs, weight, (target, target), 1.0)[0] == weight
 
 
 class Bandit(gym.Env[Any, Any]):
@@ -164,20 +96,13 @@ def train(iterations: int, **fields: Any) -> PolicyFlow:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["score", "paper", "consistent"])
 def test_target_entropy_is_met_against_what_the_task_rewards(form: str) -> None:
-    fields: dict[str, Any] = {"brownian": form, "brownian_coef": 1.0, "brownian_std": 2.0}
-    fixed = train(25, **fields | {"brownian_coef": 0.01})
+    fields: dict[str, Any] = {"spread": form, "spread_coef": 1.0}
+    fields |= {"spread_std": 2.0} if form == "consistent" else {}
+    fixed = train(25, **fields | {"spread_coef": 0.01})
     steered = train(60, **fields, target_entropy=(0.5, 0.5))
     obs = torch.zeros(64, 1)
     assert policy_entropy(fixed.policy.actor, obs) < 0.25
     assert policy_entropy(steered.policy.actor, obs).item() == pytest.approx(0.5, abs=0.15)
-
-
-def test_steer_is_saved_and_a_given_one_is_used(tmp_path: Path) -> None:
-    agent = train(2, brownian="score", brownian_coef=0.3, target_entropy=(9.0, 9.0))
-    assert agent._brownian_weight == pytest.approx(0.3 * math.exp(0.2))
-    agent.save(tmp_path / "agent")
-    assert PolicyFlow.load(tmp_path / "agent")._brownian_weight == agent._brownian_weight
-    assert PolicyFlow.load(tmp_path / "agent", brownian_coef=0.7)._brownian_weight == 0.7
 
 
 @pytest.mark.parametrize("ratio", ["interpolation", "endpoint"])

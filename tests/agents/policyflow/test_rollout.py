@@ -13,6 +13,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import Tensor, nn
 
+from driftrl.agents.common.compiling import tensors_in
 from driftrl.agents.policyflow.algorithm import PolicyFlow
 from driftrl.agents.policyflow.rollout import generalized_advantage
 from driftrl.envs.mujoco_batch import MujocoVecEnv
@@ -64,20 +65,20 @@ def roll_out(terminates: bool, **fields: Any) -> PolicyFlow:
 
 def test_time_limit_bootstraps_with_the_value_of_the_state_reached() -> None:
     # lambda = 0: the return is r + gamma V(s'), s' the state reached, 13 at the limit; not 10, where the reset leads.
-    returns = roll_out(terminates=False, gae_lambda=0.0).batch["returns"]
+    returns = roll_out(terminates=False, gae_lambda=0.0).samples.returns
     assert returns.tolist() == [6.5, 7.0, 7.5, 6.5, 7.0, 7.5]
 
 
 def test_termination_does_not_bootstrap() -> None:
-    returns = roll_out(terminates=True, gae_lambda=0.0).batch["returns"]
+    returns = roll_out(terminates=True, gae_lambda=0.0).samples.returns
     assert returns.tolist() == [6.5, 7.0, 1.0, 6.5, 7.0, 1.0]
 
 
 def test_advantages_do_not_reach_into_the_next_episode() -> None:
     # lambda = 1: 1 + .5 (1 + .5 (1 + .5 * 13)) where a time limit ends the episode, without 13 at a termination
     for start in (0, 3):
-        assert roll_out(terminates=False, gae_lambda=1.0).batch["returns"][start].item() == pytest.approx(3.375)
-        assert roll_out(terminates=True, gae_lambda=1.0).batch["returns"][start].item() == pytest.approx(1.75)
+        assert roll_out(terminates=False, gae_lambda=1.0).samples.returns[start].item() == pytest.approx(3.375)
+        assert roll_out(terminates=True, gae_lambda=1.0).samples.returns[start].item() == pytest.approx(1.75)
 
 
 def test_advantages_equal_those_of_stable_baselines3() -> None:
@@ -127,7 +128,7 @@ class Broken(Counter):
 
 def test_rollout_ending_within_an_episode_bootstraps_with_its_last_observation() -> None:
     agent = roll_out(terminates=True, n_steps=4, batch_size=4, gae_lambda=0.0)
-    assert agent.batch["returns"].tolist() == [6.5, 7.0, 1.0, 6.5]
+    assert agent.samples.returns.tolist() == [6.5, 7.0, 1.0, 6.5]
 
 
 @pytest.mark.parametrize(("reward", "observation", "message"), [(np.nan, 0.0, "reward"), (0.0, np.inf, "observation")])
@@ -148,7 +149,7 @@ def test_an_unstable_simulation_is_counted_and_its_rollout_learned_from(
     env.simulators.datas[1].qvel[0] = np.nan
     assert agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, 4)  # type: ignore[arg-type]
     assert agent.logger.name_to_value["rollout/simulations_diverged"] == 1
-    assert all(values.isfinite().all() for values in agent.batch.values())
+    assert all(values.isfinite().all() for values in tensors_in((agent.samples,)))
 
 
 def test_action_noise_is_correlated_within_an_episode_and_starts_afresh_with_the_next() -> None:
@@ -160,9 +161,10 @@ def test_action_noise_is_correlated_within_an_episode_and_starts_afresh_with_the
     _, callback = agent._setup_learn(40)
     for _ in range(2):
         agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, 10)  # type: ignore[arg-type]
-        batch = agent.batch
-        noise = (batch["action"] - batch["x1"]) / batch["log_std"].exp()
-        rows.append(torch.cat([noise, batch["noise_mean"], batch["noise_scale"]], 1).view(10, 2, 3))
+        batch = agent.samples
+        assert batch.past is not None
+        noise = (batch.action - batch.x1) / batch.log_std.exp()
+        rows.append(torch.cat([noise, batch.past.mean, batch.past.scale], 1).view(10, 2, 3))
         agent.train()  # moves the standard deviation: the memory is in units of it
     noise, mean, scale = torch.cat(rows).unbind(-1)
     decay = np.exp(-1 / 4)
@@ -177,12 +179,14 @@ def test_action_noise_is_correlated_within_an_episode_and_starts_afresh_with_the
 def test_recorded_noise_is_standard_and_correlated_as_stated(kind: str, hurst: float) -> None:
     envs, length = 100, 20
     env = DummyVecEnv([lambda: Counter(length, True)] * envs)
-    agent = PolicyFlow("MlpPolicy", env, exploration_noise=kind, noise_time=3.0, hurst=hurst, n_steps=5 * length,
-                       batch_size=500, seed=0, device="cpu")  # fmt: skip
+    memory: dict[str, Any] = {"noise_time": 3.0} if kind == "ou" else {"hurst": hurst}
+    agent = PolicyFlow("MlpPolicy", env, exploration_noise=kind, **memory, n_steps=5 * length, batch_size=500, seed=0,
+                       device="cpu")  # fmt: skip
     _, callback = agent._setup_learn(1)
     agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, agent.n_steps)  # type: ignore[arg-type]
-    batch = agent.batch
-    noise = ((batch["action"] - batch["x1"]) / batch["log_std"].exp()).view(5, length, envs)
+    batch = agent.samples
+    assert batch.past is not None
+    noise = ((batch.action - batch.x1) / batch.log_std.exp()).view(5, length, envs)
     error = 5 * np.sqrt(2 / (5 * envs))
     assert noise.square().mean((0, 2)).numpy() == pytest.approx(1, abs=error)
     for lag in (1, 3):
@@ -191,11 +195,14 @@ def test_recorded_noise_is_standard_and_correlated_as_stated(kind: str, hurst: f
         fractional = 0.5 * ((lag + 1) ** (2 * hurst) - 2 * lag ** (2 * hurst) + (lag - 1) ** (2 * hurst))
         expected = np.exp(-lag / 3) if kind == "ou" else fractional
         assert correlation == pytest.approx(expected, abs=error + 0.05)
-    rest = ((noise.flatten() - batch["noise_mean"][:, 0]) / batch["noise_scale"][:, 0]).square().mean()
+    rest = ((noise.flatten() - batch.past.mean[:, 0]) / batch.past.scale[:, 0]).square().mean()
     assert rest.item() == pytest.approx(1, abs=5 * np.sqrt(2 / noise.numel()))
     assert abs((noise[:-1, -1] * noise[1:, 0]).mean().item()) < error * 1.2  # not from episode to episode
 
 
 def test_default_rollout_records_neither_memory_nor_path() -> None:
-    assert not {"noise_mean", "noise_scale", "path"} & roll_out(terminates=True).batch.keys()
-    assert roll_out(terminates=True, sampler="sde", solver_steps=3).batch["path"].shape == (6, 3, 1)
+    samples = roll_out(terminates=True).samples
+    assert samples.past is None and samples.path is None
+    path = roll_out(terminates=True, langevin_eps=0.1, solver_steps=3).samples.path
+    assert path is not None
+    assert path.shape == (6, 3, 1)

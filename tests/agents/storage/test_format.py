@@ -38,7 +38,7 @@ VALUES: dict[str, Any] = {
     "dict": spaces.Dict([("b", spaces.Box(-1, 1, (2, 3))), ("a", spaces.Discrete(3, start=-1))]),
     "discrete": [spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(4), spaces.MultiBinary([2, 3])],
     "config": PolicyFlowConfig(gamma=0.9, actor_hidden=(8, 8)),
-    "other config": LipschitzMBPOConfig(horizon=(1, 2, 3, 4)),
+    "other config": LipschitzMBPOConfig(rollout_start=1, rollout_end=2, rollout_min=3, rollout_max=4),
     "train_freq": TrainFreq(2, TrainFrequencyUnit.EPISODE),
     "random": random.Random(0).getstate(),
     "generator": np.random.default_rng(0).bit_generator.state,

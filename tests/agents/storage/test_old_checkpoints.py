@@ -67,7 +67,7 @@ def test_replay_buffers_are_read(file: Path) -> None:
     agent.load_replay_buffer(file)
     assert agent.replay_buffer is not None
     assert (agent.replay_buffer.size(), agent.replay_buffer.buffer_size) == (16, 50)
-    assert torch.equal(agent._real.all()["reward"].unique(), torch.tensor([0.0, 1.0]))
+    assert torch.equal(agent.replay_buffer.transitions.all().reward.unique(), torch.tensor([0.0, 1.0]))
 
 
 def test_files_of_this_version_are_kept(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,8 +36,9 @@ PENDULUM = ["--env", "InvertedPendulum-v5"]
 
 
 @pytest.fixture(scope="module")
-def kill_test() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kill_test", ROOT / "benchmarks" / "kill_test.py")
+def comparison() -> ModuleType:
+    path = Path(__file__).parents[2] / "oracles" / "run_differences.py"
+    spec = importlib.util.spec_from_file_location("run_differences", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -78,25 +81,25 @@ def interrupted(folder: Path, copy: Path) -> Path:
     ],
 )
 def test_resumed_is_uninterrupted(
-    arguments: list[str], steps: int, interval: int, tmp_path: Path, kill_test: ModuleType,
+    arguments: list[str], steps: int, interval: int, tmp_path: Path, comparison: ModuleType,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     options = ["--total-timesteps", str(steps), "--checkpoint-interval", str(interval)]
     whole = run(tmp_path / "whole", *arguments, *options)
     resumed = interrupted(whole, tmp_path / "resumed")
-    assert kill_test.differences(whole, resumed)
+    assert comparison.differences(whole, resumed)
     capsys.readouterr()
     assert train.main(["--resume", str(resumed)]) == 0
     assert "all restored: as if it had not been interrupted" in capsys.readouterr().out
-    assert kill_test.differences(whole, resumed) == []
+    assert comparison.differences(whole, resumed) == []
 
 
-def test_more_steps_are_those_of_a_longer_run(tmp_path: Path, kill_test: ModuleType) -> None:
+def test_more_steps_are_those_of_a_longer_run(tmp_path: Path, comparison: ModuleType) -> None:
     whole = run(tmp_path / "whole", *FLOW, *PENDULUM, "--total-timesteps", "256")
     short = run(tmp_path / "short", *FLOW, *PENDULUM, "--total-timesteps", "128")
     assert train.main(["--resume", str(short), "--total-timesteps", "256"]) == 0
     assert not [
-        each for each in kill_test.differences(whole, short) if not each.startswith("best")
+        each for each in comparison.differences(whole, short) if not each.startswith("best")
     ]  # looked for oftener
 
 
@@ -115,14 +118,14 @@ def test_all_random_generators_are_put_back() -> None:
 
 
 @pytest.mark.parametrize("lost", [["eval.json"], ["final.zip", "eval.json"]])
-def test_a_run_that_broke_off_at_its_end_is_completed(lost: list[str], tmp_path: Path, kill_test: ModuleType) -> None:
+def test_a_run_that_broke_off_at_its_end_is_completed(lost: list[str], tmp_path: Path, comparison: ModuleType) -> None:
     whole = run(tmp_path / "whole", *FLOW, *PENDULUM, "--total-timesteps", "64")
     broken = tmp_path / "broken"
     shutil.copytree(whole, broken)
     for name in lost:
         (broken / name).unlink()
     assert train.main(["--resume", str(broken)]) == 0
-    assert kill_test.differences(whole, broken) == []
+    assert comparison.differences(whole, broken) == []
 
 
 def test_what_is_not_restored_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,5 +272,6 @@ def test_files_are_on_the_disk_before_they_get_their_names(tmp_path: Path, monke
 
 
 @pytest.mark.slow
-def test_killed_runs_end_as_if_they_had_been_left_alone(kill_test: ModuleType) -> None:
-    assert kill_test.main(kills=10) == 0
+def test_killed_runs_end_as_if_they_had_been_left_alone(comparison: ModuleType) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "kill_test.py"), "--kills", "10"]
+    assert subprocess.run(command, check=False).returncode == 0

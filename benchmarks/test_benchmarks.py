@@ -1,3 +1,4 @@
+import importlib
 import importlib.util
 import json
 import math
@@ -8,12 +9,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
-
 
 def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A benchmark's module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -86,7 +85,7 @@ def test_ratios_are_tuned_alike_and_compared(
 ) -> None:
     env, page = "driftrl/SoftMultiGoal-v0", tmp_path / "page.md"
     ratios = benchmark("flow_ratios", monkeypatch)
-    small = "n_envs=8,batch_size=64,diagnostics_interval=1,brownian_coef=0"
+    small = "n_envs=8,batch_size=64,diagnostics_interval=1,spread_coef=0"
     monkeypatch.setattr(ratios, "STEPS", {env: 2048})
     monkeypatch.setattr(ratios, "grid", lambda env: (f"clip_range=0.1,{small}", f"clip_range=0.2,{small}"))
     monkeypatch.setattr(ratios, "BIAS_TASKS", (env,))
@@ -177,3 +176,33 @@ def test_models_and_regularizers_are_compared_from_kept_results(
     assert rows[1][1] == "**40** [30, 50]"
     assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
     assert (tmp_path / "f.png").exists()
+
+
+def test_walks_count_files_lines_and_hops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walks = benchmark("walks", monkeypatch)
+    (tmp_path / "room").mkdir()
+    (tmp_path / "link").symlink_to("room")
+    (tmp_path / "one.py").write_text(
+        "import sys\nimport two\n\n\n"
+        "def outer():\n    def nested():\n        return two.inner(1)\n\n"
+        "    import three\n\n"
+        "    return nested() + two.inner(2) + sorted([3], key=two.key)[0]\n\n\n"
+        "def not_called():\n    return 0\n"
+    )  # fmt: skip
+    (tmp_path / "room" / "two.py").write_text(
+        "def inner(x):\n    return [each + 1\n            for each in [x]][0]\n\n\n"
+        "def key(x):\n    class Body:\n        y = x\n\n    return Body.y\n"
+    )  # fmt: skip
+    (tmp_path / "three.py").write_text("def at_import():\n    return 1\n\n\nONE = at_import()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "link")
+    for name in ("one", "two", "three"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    one = importlib.import_module("one")
+
+    with walks.Trace(tmp_path) as trace:
+        assert one.outer() == 8
+
+    assert trace.walk() == {"one.py": 7, "room/two.py": 8}  # outer, with nested within; inner and key
+    assert trace.hops == 3  # two calls of inner, one of key by way of sorted
+    assert walks.folders(trace.walk()) == "top level 1, room 1"

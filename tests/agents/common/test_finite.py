@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor, nn
 
 from driftrl import LipschitzMBPO, PolicyFlow
+from driftrl.agents.common.compiling import tensors_in
 
 ON_POLICY: dict[str, Any] = {"n_steps": 8, "batch_size": 8, "n_epochs": 2, "actor_hidden": (8,), "critic_hidden": (8,)}
 OFF_POLICY: dict[str, Any] = {
@@ -64,30 +65,36 @@ def make(kind: type[Any], fields: dict[str, Any], wrong: dict[int, dict[str, Any
 
 
 def state(agent: Any) -> list[Tensor]:
-    """All that an update changes."""
-    optimizer = agent.policy.optimizer.state_dict()["state"]
-    return copy.deepcopy([*agent.policy.parameters(), *(optimizer[0].values() if optimizer else ())])
+    """All that an update changes; Adam begins with moments of zero and no step, whether they are there or not."""
+    moments = list[Tensor]()
+    for group in agent.policy.optimizer.param_groups:
+        for parameter in group["params"]:
+            empty, zeros = {"step": torch.tensor(0.0)}, torch.zeros_like(parameter)
+            found = agent.policy.optimizer.state.get(parameter, {})
+            moments += (empty | dict.fromkeys(("exp_avg", "exp_avg_sq"), zeros) | found).values()
+    return copy.deepcopy([*agent.policy.parameters(), *moments])
 
 
-def poisoned(
-    agent: Any, at: int, poison: Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
-) -> None:
+Result = tuple[Tensor, dict[str, Tensor]]
+
+
+def poisoned(agent: Any, at: int, poison: Callable[[Tensor, dict[str, Tensor]], Result]) -> None:
     """Let the gradient's call number `at` return what `poison` makes of it."""
     gradient, calls = agent._gradient, iter(range(10**9))
 
-    def wrong(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        vector, terms = gradient(batch)
+    def wrong(*batch: Any) -> Result:
+        vector, terms = gradient(*batch)
         return poison(vector, terms) if next(calls) == at else (vector, terms)
 
     agent._gradient = wrong
 
 
-def bad_loss(vector: Tensor, terms: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def bad_loss(vector: Tensor, terms: dict[str, Tensor]) -> Result:
     name = "train/value_loss" if "train/value_loss" in terms else "train/critic_loss"
     return vector * torch.nan, terms | dict.fromkeys((name, "train/loss", "train/grad_norm"), torch.tensor(torch.nan))
 
 
-def bad_gradient(vector: Tensor, terms: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def bad_gradient(vector: Tensor, terms: dict[str, Tensor]) -> Result:
     return vector * torch.inf, terms | {"train/grad_norm": torch.tensor(torch.inf)}
 
 
@@ -147,17 +154,17 @@ def test_a_transition_left_out_changes_no_other(
     _, callback = agent._setup_learn(16)
     with pytest.warns(RuntimeWarning) if "restarted" not in str(wrong) else contextlib.nullcontext():
         agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, 4)
-    got = agent.batch["returns"].view(4, 2)
+    got = agent.samples.returns.view(4, 2)
     sound = [1 + (1 + (1 + 1 / 2) / 2) / 2, 1 + (1 + 1 / 2) / 2, 1.5, 1]
     assert got[:, 0].tolist() == pytest.approx(sound)
     kept = [t for t in range(4) if t not in left_out]
     assert got[kept, 1].tolist() == pytest.approx([returns[t] for t in kept])
-    rows = torch.cat([agent.batch["obs"], agent.batch["action"], agent.batch["returns"][:, None]], 1)
+    rows = torch.cat([agent.samples.obs, agent.samples.action, agent.samples.returns[:, None]], 1)
     others = [i for i in range(8) if i not in [2 * t + 1 for t in left_out]]
     for t in left_out:  # in its place stands another one, whole
         assert (rows[2 * t + 1] == rows[others]).all(1).any()
     assert agent.logger.name_to_value["rollout/transitions_left_out"] == len(left_out)
-    assert all(values.isfinite().all() for values in agent.batch.values())
+    assert all(values.isfinite().all() for values in tensors_in(agent.samples))
 
 
 @pytest.mark.parametrize(
@@ -173,10 +180,10 @@ def test_a_transition_left_out_changes_no_other(
 def test_the_replay_buffer_holds_only_what_may_be_learned_from(wrong: dict[int, dict[str, Any]], left_out: int) -> None:
     agent = make(LipschitzMBPO, OFF_POLICY, wrong, nonfinite="rollback").learn(32)
     seen = agent.replay_buffer.transitions.all()
-    assert len(seen["obs"]) == 32 - left_out
-    assert all(values.isfinite().all() for values in seen.values())
+    assert len(seen.obs) == 32 - left_out
+    assert all(values.isfinite().all() for values in seen)
     # each of them moves from n to n + 1, as the environment does
-    torch.testing.assert_close(seen["next_obs"][:, 0], seen["obs"][:, 0] + 1)
+    torch.testing.assert_close(seen.next_obs[:, 0], seen.obs[:, 0] + 1)
     assert agent.logger.name_to_value["rollout/worker_restarts"] == int("restarted" in str(wrong))
 
 
@@ -205,8 +212,9 @@ def test_skip_leaves_the_update_out(kind: type[Any], fields: dict[str, Any], poi
     poisoned(agent, 2, poison)
     with pytest.warns(RuntimeWarning, match=r"for train/(value_loss|critic_loss|grad_norm); the update is left out"):
         agent.learn(16)
-    steps = [each.policy.optimizer.state_dict()["state"][0]["step"].item() for each in (agent, sound)]
-    assert steps[0] == steps[1] - 1
+    states = [each.policy.optimizer.state.values() for each in (agent, sound)]
+    taken, of_sound = ([moments["step"].item() for moments in state] for state in states)
+    assert of_sound and taken == [steps - 1 for steps in of_sound]
     assert agent.logger.name_to_value["train/updates_left_out"] == (0 if kind is PolicyFlow else 1)  # logged before it
     assert agent._updates_left_out == 1
     assert all(weight.isfinite().all() for weight in agent.policy.parameters())
@@ -215,13 +223,13 @@ def test_skip_leaves_the_update_out(kind: type[Any], fields: dict[str, Any], poi
 @both
 def test_skip_does_not_go_on_without_any_update(kind: type[Any], fields: dict[str, Any]) -> None:
     agent = make(kind, fields, nonfinite="skip")
-    agent._gradient = lambda batch, gradient=agent._gradient: bad_loss(*gradient(batch))
+    agent._gradient = lambda *batch, gradient=agent._gradient: bad_loss(*gradient(*batch))
     with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="got no update whose terms are finite"):
         agent.learn(16)
 
 
-def spoil_weights(agent: Any) -> Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
-    def poison(vector: Tensor, terms: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def spoil_weights(agent: Any) -> Callable[[Tensor, dict[str, Tensor]], Result]:
+    def poison(vector: Tensor, terms: dict[str, Tensor]) -> Result:
         next(agent.policy.actor.parameters()).data[0] = torch.nan
         return vector, terms
 

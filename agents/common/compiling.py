@@ -1,0 +1,90 @@
+"""Compiled functions: when compilation pays, and one object that calls a function as a graph."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PAYS_AFTER = 25_000
+"""Gradient updates after which a compiled run has caught up with an eager one (benchmarks/train_speed.py)."""
+
+
+def compiling_pays(wanted: str, updates: int, device: torch.device) -> bool:
+    """Decide on compilation.
+
+    Args:
+        wanted: "on"; "off"; or "auto", for runs of at least `PAYS_AFTER` updates where a compiler is found.
+        updates: gradient updates of the run.
+        device: where it runs; the CPU needs a C++ compiler.
+
+    Raises:
+        ValueError: if it is "on" and there is no compiler.
+    """
+    if wanted == "off":
+        return False
+    candidates = (os.environ.get("CXX", "g++"), "g++", "clang++")
+    found = device.type != "cpu" or any(shutil.which(candidate) for candidate in candidates)
+    if wanted == "on" and not found:
+        raise ValueError("compile: got on, and no C++ compiler is found; install g++ or clang++, or choose off")
+    return found and (wanted == "on" or updates >= PAYS_AFTER)
+
+
+class Compiled:
+    """A function of tensors, or of tuples of them, as one graph for each of their shapes; on CUDA a CUDA graph.
+
+    A replay of a CUDA graph overwrites what the one before returned: callers copy what they keep.
+
+    Args:
+        function: what to compile; it stays reachable under this name, as the eager form.
+        device: where it runs.
+    """
+
+    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
+        self.function = function
+
+        def call(*arguments: Any) -> Any:
+            return function(*arguments)
+
+        # A code object of its own: PyTorch limits compilations per code object, which all agents of a process share.
+        own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+        if device.type == "cuda":
+            self._graph = torch.compile(own, fullgraph=True, dynamic=False, mode="reduce-overhead")
+        else:
+            self._graph = torch.compile(own, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+        self._seen: set[tuple[torch.Size, ...]] = set()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call it. For shapes seen before only these are checked, not everything that the graph was made of."""
+        shapes = tuple(tensor.shape for tensor in tensors_in(arguments))
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=shapes in self._seen):
+            result = self._graph(*arguments)
+        self._seen.add(shapes)
+        return result
+
+    def check_again(self) -> None:
+        """Look at everything once more at the next call: somebody may have changed networks or hyperparameters."""
+        self._seen.clear()
+
+
+def tensors_in(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
+    """The tensors of arguments and of the tuples among them, in their order."""
+    for each in arguments:
+        if isinstance(each, Tensor):
+            yield each
+        elif isinstance(each, tuple):
+            yield from tensors_in(each)
+
+
+def prepared(function: Callable[..., Any], compiled: bool, device: torch.device) -> Callable[..., Any]:
+    """A hot function at the beginning of training: compiled or eager; a compiled one looks at everything again."""
+    if isinstance(function, Compiled):
+        function.check_again()
+        return function if compiled else function.function
+    return Compiled(function, device) if compiled else function
