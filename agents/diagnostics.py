@@ -13,7 +13,7 @@ import torch
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
-from ..dynamics.regularize import spectral_norms
+from ..dynamics.lipschitz import spectral_norms
 from ..dynamics.transition_base import TransitionModel
 from .entropy import policy_entropy
 from .flow_policy import FlowActor

@@ -19,7 +19,7 @@ from driftrl import LipschitzMBPO, LipschitzMBPOConfig
 from driftrl.agents.diagnostics import model_diagnostics, value_diagnostics
 from driftrl.agents.lipschitz import adversary, value_gap
 from driftrl.agents.registry import AGENTS
-from driftrl.dynamics.regularize import spectral_norms
+from driftrl.dynamics.lipschitz import spectral_norms
 from driftrl.envs import make_vec
 
 SMALL: dict[str, Any] = {

@@ -13,7 +13,8 @@ from driftrl.agents.flow_policy import FlowActor
 from driftrl.agents.ratios import InterpolationRatio, Ratio, draw_interpolation, quadrature
 from driftrl.agents.rival_ratios import EndpointRatio
 from driftrl.agents.rollout import Batch
-from driftrl.dynamics import LinearField, ResidualField, VelocityField
+from driftrl.dynamics import VelocityField
+from driftrl.dynamics.special_fields import LinearField, ResidualField
 
 OBS_DIM, ACTION_DIM = 3, 2
 RATIOS: dict[str, type[Ratio]] = {"interpolation": InterpolationRatio, "endpoint": EndpointRatio}

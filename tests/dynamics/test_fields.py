@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from driftrl.dynamics.fields import LinearField, MLPField, PotentialField, ResidualField, Time, VelocityField
+from driftrl.dynamics.fields import MLPField, Time, VelocityField
+from driftrl.dynamics.special_fields import LinearField, PotentialField, ResidualField
 
 ACTIVATIONS = {"silu": nn.SiLU(), "mish": nn.Mish(), "tanh": nn.Tanh(), "elu": nn.ELU(), "relu": nn.ReLU()}
 

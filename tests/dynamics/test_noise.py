@@ -6,18 +6,10 @@ import torch
 from scipy import integrate, stats
 from torch import Tensor
 
-from driftrl.dynamics.noise import (
-    _GOLDEN,
-    BrownianGrid,
-    BrownianTree,
-    FractionalNoise,
-    FractionalSteps,
-    OrnsteinUhlenbeck,
-    OrnsteinUhlenbeckSteps,
-    StepNoise,
-    _hash,
-    step_noise,
-)
+from driftrl.dynamics.brownian import BrownianGrid
+from driftrl.dynamics.brownian_tree import _GOLDEN, BrownianTree, _hash
+from driftrl.dynamics.fractional import FractionalNoise, FractionalSteps
+from driftrl.dynamics.noise import OrnsteinUhlenbeck, OrnsteinUhlenbeckSteps, StepNoise, step_noise
 
 F64 = torch.float64
 N = 40_000

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from driftrl.dynamics.fields import LinearField, MLPField, ResidualField, Time
+from driftrl.dynamics.fields import MLPField, Time
 from driftrl.dynamics.ode import (
     DOPRI5,
     EULER,
@@ -21,11 +21,11 @@ from driftrl.dynamics.ode import (
     error_estimate,
     odeint,
     odeint_path,
-    odeint_reversible,
-    rk_step,
     stage_slopes,
     time_grid,
 )
+from driftrl.dynamics.reversible import odeint_reversible
+from driftrl.dynamics.special_fields import LinearField, ResidualField
 
 F64 = torch.float64
 NAMES = sorted(SOLVERS)
@@ -69,7 +69,8 @@ def test_one_linear_step_is_the_truncated_exponential(name: str) -> None:
     for k in range(1, SOLVERS[name].order + 1):
         power = power @ (h * matrix) / k
         step = step + power
-    torch.testing.assert_close(rk_step(LinearField(matrix), SOLVERS[name], 0.0, h, x0), x0 @ step.T, rtol=0, atol=1e-14)
+    end = odeint(LinearField(matrix), x0, steps=1, solver=name, t1=h)
+    torch.testing.assert_close(end, x0 @ step.T, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("tableau", [*SOLVERS.values(), DOPRI5], ids=lambda tableau: tableau.name)
@@ -126,7 +127,8 @@ def test_path_passes_through_every_step() -> None:
     assert torch.equal(path[-1], odeint(field, x, steps=5, solver="rk4", cond=cond))
     times = time_grid(5, EULER)
     for k, (t, t_next) in enumerate(pairwise(times)):
-        torch.testing.assert_close(path[k + 1], rk_step(field, SOLVERS["rk4"], t, t_next - t, path[k], cond))
+        end = odeint(field, path[k], steps=1, solver="rk4", cond=cond, t0=t, t1=t_next)
+        torch.testing.assert_close(path[k + 1], end)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -230,7 +232,7 @@ def test_one_linear_dopri5_step_in_closed_form() -> None:
     embedded = sum((powers[k] / math.factorial(k) for k in range(5)), powers[5] * 1097 / 120000)
     embedded = embedded + powers[6] * 161 / 120000 + powers[7] / 24000
     field = LinearField(matrix)
-    end = rk_step(field, DOPRI5, 0.0, h, x)
+    end = odeint(field, x, steps=1, solver=DOPRI5, t1=h)
     torch.testing.assert_close(end, x @ step.T, rtol=0, atol=1e-13)
     slopes = [*stage_slopes(bind(field, None), DOPRI5, 0.0, h, x), field(h, end)]
     torch.testing.assert_close(error_estimate(DOPRI5, h, slopes), x @ (step - embedded).T, rtol=0, atol=1e-13)
@@ -239,7 +241,8 @@ def test_one_linear_dopri5_step_in_closed_form() -> None:
 def test_heun_error_is_its_difference_from_euler() -> None:
     x = rand(4, 1).abs()
     slopes = stage_slopes(bind(riccati, None), HEUN, 0.2, 0.1, x)
-    expected = rk_step(riccati, HEUN, 0.2, 0.1, x) - rk_step(riccati, EULER, 0.2, 0.1, x)
+    ends = [odeint(riccati, x, steps=1, solver=solver, t0=0.2, t1=0.3) for solver in (HEUN, EULER)]
+    expected = ends[0] - ends[1]
     torch.testing.assert_close(error_estimate(HEUN, 0.1, slopes), expected, rtol=0, atol=1e-15)
 
 

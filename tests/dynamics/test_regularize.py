@@ -8,17 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from driftrl.dynamics.fields import LinearField, MLPField, Time, VelocityField
+from driftrl.dynamics.fields import MLPField, Time, VelocityField
+from driftrl.dynamics.fokker_planck import fokker_planck_residual
+from driftrl.dynamics.lipschitz import adversarial_states, spectral_bound_, spectral_norms
 from driftrl.dynamics.ode import EULER, HEUN
-from driftrl.dynamics.regularize import (
-    adversarial_states,
-    fokker_planck_residual,
-    jacobian_penalty,
-    local_error_penalty,
-    spectral_bound_,
-    spectral_norms,
-    stiffness_penalty,
-)
+from driftrl.dynamics.regularize import jacobian_penalty, local_error_penalty, stiffness_penalty
+from driftrl.dynamics.special_fields import LinearField
 
 F64 = torch.float64
 

@@ -4,26 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor
 
-from driftrl.dynamics.fields import LinearField, MLPField, Time
-from driftrl.dynamics.noise import BrownianGrid, BrownianTree
+from driftrl.dynamics.brownian import BrownianGrid
+from driftrl.dynamics.brownian_tree import BrownianTree
+from driftrl.dynamics.fields import MLPField, Time
+from driftrl.dynamics.girsanov import girsanov_kl
+from driftrl.dynamics.neural_sde import GeometricSDE, LangevinSDE, LinearNoiseSDE, interpolant_sde
 from driftrl.dynamics.ode import odeint
 from driftrl.dynamics.paths import LINEAR, TRIG, Path
-from driftrl.dynamics.sde import (
-    SDE,
-    SDE_SOLVERS,
-    Drift,
-    GeometricSDE,
-    LangevinSDE,
-    LinearNoiseSDE,
-    girsanov_kl,
-    interpolant_sde,
-    sdeint,
-    sdeint_path,
-    transition_log_prob,
-)
+from driftrl.dynamics.sde import SDE, SDE_SOLVERS, Drift, sdeint, sdeint_path
+from driftrl.dynamics.special_fields import LinearField
 
 F64 = torch.float64
 NAMES = sorted(SDE_SOLVERS)
@@ -255,18 +246,6 @@ def test_interpolant_sde_without_noise_is_the_flow() -> None:
     torch.testing.assert_close(ours, odeint(field, x, steps=5, solver="heun", cond=cond), rtol=0, atol=1e-13)
 
 
-def test_transition_density_against_scipy() -> None:
-    x, y, s = rand(5, 2), rand(5, 2, seed=1), torch.tensor([0.5, -2.0], dtype=F64)
-    drift = LinearField(rand(2, 2, seed=2))
-    ours = transition_log_prob(LangevinSDE(drift, s), x, y, t=0.3, dt=0.1)
-    expected = stats.norm.logpdf(y, x + 0.1 * x @ drift.matrix.detach().T, 0.1**0.5 * s.abs()).sum(1)
-    torch.testing.assert_close(ours, torch.as_tensor(expected))
-    # noise that depends on state and time
-    geometric = GeometricSDE(lambda t, x, cond: torch.full_like(x, 0.4), lambda t: 1 + t)
-    expected = stats.norm.logpdf(y, x * 1.04, 0.1**0.5 * 1.3 * x.abs()).sum(1)
-    torch.testing.assert_close(transition_log_prob(geometric, x, y, t=0.3, dt=0.1), torch.as_tensor(expected))
-
-
 def test_girsanov_kl_of_constant_drifts() -> None:
     """Brownian motions with drifts u and v: KL = |(u - v) / s|^2 T / 2 on every path."""
     path, s = grid(5, 3, 2, t1=2.0).path(), torch.tensor([0.5, 2.0], dtype=F64)
@@ -283,13 +262,17 @@ def test_girsanov_kl_is_the_mean_log_ratio_of_the_transitions() -> None:
     x = 2 + rand(20_000, 1).abs()
     path = sdeint_path(sde, x, steps=4, noise=grid(4, 20_000, 1))
     kl = girsanov_kl(sde, other.drift, path)
-    log_ratio = torch.stack(
-        [
-            transition_log_prob(sde, path[k], path[k + 1], t=k / 4, dt=0.25)
-            - transition_log_prob(other, path[k], path[k + 1], t=k / 4, dt=0.25)
-            for k in range(4)
-        ]
-    ).sum(0)
+
+    def log_prob(sde: LinearNoiseSDE) -> Tensor:
+        """Of the four Euler-Maruyama steps, ``N(x + f dt, g^2 dt)`` each."""
+        steps = []
+        for k in range(4):
+            mean = path[k] + 0.25 * sde.bind(None)(k / 4, path[k])
+            normal = torch.distributions.Normal(mean, 0.5 * sde.diffusion(k / 4, path[k]).abs())
+            steps.append(normal.log_prob(path[k + 1])[:, 0])
+        return torch.stack(steps).sum(0)
+
+    log_ratio = log_prob(sde) - log_prob(other)
     difference = log_ratio - kl
     assert abs(difference.mean()) < 5 * difference.std() / math.sqrt(len(x))  # 5 standard errors
     assert kl.mean() > 10 * difference.std() / math.sqrt(len(x))  # else the comparison would be empty
@@ -341,18 +324,14 @@ def test_gradients_against_finite_differences(solver: str) -> None:
     assert torch.autograd.gradcheck(run, (*(v.detach().requires_grad_() for v in tensors), field.output.bias))
 
 
-def test_gradients_of_likelihoods_against_finite_differences() -> None:
+def test_gradients_of_girsanov_kl_against_finite_differences() -> None:
     sde = LinearNoiseSDE(lambda t, x, cond: torch.sin(x), 0.7)
     x, y = (1 + rand(2, 3, seed=seed).abs() for seed in (0, 1))
-
-    def density(x: Tensor, y: Tensor) -> Tensor:
-        return transition_log_prob(sde, x, y, t=0.0, dt=0.1)
 
     def kl(x: Tensor, y: Tensor) -> Tensor:
         return girsanov_kl(sde, lambda t, x, cond: x * x, torch.stack([x, y, x]))
 
-    for function in (density, kl):
-        assert torch.autograd.gradcheck(function, (x.requires_grad_(), y.requires_grad_()))
+    assert torch.autograd.gradcheck(kl, (x.requires_grad_(), y.requires_grad_()))
 
 
 @pytest.mark.parametrize("solver", NAMES)
@@ -463,9 +442,5 @@ def test_bad_arguments_are_refused() -> None:
         interpolant_sde(lambda t, x, cond: x, -1.0)
     with pytest.raises(ValueError, match="the score is singular at t = 1"):
         sdeint(interpolant_sde(lambda t, x, cond: x, 1.0), x, steps=2, noise=good, solver="stochastic_heun")
-    with pytest.raises(ValueError, match=r"dt must be positive .* \[4, 2\], got dt=0\.0"):
-        transition_log_prob(sde, x, x, t=0.0, dt=0.0)
-    with pytest.raises(ValueError, match=r"x_next have the shape of x, \[4, 2\], got dt=1\.0 and \[4, 1\]"):
-        transition_log_prob(sde, x, x[:, :1], t=0.0, dt=1.0)
     with pytest.raises(ValueError, match=r"path must have shape \[steps \+ 1, B, D\] .*got \[4, 2\]"):
         girsanov_kl(sde, lambda t, x, cond: x, x)

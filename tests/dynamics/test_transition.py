@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from driftrl.dynamics.ensemble import Normalizer
 from driftrl.dynamics.fields import Time, VelocityField
-from driftrl.dynamics.transition import TRANSITIONS, FlowTransition, GaussianTransition, LangevinTransition
-from driftrl.dynamics.transition_base import Normalizer, TransitionModel, TransitionSettings
+from driftrl.dynamics.flow_transition import FlowTransition
+from driftrl.dynamics.langevin_transition import LangevinTransition
+from driftrl.dynamics.transition import TRANSITIONS, GaussianTransition
+from driftrl.dynamics.transition_base import TransitionModel, TransitionSettings
 
 MATRIX = torch.tensor([[0.9, 0.1], [-0.2, 0.8]])
 NOISE = torch.tensor([0.3, 0.1])
@@ -251,32 +254,13 @@ def test_second_fit_goes_on_from_weights_and_optimizer_state() -> None:
     assert next(iter(model.optimizer.state.values()))["step"].item() == steps + math.ceil(800 / 256)
 
 
-def test_rows_keep_their_part_and_the_holdout_is_never_trained_on() -> None:
-    model = gaussian(members=4, elites=2)
-    data = linear_system(30000)
-    trained: set[int] = set()
-    rng = generator(1)
-    for n in (50, 51, 1000, 1000, 30000, 60000):
-        old_rows, old_holdout = model.member_rows, model.holdout_rows
-        model._divide(n, rng)
-        holdout = set(model.holdout_rows.tolist())
-        assert len(holdout) == model.holdout_rows.numel() == min(n // 5, 5000)
-        assert model.member_rows.shape == (4, n - len(holdout))
-        assert torch.equal(model.member_rows[:, : old_rows.shape[1]], old_rows)
-        assert not holdout & trained
-        trained |= set(range(n)) - holdout
-        assert set(model.member_rows.flatten().tolist()) <= trained
-        if n == old_rows.shape[1] + old_holdout.numel():
-            assert holdout == set(old_holdout.tolist())
-    # A uniform sample of all rows, though most rows came last; and bootstrap samples differ, with e^-1 of rows missing.
-    assert model.holdout_rows.double().mean().item() == pytest.approx(30000, rel=0.03)
-    present = [len(set(rows.tolist())) / len(trained) for rows in model.member_rows]
-    assert present == pytest.approx([1 - math.exp(-1)] * 4, abs=0.02)
-    assert len({tuple(rows[:20].tolist()) for rows in model.member_rows}) == 4
-    model._divide(100, rng)  # fewer rows: another data set
-    assert model.member_rows.shape == (4, 80) and model.member_rows.max() < 100
-    model.fit(*(part[:200] for part in data), generator=rng, max_epochs=1)
-    assert model.member_rows.shape == (4, 160)
+def test_a_fit_divides_the_rows_and_goes_on_from_the_division() -> None:
+    model, data, rng = gaussian(members=4, elites=2), linear_system(200), generator(1)
+    for n in (100, 200):
+        before = model.member_rows
+        model.fit(*(part[:n] for part in data), generator=rng, max_epochs=1)
+        assert model.member_rows.shape == (4, n * 4 // 5) and model.holdout_rows.shape == (n // 5,)
+        assert torch.equal(model.member_rows[:, : before.shape[1]], before)
 
 
 def test_normalisers_do_not_look_at_the_holdout() -> None:
@@ -294,13 +278,6 @@ def test_only_weight_matrices_decay() -> None:
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
     assert {id(p) for p in decayed["params"]} == {id(p) for p in model.net.weights}
     assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
-
-
-def test_a_single_model_trains_on_every_row_once() -> None:
-    model = gaussian()
-    for n in (100, 230):
-        model._divide(n, generator())
-        assert sorted(model.member_rows[0].tolist() + model.holdout_rows.tolist()) == list(range(n))
 
 
 def test_predictions_are_clipped_to_the_range_of_the_data() -> None:
