@@ -19,10 +19,12 @@ from .transition_base import TransitionModel, TransitionSettings, standard_norma
 class FlowTransition(TransitionModel):
     """Conditional flow from N(0, I) to the target, trained by flow matching on straight paths (arXiv 2210.02747).
 
-    It can have several modes. ``predict`` follows the flow from z = 0. Early stopping looks at the loss on the
-    hold-out, as the mean square error has no more to gain while the modes still separate. Much of that loss is the
-    spread of the data and stays: a ``min_gain`` of 1e-3 and a ``patience`` of 20 suit it better than the defaults.
-    ``log_prob`` is the density of the continuous flow; ``sample``'s few steps need not be one to one between modes.
+    The density can have several modes. ``predict`` follows the flow from z = 0. ``log_prob`` is the density of the
+    continuous flow; between modes the few steps of ``sample`` need not be one to one.
+
+    Early stopping looks at the flow matching loss on the hold-out, because the mean square error stops falling before
+    the modes are apart. Most of that loss is the spread of the data, which stays: a ``min_gain`` of 1e-3 and a
+    ``patience`` of 20 suit it better than the defaults.
 
     Args:
         obs_dim: O, at least 1.
@@ -31,10 +33,10 @@ class FlowTransition(TransitionModel):
         hidden: widths of the field's hidden layers.
         steps: of the solver in ``sample``, at least 1.
         likelihood_steps: of the solver in ``log_prob``, at least 1.
-        solver: a tableau or a key of ``ode.SOLVERS``, best one without a stage at t=1, where the field is steepest.
-        jacobian_weight: strength of a Jacobian penalty, 0 for none, in the manner of JAWS (arXiv 2603.05538): the
-            entries of dv/dx are a priori Gaussian, with a precision w(obs, action) that is learned along and costs
-            ``-log w``. Smoothness is so asked for where it is to be had.
+        solver: a tableau or a key of ``ode.SOLVERS``. Best is one without a stage at t=1, where the field is steepest.
+        jacobian_weight: strength of a Jacobian penalty, 0 for none, after JAWS (arXiv 2603.05538). The entries of
+            dv/dx have a Gaussian prior. Its precision w(obs, action) is learned with the field and costs ``-log w``,
+            so that the penalty is strong where the field can be flat and weak elsewhere.
 
     Raises:
         ValueError: on sizes out of range, an unknown solver or a negative weight.

@@ -25,13 +25,13 @@ def fokker_planck_residual(
 
         r = g^2 / 2 (div s + |s|^2) - f.s - div f - d/dt log p,    s = grad log p
 
-    0 everywhere for the density of the SDE's solution; with g = 0, for that of the flow. A penalty, or a diagnostic
-    that sampling by ODE and by SDE agree (arXiv 2311.15996, 2506.17139).
+    The residual is 0 everywhere for the density of the SDE's solution, and with g = 0 for that of the flow. Use it as a
+    penalty, or to check that sampling by ODE and by SDE agree (arXiv 2311.15996, 2506.17139).
 
     The strong form takes two divergences, each D passes by default. The weak form replaces div w at x by
-    ``(w(x + d) - w(x - d)).d / (2 width^2)`` with d = width probe, and the rest by its mean at both points: without
-    bias the residual averaged over N(x, width^2 I), by Stein's identity. Its square is biased. For the square take the
-    product of the residuals of two independent probes.
+    ``(w(x + d) - w(x - d)).d / (2 width^2)`` with d = width probe, and the other terms by their mean at both points. By
+    Stein's identity it is an unbiased estimate of the residual averaged over N(x, width^2 I). Its square is biased:
+    multiply the residuals of two independent probes instead.
 
     Args:
         log_density: ``(t, x, cond) -> log p``, [B], normalised at all times alike, each row of its own row only.

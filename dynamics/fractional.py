@@ -16,9 +16,11 @@ class FractionalNoise(nn.Module):
         B_t = 1 / Gamma(H + 1/2) integral_0^t (t - s)^(H - 1/2) dW_s  ~  sum_k w_k Y_k,    dY_k = -r_k Y_k dt + dW
 
     The weights minimise the mean squared error over [0, horizon], in closed form for given rates (Daems et al., arXiv
-    2310.12975); the rates are geometric from 0.1 to 200 per horizon. H < 1/2: increments of opposite
-    sign follow each other; 1/2: Brownian motion; H > 1/2: of equal sign, for persistent exploration. With six terms
-    the covariances on a grid of ten times are off by at most 0.4 % of the largest at H = 0.3, 0.1 % from H = 0.4 on.
+    2310.12975); the rates are geometric from 0.1 to 200 per horizon. H = 1/2 is Brownian motion. Below 1/2 an increment
+    tends to have the opposite sign of the one before; above 1/2 the same sign, for persistent exploration.
+
+    With six terms the covariances on a grid of ten times are off by at most 0.4 % of the largest at H = 0.3, 0.1 % from
+    H = 0.4 on.
 
     Args:
         hurst: H, in [0.3, 1]; rougher noise is not approximated well (20 % at H = 0.1).
@@ -85,11 +87,11 @@ class FractionalNoise(nn.Module):
 
 
 class FractionalSteps(StepNoise):
-    """The increments of `FractionalNoise` over unit steps, each over its standard deviation.
+    """The increments of `FractionalNoise` over unit steps, each divided by its standard deviation.
 
-    With the state y before a step: ``mean = sum_k w_k (e^-r_k - 1) y_k / spread`` and ``scale = |w factor| / spread``;
-    spread is the deviation of the increment at this age of the episode. hurst above 1/2: increments of equal sign
-    follow each other, over hundreds of steps.
+    With the state y before a step: ``mean = sum_k w_k (e^-r_k - 1) y_k / spread`` and ``scale = |w factor| / spread``,
+    where spread is the standard deviation of the increment at this age of the episode. With hurst above 1/2 increments
+    tend to keep their sign over hundreds of steps.
 
     Args:
         hurst: H, in [0.3, 1].

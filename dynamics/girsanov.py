@@ -14,9 +14,9 @@ def girsanov_kl(
 ) -> Tensor:
     """Per path, ``1/2 integral |(f - f_other) / g|^2 dt``: its mean over paths of ``sde`` is a KL divergence.
 
-    Namely that of the law of ``sde`` from the law with ``other_drift`` and the *same diffusion* and start (Girsanov's
-    theorem; with another diffusion it is infinite). On Euler-Maruyama paths this is exactly the KL between the two
-    chains. It is the latent cost of a neural SDE, and tells how far two drifts carry a model apart.
+    It is the divergence KL(sde || other) between the laws of two SDEs that share diffusion and start and differ in
+    their drift (Girsanov's theorem; with another diffusion it is infinite). On Euler-Maruyama paths it is exactly the
+    KL between the two chains. Use it as the latent cost of a neural SDE, or to tell two drifts apart.
 
     Args:
         sde: the equation that made the paths, with g nowhere 0.

@@ -139,9 +139,15 @@ def kinetic(
     """Underdamped Langevin dynamics ``dx = p dt, dp = F dt - friction p dt + sqrt(2 friction temperature) dW``.
 
     Splittings into kick B, drift A and exact friction O (Leimkuhler and Matthews 2013), of order 2 in law, for unit
-    mass. On ``U = k x^2 / 2``, whatever the friction, the stationary variances of x and p are, with T the temperature
-    and ``s = 1 - step^2 k / 4``, for BAOAB ``T / k`` (exact) and ``T s``, for OBABO ``T / (k s)`` and T (exact). Stable
-    for ``step < 2 / sqrt(k)``. One force call per step and one more.
+    mass. One force call per step and one at the start. On ``U = k x^2 / 2`` they are stable for ``step < 2 / sqrt(k)``.
+    With T the temperature and ``s = 1 - step^2 k / 4``, the stationary variances are then, whatever the friction:
+
+        ======== ================= =============
+        scheme   position          velocity
+        ======== ================= =============
+        baoab    ``T / k`` (exact) ``T s``
+        obabo    ``T / (k s)``     ``T`` (exact)
+        ======== ================= =============
 
     Args:
         force: ``-grad U``.

@@ -21,11 +21,11 @@ def spectral_norms(module: nn.Module) -> dict[str, Tensor]:
     activation per hidden layer (tanh, elu, relu 1; mish 1.09; silu 1.10), is a Lipschitz constant.
 
     Exact, from the eigenvalues of the smaller Gram matrix: 0.1, 0.5 and 2 ms for 64, 128 and 256 rows and columns on
-    one core. Power iteration takes 0.02 ms, but approaches the norm from below, so that a bound would not hold, and
-    needs vectors that are kept, saved and loaded.
+    one core. Power iteration takes 0.02 ms. It approaches the norm from below, so a bound would not hold, and its
+    vectors would have to be kept, saved and loaded.
 
     Returns:
-        By the parameter's name a norm, [] or [M]; differentiable while the largest singular value is simple.
+        Parameter name -> norm, [] or [M]; differentiable while the largest singular value is simple.
     """
     norms = {}
     for name, weight in _state_matrices(module).items():
@@ -36,10 +36,10 @@ def spectral_norms(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def spectral_bound_(module: nn.Module, bound: float = 1.0) -> None:
-    """Scale every matrix of ``spectral_norms`` whose norm exceeds the bound down to it, in place.
+    """Scale every matrix of ``spectral_norms`` whose norm exceeds the bound down to the bound, in place.
 
-    For use after each optimizer step. Others stay as they are, unlike with spectral normalisation (Miyato et al., arXiv
-    1802.05957), which also scales up, so that a layer can be flat.
+    For use after each optimizer step. Matrices within the bound stay as they are, so a layer can be flat. Spectral
+    normalisation (Miyato et al., arXiv 1802.05957) would scale those up to the bound.
 
     Args:
         module: network, changed in place; its gradients and optimizer states are not.

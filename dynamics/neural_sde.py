@@ -45,7 +45,10 @@ class LangevinSDE(SDE):
 
 
 class LinearNoiseSDE(LangevinSDE):
-    """``dx = drift dt + s(t) x dW``: noise that vanishes at the origin (arXiv 2402.14989). Arguments as there."""
+    """``dx = drift dt + s(t) x dW``: noise that vanishes at the origin (arXiv 2402.14989).
+
+    Arguments as in `LangevinSDE`.
+    """
 
     additive = False
 
@@ -59,7 +62,10 @@ class LinearNoiseSDE(LangevinSDE):
 
 
 class GeometricSDE(LinearNoiseSDE):
-    """``dx / x = drift dt + s(t) dW``: a start above 0 stays there in continuous time (arXiv 2402.14989)."""
+    """``dx / x = drift dt + s(t) dW``: a positive x stays positive in continuous time (arXiv 2402.14989).
+
+    Arguments as in `LangevinSDE`.
+    """
 
     def bind(self, cond: Tensor | None, times: Sequence[float] = ()) -> Drift:
         """``x drift``, with cond embedded."""

@@ -16,8 +16,9 @@ from torch import Tensor
 class StepNoise(abc.ABC):
     """Noise for one action after another: N(0, 1) at every step of an episode, correlated with the steps before.
 
-    Given its memory, the value at a step is ``N(mean, scale^2)`` with mean and scale known beforehand: that is what a
-    likelihood of it needs. B environments with D dimensions each, which begin episodes at times of their own.
+    Given the steps before, the value at a step is ``N(mean, scale^2)``. Mean and scale are known before the value is
+    drawn, as a likelihood needs them. The noise serves B environments with D dimensions each, whose episodes may begin
+    at different steps.
 
     Attributes:
         terms: K, the standard normals that a step takes per element.
@@ -27,21 +28,29 @@ class StepNoise(abc.ABC):
 
     @abc.abstractmethod
     def step(self, normal: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Go on by one step.
+        """Advance by one step.
 
         Args:
             normal: standard normal noise, [K, B, D].
-            start: where an episode starts, which forgets what was before, [B] of bool; at the first call everywhere.
+            start: whether an episode starts at this step, which forgets the steps before, bool [B]. At the first call
+                all are True.
 
         Returns:
-            The value [B, D]; its mean [B, D] and its scale [B, 1] given the memory.
+            The value [B, D]; its mean [B, D] and its scale [B, 1] given the steps before.
         """
 
 
 def step_noise(
     name: str, time: float, hurst: float, shape: tuple[int, int], device: torch.device | str = "cpu"
 ) -> StepNoise | None:
-    """The `StepNoise` called "ou" (of time) or "fractional" (of hurst); None for "gaussian", which has no memory.
+    """The `StepNoise` of a name: "ou" or "fractional"; None for "gaussian", which has no memory.
+
+    Args:
+        name: "gaussian", "ou" or "fractional".
+        time: correlation time of "ou", in steps.
+        hurst: H of "fractional".
+        shape: (B, D).
+        device: of the noise.
 
     Raises:
         ValueError: if there is none of this name, or its parameter is out of range.
@@ -58,9 +67,10 @@ def step_noise(
 
 
 class OrnsteinUhlenbeckSteps(StepNoise):
-    """The stationary Ornstein-Uhlenbeck process at unit steps: the correlation over k of them is ``e^(-k / time)``.
+    """The stationary Ornstein-Uhlenbeck process at unit steps: the correlation over k steps is ``e^(-k / time)``.
 
-    ``mean = e^(-1 / time) value`` of the step before and ``scale^2 = 1 - e^(-2 / time)``; 0 and 1 at a start.
+    Mean and scale are 0 and 1 at a start. Later the mean is ``e^(-1 / time)`` times the value of the step before, and
+    ``scale^2 = 1 - e^(-2 / time)``.
 
     Args:
         time: correlation time in steps, positive.

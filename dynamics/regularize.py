@@ -56,8 +56,8 @@ def local_error_penalty(
 ) -> Tensor:
     """Estimated error of one solver step, ``h |h sum_i error_i k_i|``: low where a field is cheap to integrate.
 
-    At one random time of the path it trains for less (Pal et al., arXiv 2303.02262) what the sum over all steps of a
-    solve does (Pal et al., arXiv 2105.03918). Costs one step and, with DOPRI5, one field call more.
+    Evaluated at one random time of the path (Pal et al., arXiv 2303.02262), it replaces the sum over all steps of a
+    solve (Pal et al., arXiv 2105.03918) at a fraction of the cost: one step and, with DOPRI5, one field call more.
 
     Args:
         field: velocity field or callable ``(t, x, cond) -> v``.
@@ -86,7 +86,7 @@ def local_error_penalty(
 def stiffness_penalty(field: FieldLike, t: Time, x: Tensor, cond: Tensor | None = None, *, h: float = 0.1) -> Tensor:
     """Stiffness estimate of a DOPRI5 step, ``|k_7 - k_6| / |x' - x_6|`` (Pal et al., arXiv 2105.03918).
 
-    Both slopes belong to the time t + h, so this is ``|J d| / |d|`` along the difference d of two states: at most the
+    Both slopes belong to the time t + h. So this is ``|J d| / |d|`` along the difference d of two states, at most the
     Lipschitz constant of the field. Arguments as in ``local_error_penalty``.
 
     Returns:

@@ -152,7 +152,9 @@ STOCHASTIC_HEUN = SDESolver("stochastic_heun", 1.0, (0.0, 1.0), _heun_step, stra
 
 
 REVERSIBLE_HEUN = SDESolver("reversible_heun", 0.5, (0.0, 1.0), _reversible_step, _reversible_start, stratonovich=True)
-"""One drift call per step and one more; algebraically reversible (Kidger et al., arXiv 2105.13493); g as Heun's."""
+"""One drift call per step and one at the start; algebraically reversible (Kidger et al., arXiv 2105.13493).
+
+Like Heun's method it takes the derivative of g where the drift is Ito's."""
 
 
 SRA1 = SDESolver("sra1", 1.5, (0.0, 0.75), _sra1_step, additive_only=True, levy=True)

@@ -77,8 +77,8 @@ class GaussianTransition(TransitionModel):
         return self._moments(x)[0]
 
     def _sample(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        # Rows are dealt out to the elites at random, in hands of equal size: each row's elite is uniform, the shapes
-        # are fixed, and the whole costs as much as one network.
+        # Rows are dealt to the elites at random, as many to each: every row's elite is uniform, the shapes are fixed,
+        # and the whole costs as much as one network.
         rows, elites = len(x), len(self.elite_members)
         hand = -(-rows // elites)
         if elites > 1:

@@ -7,8 +7,8 @@
     y      [M, B, T] normalised target (reward, next_obs - obs) or (reward, next_obs), T = 1 + O
     ====== ========= =========================================================================
 
-A new model says how y follows from x: a loss, a prediction, a sampler and a density. All else is `TransitionModel`'s.
-Randomness comes from the generators passed in, on the data's device; only initial weights from torch's global one.
+A new model says how y follows from x: a loss, a prediction, a sampler and a density. `TransitionModel` does the rest.
+Randomness comes from the generators passed in, on the data's device. Only initial weights come from torch's global one.
 """
 
 from __future__ import annotations
@@ -205,9 +205,10 @@ class TransitionModel(nn.Module, abc.ABC):
     ) -> dict[str, float]:
         """Train until no member's hold-out error falls any more, then restore each member's best weights.
 
-        Goes on from the present weights and optimizer state. Rows are known by their position: those of the former fit
-        stay in the hold-out or in a member's bootstrap sample, new ones are added; fewer rows begin afresh. The
-        hold-out is a uniform sample of all rows, never trained on before; MBPO draws it anew in each fit.
+        Continues from the present weights and optimizer state. Rows are known by their position: pass those of the
+        former fit first and new ones after them. Old rows then stay in the hold-out or in the members' samples (see
+        ``holdout.divide_rows``); with fewer rows than before all are divided anew. The hold-out is a uniform sample of
+        all rows and was never trained on; MBPO draws it anew in each fit.
 
         Args:
             obs: [N, O], N at least 2.

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import driftrl
 from driftrl import dynamics
 
 
 def loaded_by(code: str) -> set[str]:
     """Modules of driftrl.dynamics that a fresh interpreter has loaded after running the code."""
     tell = "import sys; print(*(name for name in sys.modules if name.startswith('driftrl.dynamics.')))"
-    root = str(Path(dynamics.__file__).parents[1])
-    folder = root if (Path(root) / "driftrl").is_dir() else str(Path(root).parent)
+    folder = Path(driftrl.__file__).parents[1]
     run = subprocess.run([sys.executable, "-c", f"{code}\n{tell}"], capture_output=True, text=True, cwd=folder)
     assert run.returncode == 0, run.stderr
     return {name.removeprefix("driftrl.dynamics.") for name in run.stdout.split()}
@@ -71,3 +72,15 @@ def test_unknown_name_is_an_attribute_error() -> None:
     name = "odeinf"
     with pytest.raises(AttributeError, match=r"module 'driftrl\.dynamics' has no attribute 'odeinf'"):
         getattr(dynamics, name)
+
+
+def test_page_says_where_each_name_is() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "dynamics.md").read_text()
+    table = page[page.index("| module | names |") : page.index("## Choose a field")]
+    exported = set()
+    for module, names in re.findall(r"^\| `(\w+)` \| (.*) \|$", table, flags=re.MULTILINE):
+        loaded = importlib.import_module(f"driftrl.dynamics.{module}")
+        for bold, name in re.findall(r"(\*\*)?`(\w+)`", names):
+            assert hasattr(loaded, name), f"{module} has no {name}"
+            exported |= {name} if bold else set()
+    assert exported == set(dynamics.__all__)
