@@ -26,6 +26,9 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .activations import ACTIVATIONS
 
@@ -144,6 +147,9 @@ def linear_pullback(
 
 _Layer: TypeAlias = tuple[Tensor, Tensor | None]  # weight and bias
 
+_WEIGHT_HOOKS = (BasePruningMethod, WeightNorm, SpectralNorm)
+"""Hooks of torch that set a layer's weight or bias before each call and do not look at the call's input."""
+
 
 class _Embedding(NamedTuple):
     """An MLPField for one conditioning: what a solver's stage needs, looked up once."""
@@ -172,8 +178,8 @@ class MLPField(VelocityField):
     speed.
 
     The linear layers after the first may be pruned (``torch.nn.utils.prune``), parametrized (``weight_norm``,
-    ``spectral_norm``), given hooks or replaced. With hooks or another forward their Jacobian and divergence come from
-    automatic differentiation, D passes.
+    ``spectral_norm``), given hooks or replaced. A layer with hooks of another kind or with another forward is called as
+    a module; Jacobian and divergence then come from automatic differentiation, D passes.
 
     The first layer's ``x_weight``, ``cond_weight``, ``time_weight`` and ``bias`` belong to the field itself. They may
     be parametrized but not pruned: solvers do not call the field as a module, so hooks on the field do not run.
@@ -271,14 +277,20 @@ class MLPField(VelocityField):
     def _rest(self) -> list[_Layer] | None:
         """Weights and biases of the layers after the first, or None if one of them must be called as a module.
 
-        That is one with hooks, such as pruning's, or with a forward of its own. The others are not called, which saves
-        5 to 7 % of an integration; parametrizations of their weights are computed here, once.
+        That is a layer with hooks or with a forward of its own. The others are not called, which saves 5 to 7 % of an
+        integration. Whatever computes their weights (parametrizations, pruning) does so here, once.
         """
         rest: list[_Layer] = []
         for layer in (*self.layers, self.output):
-            hooks = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks
-            if hooks or layer._backward_hooks or getattr(layer.forward, "__func__", None) is not nn.Linear.forward:
+            # The class and the instance are asked one by one: torch.compile misreads ``layer.forward.__func__``.
+            if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
                 return None
+            if layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks:
+                return None
+            for hook in layer._forward_pre_hooks.values():
+                if not isinstance(hook, _WEIGHT_HOOKS):
+                    return None
+                hook(layer, ())
             rest.append((layer.weight, layer.bias))
         return rest
 
@@ -314,7 +326,7 @@ class MLPField(VelocityField):
     def jacobian_embedded(self, t: Time, x: Tensor, embedded: _Embedding) -> tuple[Tensor, Tensor]:
         """Velocity [B, D] and Jacobian [B, D, D] by the chain rule over the layers, about ``D + 1`` field calls.
 
-        Layers that must be called may do anything: automatic differentiation takes their Jacobian.
+        Layers that must be called may do anything: there automatic differentiation takes the Jacobian.
         """
         if embedded.rest is None:
             return super().jacobian_embedded(t, x, embedded)

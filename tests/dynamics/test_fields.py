@@ -197,6 +197,8 @@ CHANGES: dict[str, Callable[[nn.Linear], object]] = {
     "bias pruned": lambda layer: prune.random_unstructured(layer, "bias", 0.5),
     "hooked": lambda layer: layer.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],)),
     "weight norm": parametrizations.weight_norm,
+    "weight norm by hook": nn.utils.weight_norm,
+    "spectral norm by hook": lambda layer: nn.utils.spectral_norm(layer).eval(),
     "spectral norm": lambda layer: parametrizations.spectral_norm(layer).eval(),  # training moves its vectors
 }
 
@@ -207,11 +209,14 @@ def layers(field: MLPField) -> list[nn.Linear]:
 
 @pytest.mark.parametrize("hidden", [(7,), (7, 5), (7, 5, 4)])
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
 def test_changed_layers_count_in_velocity_divergence_and_jacobian(change: str, hidden: tuple[int, ...]) -> None:
     """Against the layers called one after the other and differentiated automatically, before and after a new weight."""
     field, x, cond, t = mlp(hidden=hidden), rand(4, 3), rand(4, 2, seed=1), 0.3
-    for layer in layers(field):
-        CHANGES[change](layer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for layer in layers(field):
+            CHANGES[change](layer)
 
     def called(y: Tensor) -> Tensor:
         h = field.embed(cond, (t,)).by_time[t] + y @ field.x_weight.t()
@@ -223,11 +228,11 @@ def test_changed_layers_count_in_velocity_divergence_and_jacobian(change: str, h
         rows = torch.func.jacrev(lambda y: called(y).sum(0))(x).movedim(1, 0)
         velocity = called(x)
         for ours in (field(t, x, cond), field.forward_embedded(t, x, field.embed(cond, (t,)))):
-            torch.testing.assert_close(ours, velocity, rtol=0, atol=1e-13)
+            torch.testing.assert_close(ours, velocity, rtol=1e-12, atol=1e-13)
         (v, jacobian), (v_trace, trace) = field.jacobian(t, x, cond), field.divergence(t, x, cond)
-        torch.testing.assert_close(torch.stack([v, v_trace]), velocity.expand(2, -1, -1), rtol=0, atol=1e-13)
-        torch.testing.assert_close(jacobian, rows, rtol=0, atol=1e-13)
-        torch.testing.assert_close(trace, torch.einsum("bii->b", rows), rtol=0, atol=1e-13)
+        torch.testing.assert_close(torch.stack([v, v_trace]), velocity.expand(2, -1, -1), rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(jacobian, rows, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(trace, torch.einsum("bii->b", rows), rtol=1e-12, atol=1e-13)
         with torch.no_grad():
             for p in field.parameters():
                 p.mul_(1.1)
@@ -261,20 +266,44 @@ def test_training_through_a_solver_moves_a_changed_layer(change: str, compiled: 
 
 
 @pytest.mark.parametrize("quantity", ["jacobian", "divergence"])
-def test_derivatives_of_a_pruned_field_train_what_is_left(quantity: str) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_derivatives_of_a_pruned_field_train_what_is_left(quantity: str, compiled: bool) -> None:
     """The gradient is that of a field with the same zeros, without those on the zeros."""
     field, twin, x, cond = mlp(), mlp(), rand(4, 3), rand(4, 2, seed=1)
     layer = field.layers[0]
     prune.l1_unstructured(layer, "weight", 0.5)
     with torch.no_grad():
         twin.layers[0].weight.copy_(layer.weight)
+    torch.compiler.reset()
     for each in (field, twin):
+        derive = getattr(each, quantity)
+        if compiled:
+            derive = torch.compile(derive, fullgraph=True, backend="aot_eager")
         for _ in range(2):  # a second backward pass needs a weight computed anew
-            getattr(each, quantity)(0.3, x, cond)[1].square().sum().backward()
+            derive(0.3, x, cond)[1].square().sum().backward()
     original = layer.get_parameter("weight_orig")
     assert twin.layers[0].weight.grad is not None
     torch.testing.assert_close(original.grad, twin.layers[0].weight.grad * layer.get_buffer("weight_mask"))
     torch.testing.assert_close(field.x_weight.grad, twin.x_weight.grad)
+
+
+@pytest.mark.parametrize(
+    ("change", "called"),
+    [("none", False), ("weight norm", False), ("pruned", False), ("hooked", True), ("own forward", True)],
+)
+def test_only_layers_that_need_it_are_called_compiled_or_not(change: str, called: bool) -> None:
+    field, cond = mlp(), rand(4, 2)
+    if change == "own forward":
+        field.output.forward = torch.sin  # type: ignore[method-assign]
+    elif change != "none":
+        CHANGES[change](field.layers[0])
+
+    def is_called(cond: Tensor) -> Tensor:
+        return torch.zeros(1) + (field.embed(cond).rest is None)
+
+    torch.compiler.reset()
+    for each in (is_called, torch.compile(is_called, fullgraph=True, backend="eager")):
+        assert each(cond).item() == called
 
 
 def test_a_replaced_layer_is_called() -> None:
