@@ -24,8 +24,9 @@ from paired import machine, ratio, spread, take_turns, write
 from torch import Tensor, nn
 
 from driftrl.dynamics import MLPField
-from driftrl.dynamics.noise import BrownianGrid
-from driftrl.dynamics.sde import LinearNoiseSDE, sdeint
+from driftrl.dynamics.brownian import BrownianGrid
+from driftrl.dynamics.neural_sde import LinearNoiseSDE
+from driftrl.dynamics.sde import sdeint
 
 DIM, COND_DIM, SCALE, STEPS = 8, 17, 0.3, 20
 # Ours: torchsde's name for it and the sense of the equation that it is given.

@@ -18,7 +18,9 @@ import tyro
 from paired import machine, ratio, spread, take_turns, write
 from torch import Tensor
 
-from driftrl.dynamics.transition import FlowTransition, GaussianTransition, LangevinTransition
+from driftrl.dynamics.flow_transition import FlowTransition
+from driftrl.dynamics.langevin_transition import LangevinTransition
+from driftrl.dynamics.transition import GaussianTransition
 from driftrl.dynamics.transition_base import TransitionModel
 
 

@@ -2,117 +2,30 @@
 
 Velocity fields, probability paths, noise, solvers, Langevin samplers, likelihoods, regularizers. Needs torch only and
 knows nothing of agents or environments. Shapes: ``x [B, D]``, ``t`` a float or ``[B]``, ``cond [B, C]`` or None.
+
+The names below are a start; each module has more. They load on first use: whoever imports ``dynamics.fields`` loads no
+solver.
 """
 
-from .adaptive import AdaptiveResult, Status, odeint_adaptive
-from .fields import LinearField, MLPField, PotentialField, ResidualField, VelocityField
-from .langevin import KineticTransition, OscillatorField, kinetic, mala, overdamped
-from .likelihood import flow_log_prob, flow_push, standard_normal_log_prob
-from .noise import (
-    BrownianGrid,
-    BrownianTree,
-    FractionalNoise,
-    FractionalSteps,
-    OrnsteinUhlenbeck,
-    OrnsteinUhlenbeckSteps,
-    StepNoise,
-    step_noise,
-)
-from .ode import (
-    DOPRI5,
-    EULER,
-    HEUN,
-    MIDPOINT,
-    RK4,
-    SOLVERS,
-    Tableau,
-    odeint,
-    odeint_path,
-    odeint_reversible,
-    rk_step,
-    time_grid,
-)
-from .paths import BROWNIAN_BRIDGE, LINEAR, TRIG, Path, brownian_bridge, flow_matching_loss, score_from_velocity
-from .regularize import (
-    adversarial_states,
-    fokker_planck_residual,
-    jacobian_penalty,
-    local_error_penalty,
-    spectral_bound_,
-    spectral_norms,
-    stiffness_penalty,
-)
-from .sde import (
-    EULER_MARUYAMA,
-    MILSTEIN,
-    REVERSIBLE_HEUN,
-    SDE,
-    SDE_SOLVERS,
-    SRA1,
-    STOCHASTIC_HEUN,
-    GeometricSDE,
-    LangevinSDE,
-    LinearNoiseSDE,
-    girsanov_kl,
-    interpolant_sde,
-    sdeint,
-    sdeint_path,
-    transition_log_prob,
-)
-from .transition import TRANSITIONS, FlowTransition, GaussianTransition, LangevinTransition
-from .transition_base import TransitionModel, TransitionSettings
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 __all__ = [
-    "BROWNIAN_BRIDGE",
     "DOPRI5",
-    "EULER",
-    "EULER_MARUYAMA",
-    "HEUN",
     "LINEAR",
-    "MIDPOINT",
-    "MILSTEIN",
-    "REVERSIBLE_HEUN",
-    "RK4",
     "SDE",
-    "SDE_SOLVERS",
-    "SOLVERS",
-    "SRA1",
-    "STOCHASTIC_HEUN",
-    "TRANSITIONS",
-    "TRIG",
-    "AdaptiveResult",
     "BrownianGrid",
-    "BrownianTree",
-    "FlowTransition",
-    "FractionalNoise",
-    "FractionalSteps",
     "GaussianTransition",
-    "GeometricSDE",
-    "KineticTransition",
     "LangevinSDE",
-    "LangevinTransition",
-    "LinearField",
-    "LinearNoiseSDE",
     "MLPField",
-    "OrnsteinUhlenbeck",
-    "OrnsteinUhlenbeckSteps",
-    "OscillatorField",
     "Path",
-    "PotentialField",
-    "ResidualField",
-    "Status",
-    "StepNoise",
-    "Tableau",
-    "TransitionModel",
     "TransitionSettings",
     "VelocityField",
     "adversarial_states",
-    "brownian_bridge",
     "flow_log_prob",
     "flow_matching_loss",
-    "flow_push",
-    "fokker_planck_residual",
-    "girsanov_kl",
     "interpolant_sde",
     "jacobian_penalty",
     "kinetic",
@@ -123,15 +36,56 @@ __all__ = [
     "odeint_path",
     "odeint_reversible",
     "overdamped",
-    "rk_step",
-    "score_from_velocity",
     "sdeint",
     "sdeint_path",
     "spectral_bound_",
     "spectral_norms",
     "standard_normal_log_prob",
     "step_noise",
-    "stiffness_penalty",
-    "time_grid",
-    "transition_log_prob",
 ]
+
+if TYPE_CHECKING:
+    from .adaptive import odeint_adaptive
+    from .brownian import BrownianGrid
+    from .fields import MLPField, VelocityField
+    from .langevin import kinetic, mala, overdamped
+    from .likelihood import flow_log_prob, standard_normal_log_prob
+    from .lipschitz import adversarial_states, spectral_bound_, spectral_norms
+    from .neural_sde import LangevinSDE, interpolant_sde
+    from .noise import step_noise
+    from .ode import DOPRI5, odeint, odeint_path
+    from .paths import LINEAR, Path, flow_matching_loss
+    from .regularize import jacobian_penalty, local_error_penalty
+    from .reversible import odeint_reversible
+    from .sde import SDE, sdeint, sdeint_path
+    from .transition import GaussianTransition
+    from .transition_base import TransitionSettings
+else:  # out of a type checker's sight, for which a module-level __getattr__ would make every name valid
+    _NAMES = {
+        "adaptive": ("odeint_adaptive",),
+        "brownian": ("BrownianGrid",),
+        "fields": ("MLPField", "VelocityField"),
+        "langevin": ("kinetic", "mala", "overdamped"),
+        "likelihood": ("flow_log_prob", "standard_normal_log_prob"),
+        "lipschitz": ("adversarial_states", "spectral_bound_", "spectral_norms"),
+        "neural_sde": ("LangevinSDE", "interpolant_sde"),
+        "noise": ("step_noise",),
+        "ode": ("DOPRI5", "odeint", "odeint_path"),
+        "paths": ("LINEAR", "Path", "flow_matching_loss"),
+        "regularize": ("jacobian_penalty", "local_error_penalty"),
+        "reversible": ("odeint_reversible",),
+        "sde": ("SDE", "sdeint", "sdeint_path"),
+        "transition": ("GaussianTransition",),
+        "transition_base": ("TransitionSettings",),
+    }
+    _HOMES = {name: module for module, names in _NAMES.items() for name in names}
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = value  # found without this function from now on
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""Langevin samplers of ``p(x) ~ exp(-U(x) / temperature)``, and a learned kinetic transition.
+"""Langevin samplers of ``p(x) ~ exp(-U(x) / temperature)``.
 
 Forces are velocity fields or callables ``(t, x, cond) -> -grad U``, called at t = 0; ``PotentialField`` makes one of a
 potential. Noise is standard normal and explicit; its first axis counts the steps.
@@ -11,9 +11,8 @@ from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .fields import Time, VelocityField
 from .noise import OrnsteinUhlenbeck
 from .ode import FieldLike, bind, check_batch
 
@@ -140,9 +139,15 @@ def kinetic(
     """Underdamped Langevin dynamics ``dx = p dt, dp = F dt - friction p dt + sqrt(2 friction temperature) dW``.
 
     Splittings into kick B, drift A and exact friction O (Leimkuhler and Matthews 2013), of order 2 in law, for unit
-    mass. On ``U = k x^2 / 2``, whatever the friction, the stationary variances of x and p are, with T the temperature
-    and ``s = 1 - step^2 k / 4``, for BAOAB ``T / k`` (exact) and ``T s``, for OBABO ``T / (k s)`` and T (exact). Stable
-    for ``step < 2 / sqrt(k)``. One force call per step and one more.
+    mass. One force call per step and one at the start. On ``U = k x^2 / 2`` they are stable for ``step < 2 / sqrt(k)``.
+    With T the temperature and ``s = 1 - step^2 k / 4``, the stationary variances are then, whatever the friction:
+
+        ======== ================= =============
+        scheme   position          velocity
+        ======== ================= =============
+        baoab    ``T / k`` (exact) ``T s``
+        obabo    ``T / (k s)``     ``T`` (exact)
+        ======== ================= =============
 
     Args:
         force: ``-grad U``.
@@ -190,64 +195,6 @@ def kinetic(
             f = acceleration(0.0, x)
             p = decay * torch.add(p, f, alpha=0.5 * step) + spread * draws[2 * k + 1]
     return x, p
-
-
-class OscillatorField(VelocityField):
-    """Force of coupled oscillators on a ring, after the potential of LangevinFlow (arXiv 2507.11531).
-
-        U = 1/2 sum_i [k_i x_i^2 + c_i (x_i - x_(i+1))^2] - x . (W cond),    F = -dU/dx
-
-    Stiffnesses k and couplings c are learned and positive, so U is convex and the dynamics stay bounded. The paper's
-    potential is more general; a ``PotentialField`` of any network can take this field's place.
-
-    Args:
-        dim: D, number of oscillators.
-        cond_dim: C, size of the external drive, 0 for none; W is zero at first.
-    """
-
-    def __init__(self, dim: int, cond_dim: int = 0) -> None:
-        super().__init__(dim, cond_dim)
-        self.log_stiffness = nn.Parameter(torch.zeros(dim))
-        self.log_coupling = nn.Parameter(torch.zeros(dim))
-        self.drive = nn.Parameter(torch.zeros(dim, cond_dim)) if cond_dim else None
-
-    def forward(self, t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Force [B, D] at x [B, D]; the same at all times t."""
-        self.check_state(t, x)
-        self.check_cond(cond)
-        spring = self.log_coupling.exp() * (x.roll(-1, -1) - x)
-        force = spring - spring.roll(1, -1) - self.log_stiffness.exp() * x
-        return force if self.drive is None or cond is None else force + cond @ self.drive.mT
-
-
-class KineticTransition(nn.Module):
-    """Transition of a latent (position, velocity) by BAOAB steps in a learned potential (LangevinFlow).
-
-    Args:
-        force: field of the force, such as an ``OscillatorField`` or a ``PotentialField``.
-        step: step size.
-        friction: initial value; learned, one per dimension.
-        temperature: strength of the noise, positive.
-
-    Raises:
-        ValueError: if friction is not positive; step and temperature are checked at the call.
-    """
-
-    def __init__(self, force: VelocityField, *, step: float, friction: float = 1.0, temperature: float = 1.0) -> None:
-        super().__init__()
-        if not friction > 0:
-            raise ValueError(f"friction must be positive, got {friction}")
-        self.force, self.step, self.temperature = force, step, temperature
-        self.log_friction = nn.Parameter(torch.full((force.dim,), math.log(friction)))
-
-    def forward(
-        self, position: Tensor, velocity: Tensor, noise: Tensor, cond: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Position and velocity, [B, D] each, after the steps for which ``noise`` [steps, B, D] is standard normal."""
-        friction, temperature = self.log_friction.exp(), self.temperature
-        return kinetic(
-            self.force, position, velocity, noise, step=self.step, friction=friction, temperature=temperature, cond=cond
-        )
 
 
 def _check(x: Tensor, noise: Tensor, step: float, temperature: float, preconditioner: Tensor | None) -> None:

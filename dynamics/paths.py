@@ -129,9 +129,6 @@ LINEAR = Path("linear", _fall, _rise)
 TRIG = Path("trig", _cosine, _sine)
 """``cos(pi t / 2) x0 + sin(pi t / 2) x1``: keeps unit variance between independent unit-variance ends."""
 
-BROWNIAN_BRIDGE = brownian_bridge()
-"""``(1 - t) x0 + t x1 + sqrt(t (1 - t)) z``."""
-
 
 def score_from_velocity(path: Path, t: Time, x: Tensor, velocity: Tensor) -> Tensor:
     """Score ``grad log p_t(x)`` of the path's marginal for a source x0 ~ N(0, I) independent of x1.

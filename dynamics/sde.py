@@ -1,4 +1,4 @@
-"""Stochastic flows ``dx = f(t, x, cond) dt + g(t, x) dW`` with diagonal noise: equations, solvers, likelihoods.
+"""Stochastic flows ``dx = f(t, x, cond) dt + g(t, x) dW`` with diagonal noise: equations and solvers.
 
 Every equation here is meant in Ito's sense, whatever the solver. Two of the solvers converge to the Stratonovich
 solution; they are given the drift ``f - (g dg/dx) / 2`` of the same process. For a Stratonovich equation, add
@@ -19,14 +19,11 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .brownian import BrownianGrid
 from .fields import Time
-from .noise import BrownianGrid
-from .ode import FieldLike, bind, check_batch, intervals
-from .paths import LINEAR, Path, score_from_velocity
+from .ode import check_batch, intervals
 
 Drift: TypeAlias = Callable[[Time, Tensor], Tensor]
-Scale: TypeAlias = float | Tensor | Callable[[float], float | Tensor]
-"""A noise level s(t): a constant or a function of time, in units of x / sqrt(time); a number or [D]."""
 
 
 class SDE(nn.Module, abc.ABC):
@@ -53,96 +50,6 @@ class SDE(nn.Module, abc.ABC):
         return product
 
 
-class LangevinSDE(SDE):
-    """``dx = drift dt + s(t) dW``: the Langevin-type class of Stable Neural SDEs (arXiv 2402.14989).
-
-    Args:
-        drift: field or callable ``(t, x, cond) -> [B, D]``; the paper's does not depend on t, this one may.
-        scale: s.
-    """
-
-    additive = True
-
-    def __init__(self, drift: FieldLike, scale: Scale) -> None:
-        super().__init__()
-        self.drift, self.scale = drift, scale
-
-    def bind(self, cond: Tensor | None, times: Sequence[float] = ()) -> Drift:
-        """The drift with cond embedded."""
-        return bind(self.drift, cond, times)
-
-    def diffusion(self, t: float, x: Tensor) -> float | Tensor:
-        """``s(t)``."""
-        return self.scale(t) if callable(self.scale) else self.scale
-
-
-class LinearNoiseSDE(LangevinSDE):
-    """``dx = drift dt + s(t) x dW``: noise that vanishes at the origin (arXiv 2402.14989). Arguments as there."""
-
-    additive = False
-
-    def diffusion(self, t: float, x: Tensor) -> Tensor:
-        """``s(t) x``, [B, D]."""
-        return super().diffusion(t, x) * x
-
-    def correction(self, t: float, x: Tensor) -> Tensor:
-        """``s(t)^2 x``, [B, D]."""
-        return super().diffusion(t, x) ** 2 * x
-
-
-class GeometricSDE(LinearNoiseSDE):
-    """``dx / x = drift dt + s(t) dW``: a start above 0 stays there in continuous time (arXiv 2402.14989)."""
-
-    def bind(self, cond: Tensor | None, times: Sequence[float] = ()) -> Drift:
-        """``x drift``, with cond embedded."""
-        relative = super().bind(cond, times)
-        return lambda t, x: x * relative(t, x)
-
-
-class _InterpolantSDE(SDE):
-    additive = True
-
-    def __init__(self, field: FieldLike, eps: float | Callable[[float], float], path: Path) -> None:
-        super().__init__()
-        self.field, self.eps, self.path = field, eps, path
-
-    def _level(self, t: float) -> float:
-        return self.eps(t) if callable(self.eps) else self.eps
-
-    def bind(self, cond: Tensor | None, times: Sequence[float] = ()) -> Drift:
-        if any(t >= 1 and self._level(t) for t in times):
-            raise ValueError("the score is singular at t = 1; use a solver without a stage there or t1 below 1")
-        velocity = bind(self.field, cond, times)
-
-        def drift(t: Time, x: Tensor) -> Tensor:
-            v, eps = velocity(t, x), self._level(float(t))
-            return torch.add(v, score_from_velocity(self.path, t, x, v), alpha=eps) if eps else v
-
-        return drift
-
-    def diffusion(self, t: float, x: Tensor) -> float:
-        return math.sqrt(2 * self._level(t))
-
-
-def interpolant_sde(field: FieldLike, eps: float | Callable[[float], float], path: Path = LINEAR) -> SDE:
-    """``dx = (v + eps s) dt + sqrt(2 eps) dW``: the flow's marginals at every t, whatever eps (arXiv 2303.08797).
-
-    s is the score that follows from the velocity, for a source N(0, I). It is singular at t = 1: solve with
-    "euler_maruyama" or "sra1", or end earlier.
-
-    Args:
-        field: the flow's marginal velocity ``(t, x, cond) -> v``, such as a trained field.
-        eps: noise level in units of x^2 / time, at least 0 (0: the flow itself), or a function of time.
-        path: a path without noise term.
-
-    Raises:
-        ValueError: if eps is negative.
-    """
-    if not callable(eps) and not eps >= 0:
-        raise ValueError(f"eps must be at least 0, got {eps}")
-    return _InterpolantSDE(field, eps, path)
-
-
 class _Bound(NamedTuple):
     """An equation for one conditioning, in the sense (Ito or Stratonovich) that the solver integrates."""
 
@@ -152,6 +59,8 @@ class _Bound(NamedTuple):
 
 
 _Carry: TypeAlias = tuple[Tensor, ...]  # the state x, then what a solver hands to its next step
+
+
 _Step: TypeAlias = Callable[[_Bound, float, float, _Carry, Tensor, Tensor | None], _Carry]
 
 
@@ -233,17 +142,24 @@ class SDESolver:
 EULER_MARUYAMA = SDESolver("euler_maruyama", 0.5, (0.0,), _euler_step)
 """One drift call per step; order 1 for additive noise (Maruyama 1955)."""
 
+
 MILSTEIN = SDESolver("milstein", 1.0, (0.0,), _milstein_step)
 """One drift call per step and the derivative of g (Milstein 1974)."""
+
 
 STOCHASTIC_HEUN = SDESolver("stochastic_heun", 1.0, (0.0, 1.0), _heun_step, stratonovich=True)
 """Two drift calls per step and, for Ito's drift, the derivative of g; order 2 without noise (Ruemelin 1982)."""
 
+
 REVERSIBLE_HEUN = SDESolver("reversible_heun", 0.5, (0.0, 1.0), _reversible_step, _reversible_start, stratonovich=True)
-"""One drift call per step and one more; algebraically reversible (Kidger et al., arXiv 2105.13493); g as Heun's."""
+"""One drift call per step and one at the start; algebraically reversible (Kidger et al., arXiv 2105.13493).
+
+Like Heun's method it takes the derivative of g where the drift is Ito's."""
+
 
 SRA1 = SDESolver("sra1", 1.5, (0.0, 0.75), _sra1_step, additive_only=True, levy=True)
 """Two drift calls per step, additive noise, with the space-time Levy area (Roessler 2010)."""
+
 
 SDE_SOLVERS: dict[str, SDESolver] = {
     solver.name: solver for solver in (EULER_MARUYAMA, MILSTEIN, STOCHASTIC_HEUN, REVERSIBLE_HEUN, SRA1)
@@ -366,69 +282,3 @@ def _noise(
     if solver.levy and noise.h is None:
         raise ValueError(f"solver {solver.name!r} needs the Levy area, got noise without h; sample it with levy=True")
     return noise
-
-
-def transition_log_prob(
-    sde: SDE, x: Tensor, x_next: Tensor, *, t: float, dt: float, cond: Tensor | None = None
-) -> Tensor:
-    """Log density of the Euler-Maruyama transition, ``N(x + f dt, g^2 dt)``.
-
-    Args:
-        sde: the equation, with g nowhere 0.
-        x: state at t, [B, D].
-        x_next: state at ``t + dt``, [B, D].
-        t: time.
-        dt: size of the step, positive.
-        cond: conditioning, [B, C], or None.
-
-    Returns:
-        Log density [B], in nats, differentiable.
-
-    Raises:
-        ValueError: if dt is not positive or the shapes are not as above.
-    """
-    check_batch(x)
-    if not dt > 0 or x_next.shape != x.shape:
-        raise ValueError(
-            f"dt must be positive and x_next have the shape of x, {list(x.shape)}, got dt={dt} and {list(x_next.shape)}"
-        )
-    deviation = torch.as_tensor(sde.diffusion(t, x), dtype=x.dtype, device=x.device).abs() * math.sqrt(dt)
-    z = (x_next - torch.add(x, sde.bind(cond, (t,))(t, x), alpha=dt)) / deviation
-    return -(0.5 * z.square() + deviation.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
-
-
-def girsanov_kl(
-    sde: SDE, other_drift: FieldLike, path: Tensor, *, cond: Tensor | None = None, t0: float = 0.0, t1: float = 1.0
-) -> Tensor:
-    """Per path, ``1/2 integral |(f - f_other) / g|^2 dt``: its mean over paths of ``sde`` is a KL divergence.
-
-    Namely that of the law of ``sde`` from the law with ``other_drift`` and the *same diffusion* and start (Girsanov's
-    theorem; with another diffusion it is infinite). On Euler-Maruyama paths this is exactly the KL between the two
-    chains. It is the latent cost of a neural SDE, and tells how far two drifts carry a model apart.
-
-    Args:
-        sde: the equation that made the paths, with g nowhere 0.
-        other_drift: field or callable ``(t, x, cond) -> [B, D]``.
-        path: states at equal steps from t0 to t1, [steps + 1, B, D], as from ``sdeint_path``.
-        cond: conditioning of both drifts, [B, C], or None.
-        t0: start time.
-        t1: end time.
-
-    Returns:
-        [B], in nats, differentiable.
-
-    Raises:
-        ValueError: if path is not [steps + 1, B, D] with at least one step, or t1 not above t0.
-    """
-    if path.ndim != 3 or path.shape[0] < 2 or not t1 > t0:
-        raise ValueError(
-            f"path must have shape [steps + 1, B, D] and t1 be above t0, got {list(path.shape)}, t0={t0}, t1={t1}"
-        )
-    course = intervals(path.shape[0] - 1, t0, t1)
-    times = [t for t, _ in course]
-    drift, other = sde.bind(cond, times), bind(other_drift, cond, times)
-    total = path.new_zeros(path.shape[1])
-    for (t, h), x in zip(course, path[:-1].unbind(), strict=True):
-        ratio = (drift(t, x) - other(t, x)) / sde.diffusion(t, x)
-        total = torch.add(total, ratio.square().sum(-1), alpha=0.5 * h)
-    return total

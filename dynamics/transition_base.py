@@ -7,8 +7,8 @@
     y      [M, B, T] normalised target (reward, next_obs - obs) or (reward, next_obs), T = 1 + O
     ====== ========= =========================================================================
 
-A new model says how y follows from x: a loss, a prediction, a sampler and a density. All else is `TransitionModel`'s.
-Randomness comes from the generators passed in, on the data's device; only initial weights from torch's global one.
+A new model says how y follows from x: a loss, a prediction, a sampler and a density. `TransitionModel` does the rest.
+Randomness comes from the generators passed in, on the data's device. Only initial weights come from torch's global one.
 """
 
 from __future__ import annotations
@@ -20,41 +20,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-HOLDOUT_FRACTION, MAX_HOLDOUT = 0.2, 5000
-"""Part of the rows that is held out, and how many at most (MBPO)."""
-
-
-class Normalizer(nn.Module):
-    """Shift and scale to mean 0 and standard deviation 1 per column; the identity before ``fit``."""
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("scale", torch.ones(dim))
-
-    def fit(self, data: Tensor) -> None:
-        """Take mean and standard deviation of data [N, D]; a constant column keeps its unit."""
-        std, mean = torch.std_mean(data.double(), 0, correction=0)
-        self.mean.copy_(mean)
-        self.scale.copy_(torch.where(std > 1e-6 * mean.abs() + 1e-12, std, 1.0))
-
-    def forward(self, data: Tensor) -> Tensor:
-        """Normalise [..., D]."""
-        return (data - self.mean) / self.scale
-
-    def inverse(self, normalised: Tensor) -> Tensor:
-        """Undo ``forward``."""
-        return torch.addcmul(self.mean, normalised, self.scale)
+from .ensemble import Members, Normalizer
+from .holdout import divide_rows
 
 
 @dataclass(frozen=True)
@@ -232,9 +205,10 @@ class TransitionModel(nn.Module, abc.ABC):
     ) -> dict[str, float]:
         """Train until no member's hold-out error falls any more, then restore each member's best weights.
 
-        Goes on from the present weights and optimizer state. Rows are known by their position: those of the former fit
-        stay in the hold-out or in a member's bootstrap sample, new ones are added; fewer rows begin afresh. The
-        hold-out is a uniform sample of all rows, never trained on before; MBPO draws it anew in each fit.
+        Continues from the present weights and optimizer state. Rows are known by their position: pass those of the
+        former fit first and new ones after them. Old rows then stay in the hold-out or in the members' samples (see
+        ``holdout.divide_rows``); with fewer rows than before all are divided anew. The hold-out is a uniform sample of
+        all rows and was never trained on; MBPO draws it anew in each fit.
 
         Args:
             obs: [N, O], N at least 2.
@@ -362,7 +336,7 @@ class TransitionModel(nn.Module, abc.ABC):
             bad = n - int(tensor.view(n, -1).isfinite().all(1).sum())
             if bad:
                 raise ValueError(f"{name}: got {bad} of {n} rows with nan or infinity, expected finite data")
-        self._divide(n, generator)
+        self.holdout_rows, self.member_rows = divide_rows(n, self.holdout_rows, self.member_rows, generator)
         training = torch.ones(n, dtype=torch.bool, device=obs.device).index_fill(0, self.holdout_rows, False)
         self.inputs.fit(inputs[training])
         if self.settings.normalize_targets:
@@ -372,26 +346,6 @@ class TransitionModel(nn.Module, abc.ABC):
         self.high.copy_(seen.amax(0))
         flags = None if terminated is None else terminated.to(self.low)
         return _Data(self.inputs(inputs), self.targets(target), self._after(next_obs, n), flags)
-
-    def _divide(self, n: int, generator: torch.Generator) -> None:
-        """Add rows up to n to the hold-out and to the members' samples.
-
-        As many new rows enter the hold-out as are its share, and chosen at random from it, old ones leave for training
-        where it would grow beyond its size: so it stays a uniform sample.
-        """
-        known = self.holdout_rows.numel() + self.member_rows.shape[1]
-        if n < known:
-            self.holdout_rows, self.member_rows, known = self.holdout_rows[:0], self.member_rows[:, :0], 0
-        size = max(1, min(int(HOLDOUT_FRACTION * n), MAX_HOLDOUT))
-        stay = min(self.holdout_rows.numel(), size * known // n)
-        held = self.holdout_rows[self._permutation(self.holdout_rows.numel(), generator)]
-        new = known + self._permutation(n - known, generator)
-        self.holdout_rows = torch.cat([held[:stay], new[: size - stay]])
-        added = torch.cat([held[stay:], new[size - stay :]])
-        choice = torch.arange(len(added), device=added.device).expand(self.members, -1)
-        if self.members > 1 and len(added):
-            choice = torch.randint(len(added), choice.shape, generator=generator, device=added.device)
-        self.member_rows = torch.cat([self.member_rows, added[choice]], 1)
 
     def _permutation(self, n: int, generator: torch.Generator) -> Tensor:
         return torch.randperm(n, generator=generator, device=self.low.device)
@@ -434,25 +388,6 @@ class TransitionModel(nn.Module, abc.ABC):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class Members(nn.Module):
-    """Multilayer perceptrons side by side, [M, B, I] -> [M, B, O], one batched matrix product per layer.
-
-    SiLU between the layers; initial weights truncated normal with standard deviation ``1 / (2 sqrt(inputs))`` (MBPO).
-    """
-
-    def __init__(self, members: int, widths: Sequence[int]) -> None:
-        super().__init__()
-        if min(widths) < 1:
-            raise ValueError(f"widths must be at least 1, got {tuple(widths)}")
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for i, o in pairwise(widths):
-            std = 0.5 / math.sqrt(i)
-            self.weights.append(nn.init.trunc_normal_(torch.empty(members, i, o), 0.0, std, -2 * std, 2 * std))
-            self.biases.append(torch.zeros(members, 1, o))
-
-    def forward(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Outputs of all members, or of those whose indices are chosen."""
-        for k, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = F.silu(x) if k else x
-            x = torch.baddbmm(bias, x, weight) if chosen is None else torch.baddbmm(bias[chosen], x, weight[chosen])
-        return x
+def standard_normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Standard normal numbers on the generator's device."""
+    return torch.randn(shape, generator=generator, device=generator.device)

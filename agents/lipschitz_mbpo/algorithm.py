@@ -23,7 +23,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import update_learning_rate
 from torch import Tensor
 
-from ...dynamics.regularize import spectral_bound_
+from ...dynamics.lipschitz import spectral_bound_
 from ...dynamics.transition import TRANSITIONS, GaussianTransition
 from ...dynamics.transition_base import TransitionModel, TransitionSettings
 from ...envs.termination import termination_function

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dynamics.regularize import adversarial_states
+from ...dynamics.lipschitz import adversarial_states
 from .replay import Minibatch, SearchNoise
 from .sac import SACPolicy, frozen
 

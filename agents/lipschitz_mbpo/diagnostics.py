@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from ...dynamics.regularize import spectral_norms
+from ...dynamics.lipschitz import spectral_norms
 from ...dynamics.transition_base import TransitionModel
 from .critic_regularizers import adversary, value_gap
 from .replay import Minibatch, SearchNoise, TransitionRing

@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from ...dynamics.brownian import BrownianGrid
 from ...dynamics.fields import VelocityField
-from ...dynamics.noise import BrownianGrid
+from ...dynamics.neural_sde import LangevinSDE, interpolant_sde
 from ...dynamics.ode import bind, time_grid
-from ...dynamics.sde import LangevinSDE, interpolant_sde, sdeint, sdeint_path
+from ...dynamics.sde import sdeint, sdeint_path
 
 
 def langevin_flow(

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from driftrl.dynamics.adaptive import AdaptiveResult, Status, odeint_adaptive
-from driftrl.dynamics.fields import LinearField, MLPField, Time
+from driftrl.dynamics.fields import MLPField, Time
 from driftrl.dynamics.ode import HEUN, RK4, odeint
+from driftrl.dynamics.special_fields import LinearField
 
 F64 = torch.float64
 

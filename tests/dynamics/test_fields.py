@@ -1,12 +1,16 @@
 import copy
+from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
-from driftrl.dynamics.fields import LinearField, MLPField, PotentialField, ResidualField, Time, VelocityField
+from driftrl.dynamics.fields import MLPField, Time, VelocityField
+from driftrl.dynamics.ode import odeint
 
 ACTIVATIONS = {"silu": nn.SiLU(), "mish": nn.Mish(), "tanh": nn.Tanh(), "elu": nn.ELU(), "relu": nn.ReLU()}
 
@@ -38,15 +42,6 @@ class Swirl(VelocityField):
         assert cond is not None
         t = t.reshape(-1) if isinstance(t, Tensor) else t
         return torch.stack([self.gain * x[:, 0] ** 2 * x[:, 1] + t, x[:, 0] * cond[:, 0]], 1)
-
-
-class Quartic(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(0.25, dtype=torch.float64))
-
-    def forward(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        return self.scale * x.square().sum(-1).square()
 
 
 @pytest.mark.parametrize("hidden", [(6,), (7, 5), (4, 6, 5)])
@@ -197,6 +192,133 @@ def test_state_dict_and_deepcopy_round_trip() -> None:
     assert torch.equal(copy.deepcopy(field)(0.3, x, cond), field(0.3, x, cond))
 
 
+CHANGES: dict[str, Callable[[nn.Linear], object]] = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "bias pruned": lambda layer: prune.random_unstructured(layer, "bias", 0.5),
+    "hooked": lambda layer: layer.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],)),
+    "weight norm": parametrizations.weight_norm,
+    "weight norm by hook": nn.utils.weight_norm,
+    "spectral norm by hook": lambda layer: nn.utils.spectral_norm(layer).eval(),
+    "spectral norm": lambda layer: parametrizations.spectral_norm(layer).eval(),  # training moves its vectors
+}
+
+
+def layers(field: MLPField) -> list[nn.Linear]:
+    return [*field.layers, field.output]
+
+
+@pytest.mark.parametrize("hidden", [(7,), (7, 5), (7, 5, 4)])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+def test_changed_layers_count_in_velocity_divergence_and_jacobian(change: str, hidden: tuple[int, ...]) -> None:
+    """Against the layers called one after the other and differentiated automatically, before and after a new weight."""
+    field, x, cond, t = mlp(hidden=hidden), rand(4, 3), rand(4, 2, seed=1), 0.3
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for layer in layers(field):
+            CHANGES[change](layer)
+
+    def called(y: Tensor) -> Tensor:
+        h = field.embed(cond, (t,)).by_time[t] + y @ field.x_weight.t()
+        for layer in layers(field):
+            h = layer(nn.functional.silu(h))
+        return h
+
+    for _ in range(2):
+        rows = torch.func.jacrev(lambda y: called(y).sum(0))(x).movedim(1, 0)
+        velocity = called(x)
+        for ours in (field(t, x, cond), field.forward_embedded(t, x, field.embed(cond, (t,)))):
+            torch.testing.assert_close(ours, velocity, rtol=1e-12, atol=1e-13)
+        (v, jacobian), (v_trace, trace) = field.jacobian(t, x, cond), field.divergence(t, x, cond)
+        torch.testing.assert_close(torch.stack([v, v_trace]), velocity.expand(2, -1, -1), rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(jacobian, rows, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(trace, torch.einsum("bii->b", rows), rtol=1e-12, atol=1e-13)
+        with torch.no_grad():
+            for p in field.parameters():
+                p.mul_(1.1)
+
+
+@pytest.mark.parametrize("change", ["pruned", "weight norm", "spectral norm"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_through_a_solver_moves_a_changed_layer(change: str, compiled: bool) -> None:
+    field, x, cond = mlp(hidden=(7, 5)), rand(4, 3), rand(4, 2, seed=1)
+    layer = field.layers[0]
+    if change == "spectral norm":
+        parametrizations.spectral_norm(layer)  # in training mode
+    else:
+        CHANGES[change](layer)
+    zeros = layer.weight == 0
+    assert int(zeros.sum()) == (18 if change == "pruned" else 0)  # half of 7 * 5, rounded to an even number
+    optimizer = torch.optim.SGD(field.parameters(), 0.1)
+    torch.compiler.reset()
+    solve = torch.compile(odeint, fullgraph=True, backend="eager") if compiled else odeint
+    seen = [layer.weight.detach().clone()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        solve(field, x, steps=2, solver="euler", cond=cond).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            odeint(field, x, steps=1, cond=cond)  # has the layer compute its weight
+        seen.append(layer.weight.detach().clone())
+    for before, after in pairwise(seen):
+        assert torch.equal(after == 0, zeros)
+        assert ((after != before) | zeros).all()
+
+
+@pytest.mark.parametrize("quantity", ["jacobian", "divergence"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_derivatives_of_a_pruned_field_train_what_is_left(quantity: str, compiled: bool) -> None:
+    """The gradient is that of a field with the same zeros, without those on the zeros."""
+    field, twin, x, cond = mlp(), mlp(), rand(4, 3), rand(4, 2, seed=1)
+    layer = field.layers[0]
+    prune.l1_unstructured(layer, "weight", 0.5)
+    with torch.no_grad():
+        twin.layers[0].weight.copy_(layer.weight)
+    torch.compiler.reset()
+    for each in (field, twin):
+        derive = getattr(each, quantity)
+        if compiled:
+            derive = torch.compile(derive, fullgraph=True, backend="aot_eager")
+        for _ in range(2):  # a second backward pass needs a weight computed anew
+            derive(0.3, x, cond)[1].square().sum().backward()
+    original = layer.get_parameter("weight_orig")
+    assert twin.layers[0].weight.grad is not None
+    torch.testing.assert_close(original.grad, twin.layers[0].weight.grad * layer.get_buffer("weight_mask"))
+    torch.testing.assert_close(field.x_weight.grad, twin.x_weight.grad)
+
+
+@pytest.mark.parametrize(
+    ("change", "called"),
+    [("none", False), ("weight norm", False), ("pruned", False), ("hooked", True), ("own forward", True)],
+)
+def test_only_layers_that_need_it_are_called_compiled_or_not(change: str, called: bool) -> None:
+    field, cond = mlp(), rand(4, 2)
+    if change == "own forward":
+        field.output.forward = torch.sin  # type: ignore[method-assign]
+    elif change != "none":
+        CHANGES[change](field.layers[0])
+
+    def is_called(cond: Tensor) -> Tensor:
+        return torch.zeros(1) + (field.embed(cond).rest is None)
+
+    torch.compiler.reset()
+    for each in (is_called, torch.compile(is_called, fullgraph=True, backend="eager")):
+        assert each(cond).item() == called
+
+
+def test_a_replaced_layer_is_called() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 3 * super().forward(input)
+
+    field, x, cond = mlp(), rand(4, 3), rand(4, 2, seed=1)
+    before, scaled = field(0.3, x, cond), Scaled(5, 3).double()
+    scaled.load_state_dict(field.output.state_dict())
+    field.output = scaled
+    for ours in (field(0.3, x, cond), field.forward_embedded(0.3, x, field.embed(cond))):
+        torch.testing.assert_close(ours, 3 * before, rtol=0, atol=1e-13)
+
+
 def test_default_derivatives_of_a_field_with_forward_only() -> None:
     field, x, cond = Swirl(), rand(5, 2), rand(5, 1, seed=1)
     t = torch.linspace(0, 1, 5, dtype=torch.float64)
@@ -214,43 +336,6 @@ def test_default_derivatives_of_a_field_with_forward_only() -> None:
         torch.testing.assert_close(field.divergence(t, x, cond)[1], trace.detach())
 
 
-def test_linear_field() -> None:
-    matrix, offset, x = rand(3, 3), rand(3, seed=1), rand(4, 3, seed=2)
-    field = LinearField(matrix, offset)
-    v, jacobian = field.jacobian(0.0, x)
-    torch.testing.assert_close(v, torch.stack([matrix @ row + offset for row in x]))
-    torch.testing.assert_close(jacobian[2], matrix)
-    torch.testing.assert_close(field.divergence(0.0, x)[1], matrix.trace().expand(4))
-    assert set(field.state_dict()) == {"matrix", "offset"}
-
-
-def test_residual_field_is_the_sum() -> None:
-    known, learned = LinearField(rand(3, 3)), mlp()
-    field = ResidualField(known, learned)
-    x, cond, t = rand(4, 3, seed=1), rand(4, 2), 0.3
-    assert field.cond_dim == 2
-    torch.testing.assert_close(field(t, x, cond), known(t, x) + learned(t, x, cond))
-    v, trace = field.divergence(t, x, cond)
-    torch.testing.assert_close(v, known(t, x) + learned(t, x, cond))
-    torch.testing.assert_close(trace, known.matrix.trace() + learned.divergence(t, x, cond)[1])
-    v, jacobian = field.jacobian(t, x, cond)
-    torch.testing.assert_close(v, known(t, x) + learned(t, x, cond))
-    torch.testing.assert_close(jacobian, known.matrix + learned.jacobian(t, x, cond)[1])
-
-
-def test_potential_field_is_minus_the_gradient_with_and_without_grad() -> None:
-    potential = Quartic()
-    field, x = PotentialField(potential, 3), rand(4, 3)
-    square = x.square().sum(-1, keepdim=True)
-    with torch.no_grad():
-        torch.testing.assert_close(field(0.0, x), -square * x)
-    _, jacobian = field.jacobian(0.0, x)
-    torch.testing.assert_close(jacobian, -(square[..., None] * torch.eye(3) + 2 * x[:, :, None] * x[:, None, :]))
-    (gradient,) = torch.autograd.grad(field(0.0, x).sum(), potential.scale)
-    torch.testing.assert_close(gradient, (-4 * square * x).sum())
-    assert torch.autograd.gradcheck(lambda y: field(0.0, y), (x.clone().requires_grad_(),))
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -260,10 +345,6 @@ def test_potential_field_is_minus_the_gradient_with_and_without_grad() -> None:
         (lambda: MLPField(1, hidden=(4, 0)), "hidden must hold at least one width"),
         (lambda: MLPField(1, activation="gelu"), "activation must be one of .*got 'gelu'"),
         (lambda: MLPField(1, time_features=0), "time_features must be at least 1"),
-        (lambda: LinearField(torch.zeros(2, 3)), r"matrix must have shape \[D, D\], got \[2, 3\]"),
-        (lambda: LinearField(torch.eye(2), torch.zeros(3)), r"offset must have shape \[2\], got \[3\]"),
-        (lambda: ResidualField(MLPField(2), MLPField(3)), "equal dim, got 2 and 3"),
-        (lambda: ResidualField(MLPField(2, 1), MLPField(2, 3)), "equal cond_dim, or 0, got 1 and 3"),
     ],
 )
 def test_bad_construction_is_refused(build: object, message: str) -> None:
@@ -271,9 +352,8 @@ def test_bad_construction_is_refused(build: object, message: str) -> None:
         build()  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("field", [MLPField(3, 2), ResidualField(LinearField(torch.eye(3)), MLPField(3, 2))])
-def test_bad_inputs_are_refused(field: VelocityField) -> None:
-    x, cond = torch.zeros(4, 3), torch.zeros(4, 2)
+def test_bad_inputs_are_refused() -> None:
+    field, x, cond = MLPField(3, 2), torch.zeros(4, 3), torch.zeros(4, 2)
     for bad_x in (torch.zeros(3), torch.zeros(4, 2), torch.zeros(1, 4, 3)):
         with pytest.raises(ValueError, match=r"x must have shape \[B, 3\], got"):
             field(0.0, bad_x, cond)
@@ -288,16 +368,6 @@ def test_bad_inputs_are_refused(field: VelocityField) -> None:
         field(0.0, x, torch.zeros(3, 2))
 
 
-@pytest.mark.parametrize("field", [MLPField(3), LinearField(torch.eye(3)), PotentialField(Quartic(), 3)])
-def test_unexpected_conditioning_is_refused(field: VelocityField) -> None:
+def test_unexpected_conditioning_is_refused() -> None:
     with pytest.raises(ValueError, match=r"cond must be None, got shape \[4, 2\]"):
-        field(0.0, torch.zeros(4, 3), torch.zeros(4, 2))
-
-
-def test_potential_of_wrong_shape_is_refused() -> None:
-    class Column(nn.Module):
-        def forward(self, x: Tensor, cond: Tensor | None) -> Tensor:
-            return x[:, :1]
-
-    with pytest.raises(ValueError, match=r"potential must return shape \[4\], got \[4, 1\]"):
-        PotentialField(Column(), 3)(0.0, torch.zeros(4, 3))
+        MLPField(3)(0.0, torch.zeros(4, 3), torch.zeros(4, 2))

@@ -7,8 +7,10 @@ from scipy import stats
 from scipy.linalg import solve_discrete_lyapunov
 from torch import Tensor, nn
 
-from driftrl.dynamics.fields import LinearField, PotentialField, Time
-from driftrl.dynamics.langevin import KineticTransition, OscillatorField, kinetic, mala, overdamped
+from driftrl.dynamics.fields import Time
+from driftrl.dynamics.langevin import kinetic, mala, overdamped
+from driftrl.dynamics.langevin_flow import KineticTransition, OscillatorField
+from driftrl.dynamics.special_fields import LinearField, PotentialField
 
 F64 = torch.float64
 Scheme = Literal["baoab", "obabo"]

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from driftrl.dynamics.fields import LinearField, MLPField, PotentialField, ResidualField, Time, VelocityField
+from driftrl.dynamics.fields import MLPField, Time, VelocityField
 from driftrl.dynamics.likelihood import Mode, flow_log_prob, flow_push, standard_normal_log_prob
 from driftrl.dynamics.ode import SOLVERS, odeint
+from driftrl.dynamics.special_fields import LinearField, PotentialField, ResidualField
 
 F64 = torch.float64
 NAMES = sorted(SOLVERS)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from driftrl.dynamics.fields import LinearField, MLPField, ResidualField, Time
+from driftrl.dynamics.fields import MLPField, Time
 from driftrl.dynamics.ode import (
     DOPRI5,
     EULER,
@@ -21,13 +21,15 @@ from driftrl.dynamics.ode import (
     error_estimate,
     odeint,
     odeint_path,
-    odeint_reversible,
-    rk_step,
     stage_slopes,
     time_grid,
 )
+from driftrl.dynamics.reversible import odeint_reversible
+from driftrl.dynamics.special_fields import LinearField, ResidualField
 
 F64 = torch.float64
+
+
 NAMES = sorted(SOLVERS)
 
 
@@ -69,7 +71,8 @@ def test_one_linear_step_is_the_truncated_exponential(name: str) -> None:
     for k in range(1, SOLVERS[name].order + 1):
         power = power @ (h * matrix) / k
         step = step + power
-    torch.testing.assert_close(rk_step(LinearField(matrix), SOLVERS[name], 0.0, h, x0), x0 @ step.T, rtol=0, atol=1e-14)
+    end = odeint(LinearField(matrix), x0, steps=1, solver=name, t1=h)
+    torch.testing.assert_close(end, x0 @ step.T, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("tableau", [*SOLVERS.values(), DOPRI5], ids=lambda tableau: tableau.name)
@@ -126,7 +129,8 @@ def test_path_passes_through_every_step() -> None:
     assert torch.equal(path[-1], odeint(field, x, steps=5, solver="rk4", cond=cond))
     times = time_grid(5, EULER)
     for k, (t, t_next) in enumerate(pairwise(times)):
-        torch.testing.assert_close(path[k + 1], rk_step(field, SOLVERS["rk4"], t, t_next - t, path[k], cond))
+        end = odeint(field, path[k], steps=1, solver="rk4", cond=cond, t0=t, t1=t_next)
+        torch.testing.assert_close(path[k + 1], end)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -230,7 +234,7 @@ def test_one_linear_dopri5_step_in_closed_form() -> None:
     embedded = sum((powers[k] / math.factorial(k) for k in range(5)), powers[5] * 1097 / 120000)
     embedded = embedded + powers[6] * 161 / 120000 + powers[7] / 24000
     field = LinearField(matrix)
-    end = rk_step(field, DOPRI5, 0.0, h, x)
+    end = odeint(field, x, steps=1, solver=DOPRI5, t1=h)
     torch.testing.assert_close(end, x @ step.T, rtol=0, atol=1e-13)
     slopes = [*stage_slopes(bind(field, None), DOPRI5, 0.0, h, x), field(h, end)]
     torch.testing.assert_close(error_estimate(DOPRI5, h, slopes), x @ (step - embedded).T, rtol=0, atol=1e-13)
@@ -239,85 +243,9 @@ def test_one_linear_dopri5_step_in_closed_form() -> None:
 def test_heun_error_is_its_difference_from_euler() -> None:
     x = rand(4, 1).abs()
     slopes = stage_slopes(bind(riccati, None), HEUN, 0.2, 0.1, x)
-    expected = rk_step(riccati, HEUN, 0.2, 0.1, x) - rk_step(riccati, EULER, 0.2, 0.1, x)
+    ends = [odeint(riccati, x, steps=1, solver=solver, t0=0.2, t1=0.3) for solver in (HEUN, EULER)]
+    expected = ends[0] - ends[1]
     torch.testing.assert_close(error_estimate(HEUN, 0.1, slopes), expected, rtol=0, atol=1e-15)
-
-
-@pytest.mark.parametrize("solver", [*SOLVERS.values(), DOPRI5], ids=lambda tableau: tableau.name)
-def test_reversible_form_keeps_the_order(solver: Tableau) -> None:
-    matrix, x0 = 0.5 * rand(3, 3), rand(4, 3, seed=1)
-    exact = x0 @ torch.linalg.matrix_exp(matrix).T
-    field = LinearField(matrix)
-    errors = [(odeint_reversible(field, x0, steps=n, solver=solver) - exact).abs().max().item() for n in (8, 16)]
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(solver.order, abs=0.2)
-
-
-def test_reversible_euler_is_the_papers_recursion() -> None:
-    # x' = x: psi_h(x) = h x, so both states are multiples of x0 by the recursion on numbers.
-    y, z, h, c = 1.0, 1.0, 0.25, 0.9
-    for _ in range(4):
-        y = c * y + (1 - c) * z + h * z
-        z = z - (-h * y)
-    end = odeint_reversible(LinearField(torch.eye(1, dtype=F64)), rand(3, 1), steps=4, solver="euler", coupling=c)
-    torch.testing.assert_close(end, y * rand(3, 1), rtol=0, atol=1e-14)
-
-
-@pytest.mark.parametrize("solver", ["euler", "midpoint", DOPRI5], ids=str)
-@pytest.mark.parametrize("coupling", [0.9, 1.0])
-def test_reversible_gradient_equals_the_direct_one(solver: Tableau | str, coupling: float) -> None:
-    matrix = rand(3, 3).requires_grad_()  # a buffer that is differentiated
-    field = ResidualField(LinearField(matrix), mlp())
-    x, cond = rand(4, 3).requires_grad_(), rand(1, 2, seed=1).requires_grad_()
-    inputs = (x, cond, matrix, *field.parameters())
-    gradients = []
-    for gradient in ("reversible", "direct"):
-        end = odeint_reversible(
-            field, x, steps=30, solver=solver, cond=cond, t0=0.9, t1=0.1, coupling=coupling, gradient=gradient
-        )
-        gradients.append((end.detach(), *torch.autograd.grad(end.square().sum(), inputs)))
-    for ours, direct in zip(*gradients, strict=True):
-        # Rounding of 30 steps, grown by at most 0.9^-30 = 24 on the way back.
-        torch.testing.assert_close(ours, direct, rtol=1e-11, atol=1e-11)
-
-
-def test_reversible_gradient_against_finite_differences() -> None:
-    field = mlp(hidden=(4,))
-
-    def run(x: Tensor, cond: Tensor, *parameters: Tensor) -> Tensor:
-        return odeint_reversible(field, x, steps=3, cond=cond)
-
-    inputs = (rand(2, 3).requires_grad_(), rand(2, 2, seed=1).requires_grad_(), *field.parameters())
-    assert torch.autograd.gradcheck(run, inputs)
-
-
-def test_memory_of_the_reversible_gradient_does_not_grow_with_the_steps() -> None:
-    field, x, cond = mlp(), rand(4, 3).requires_grad_(), rand(4, 2)
-
-    def saved(steps: int, gradient: Any) -> int:
-        numbers = 0
-
-        def pack(tensor: Tensor) -> Tensor:
-            nonlocal numbers
-            numbers += tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            odeint_reversible(field, x, steps=steps, cond=cond, gradient=gradient)
-        return numbers
-
-    assert saved(3, "reversible") == saved(48, "reversible") < saved(3, "direct")
-    assert saved(48, "direct") > 8 * saved(3, "direct")
-
-
-def test_reversible_gradient_goes_only_where_it_is_wanted() -> None:
-    field, x, cond = mlp(), rand(4, 3), rand(4, 2).requires_grad_()
-    field.requires_grad_(False)
-    odeint_reversible(field, x, steps=3, cond=cond).sum().backward()
-    assert cond.grad is not None and cond.grad.abs().min() > 0
-    assert all(p.grad is None for p in field.parameters())
-    with torch.no_grad():
-        assert not odeint_reversible(field, x, steps=3, cond=cond).requires_grad
-    assert not odeint_reversible(field, x, steps=3, cond=cond.detach()).requires_grad
 
 
 @pytest.mark.gpu
@@ -327,19 +255,6 @@ def test_gpu_equals_cpu() -> None:
     field, x, cond = field.cuda(), x.cuda(), cond.cuda()
     theirs = [odeint(field, x, steps=4, solver=DOPRI5, cond=cond), odeint_reversible(field, x, steps=4, cond=cond)]
     torch.testing.assert_close([end.cpu() for end in theirs], ends, rtol=0, atol=1e-12)
-
-
-def test_bad_arguments_of_the_reversible_form_are_refused() -> None:
-    field, x = LinearField(torch.eye(2)), torch.zeros(4, 2)
-    with pytest.raises(ValueError, match=r"field must be a VelocityField.*got function"):
-        odeint_reversible(lambda t, y, cond: y, x, steps=1)  # type: ignore[arg-type]
-    for coupling in (0.0, 1.1):
-        with pytest.raises(ValueError, match=rf"coupling must lie in \(0, 1\], got {coupling}"):
-            odeint_reversible(field, x, steps=1, coupling=coupling)
-    with pytest.raises(ValueError, match="gradient must be 'reversible' or 'direct', got 'adjoint'"):
-        odeint_reversible(field, x, steps=1, gradient="adjoint")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        odeint_reversible(field, x, steps=0)
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -7,10 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from driftrl.dynamics.fields import LinearField, Time
+from driftrl.dynamics.fields import Time
 from driftrl.dynamics.ode import odeint
 from driftrl.dynamics.paths import (
-    BROWNIAN_BRIDGE,
     LINEAR,
     TRIG,
     Path,
@@ -18,9 +17,10 @@ from driftrl.dynamics.paths import (
     flow_matching_loss,
     score_from_velocity,
 )
+from driftrl.dynamics.special_fields import LinearField
 
 F64 = torch.float64
-PATHS = [LINEAR, TRIG, BROWNIAN_BRIDGE, brownian_bridge(0.3)]
+PATHS = [LINEAR, TRIG, brownian_bridge(), brownian_bridge(0.3)]
 # (a, b, a', b') at t, written down independently of the package.
 WEIGHTS: dict[str, Callable[[float], tuple[float, float, float, float]]] = {
     "linear": lambda t: (1 - t, t, -1.0, 1.0),
@@ -110,7 +110,7 @@ def test_loss_passes_conditioning_and_noise() -> None:
         assert cond is not None
         return x + cond
 
-    loss = flow_matching_loss(shifted, BROWNIAN_BRIDGE, x0, x1, t, cond, z)
+    loss = flow_matching_loss(shifted, brownian_bridge(), x0, x1, t, cond, z)
     expected = ((x0 + x1 + z) / 2 + cond - (x1 - x0)).square().sum(1)
     torch.testing.assert_close(loss, expected)
 
@@ -145,12 +145,12 @@ def test_bad_arguments_are_refused() -> None:
         with pytest.raises(ValueError, match="path 'linear' has no noise term, got z"):
             method(0.5, x, x, x)
     with pytest.raises(ValueError, match=r"same shape \[B, D\], got \[\[4, 2\], \[4, 2\], \[1, 2\]\]"):
-        BROWNIAN_BRIDGE.sample(0.5, x, x, torch.zeros(1, 2))
+        brownian_bridge().sample(0.5, x, x, torch.zeros(1, 2))
     with pytest.raises(ValueError, match="path 'brownian_bridge' has a noise term, got z=None"):
-        BROWNIAN_BRIDGE.sample(0.5, x, x)
+        brownian_bridge().sample(0.5, x, x)
     with pytest.raises(ValueError, match=r"scale must be positive, got 0\.0"):
         brownian_bridge(0.0)
     with pytest.raises(ValueError, match="path 'brownian_bridge' has a noise term"):
-        score_from_velocity(BROWNIAN_BRIDGE, 0.5, x, x)
+        score_from_velocity(brownian_bridge(), 0.5, x, x)
     with pytest.raises(ValueError, match=r"same shape \[B, D\], got \[4, 2\] and \[4, 1\]"):
         score_from_velocity(LINEAR, 0.5, x, x[:, :1])

@@ -4,29 +4,22 @@ from typing import Any
 
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor
 
-from driftrl.dynamics.fields import LinearField, MLPField, Time
-from driftrl.dynamics.noise import BrownianGrid, BrownianTree
+from driftrl.dynamics.brownian import BrownianGrid
+from driftrl.dynamics.brownian_tree import BrownianTree
+from driftrl.dynamics.fields import MLPField, Time
+from driftrl.dynamics.neural_sde import GeometricSDE, LangevinSDE, LinearNoiseSDE, interpolant_sde
 from driftrl.dynamics.ode import odeint
-from driftrl.dynamics.paths import LINEAR, TRIG, Path
-from driftrl.dynamics.sde import (
-    SDE,
-    SDE_SOLVERS,
-    Drift,
-    GeometricSDE,
-    LangevinSDE,
-    LinearNoiseSDE,
-    girsanov_kl,
-    interpolant_sde,
-    sdeint,
-    sdeint_path,
-    transition_log_prob,
-)
+from driftrl.dynamics.sde import SDE, SDE_SOLVERS, Drift, sdeint, sdeint_path
+from driftrl.dynamics.special_fields import LinearField
 
 F64 = torch.float64
+
+
 NAMES = sorted(SDE_SOLVERS)
+
+
 DIAGONAL = [name for name in NAMES if not SDE_SOLVERS[name].additive_only]
 
 
@@ -183,8 +176,6 @@ def test_solvers_without_noise_are_those_of_the_ode() -> None:
 def test_correction_by_a_backward_pass() -> None:
     x = rand(5, 3)
     torch.testing.assert_close(SineNoise().correction(0.0, x), torch.sin(x) * torch.cos(x))
-    sde = LinearNoiseSDE(lambda t, x, cond: x, lambda t: 0.3 + t)
-    torch.testing.assert_close(sde.correction(0.5, x), SDE.correction(sde, 0.5, x))
 
 
 def test_milstein_and_heun_agree_on_nonlinear_noise() -> None:
@@ -214,85 +205,6 @@ def test_reversible_heun_is_reversible() -> None:
     for (equation, t, h, before, w, _), after in seen:
         for old, new in zip(before, solver.step(equation, t + h, -h, after, -w, None), strict=True):
             torch.testing.assert_close(new, old, rtol=0, atol=1e-13)
-
-
-# x0 ~ N(0, 1), x1 ~ N(m, s^2) independent: every marginal is N(b m, a^2 + b^2 s^2), the velocity a linear regression.
-WEIGHTS: dict[str, Callable[[float], tuple[float, float, float, float]]] = {
-    "linear": lambda t: (1 - t, t, -1.0, 1.0),
-    "trig": lambda t: (
-        math.cos(math.pi * t / 2),
-        math.sin(math.pi * t / 2),
-        -math.pi / 2 * math.sin(math.pi * t / 2),
-        math.pi / 2 * math.cos(math.pi * t / 2),
-    ),
-}
-
-
-@pytest.mark.parametrize("path", [LINEAR, TRIG], ids=lambda p: p.name)
-@pytest.mark.parametrize("eps", [0.0, 0.5, 2.0, lambda t: 1 - t], ids=["0", "0.5", "2", "1-t"])
-def test_interpolant_sde_has_the_marginals_of_the_flow(path: Path, eps: float | Callable[[float], float]) -> None:
-    mean, s = 1.5, 0.6
-
-    def velocity(t: Time, x: Tensor, cond: Tensor | None) -> Tensor:
-        a, b, da, db = WEIGHTS[path.name](float(t))
-        return db * mean + (da * a + db * b * s**2) / (a**2 + b**2 * s**2) * (x - b * mean)
-
-    sde = interpolant_sde(velocity, eps, path)
-    for t1 in (0.5, 1.0):
-        a, b, *_ = WEIGHTS[path.name](t1)
-        errors = []
-        for steps in (100, 200):
-            factor, shift, variance = moments(sde, steps, "euler_maruyama", t1)
-            error = (shift - b * mean, factor**2 + variance - (a**2 + b**2 * s**2))
-            errors.append(max(map(abs, error)))
-        assert errors[1] < 0.04  # Euler's first-order error at 200 steps, which halves with the step:
-        assert errors[1] < 0.6 * errors[0]
-
-
-def test_interpolant_sde_without_noise_is_the_flow() -> None:
-    field, x, cond = mlp(), rand(4, 3), rand(4, 2, seed=1)
-    ours = sdeint(interpolant_sde(field, 0.0), x, steps=5, noise=grid(5, 4, 3), cond=cond, solver="stochastic_heun")
-    torch.testing.assert_close(ours, odeint(field, x, steps=5, solver="heun", cond=cond), rtol=0, atol=1e-13)
-
-
-def test_transition_density_against_scipy() -> None:
-    x, y, s = rand(5, 2), rand(5, 2, seed=1), torch.tensor([0.5, -2.0], dtype=F64)
-    drift = LinearField(rand(2, 2, seed=2))
-    ours = transition_log_prob(LangevinSDE(drift, s), x, y, t=0.3, dt=0.1)
-    expected = stats.norm.logpdf(y, x + 0.1 * x @ drift.matrix.detach().T, 0.1**0.5 * s.abs()).sum(1)
-    torch.testing.assert_close(ours, torch.as_tensor(expected))
-    # noise that depends on state and time
-    geometric = GeometricSDE(lambda t, x, cond: torch.full_like(x, 0.4), lambda t: 1 + t)
-    expected = stats.norm.logpdf(y, x * 1.04, 0.1**0.5 * 1.3 * x.abs()).sum(1)
-    torch.testing.assert_close(transition_log_prob(geometric, x, y, t=0.3, dt=0.1), torch.as_tensor(expected))
-
-
-def test_girsanov_kl_of_constant_drifts() -> None:
-    """Brownian motions with drifts u and v: KL = |(u - v) / s|^2 T / 2 on every path."""
-    path, s = grid(5, 3, 2, t1=2.0).path(), torch.tensor([0.5, 2.0], dtype=F64)
-    sde = LangevinSDE(lambda t, x, cond: torch.full_like(x, 1.0), s)
-    kl = girsanov_kl(sde, lambda t, x, cond: torch.full_like(x, -0.5), path, t1=2.0)
-    expected = 0.5 * 2.0 * (1.5**2 / 0.5**2 + 1.5**2 / 2.0**2)
-    torch.testing.assert_close(kl, torch.full((3,), expected, dtype=F64))
-
-
-def test_girsanov_kl_is_the_mean_log_ratio_of_the_transitions() -> None:
-    sde = LinearNoiseSDE(lambda t, x, cond: -x, lambda t: 0.5 + t)
-    other = LinearNoiseSDE(lambda t, x, cond: torch.sin(x) + t, lambda t: 0.5 + t)
-    assert not isinstance(other.drift, torch.nn.Module)
-    x = 2 + rand(20_000, 1).abs()
-    path = sdeint_path(sde, x, steps=4, noise=grid(4, 20_000, 1))
-    kl = girsanov_kl(sde, other.drift, path)
-    log_ratio = torch.stack(
-        [
-            transition_log_prob(sde, path[k], path[k + 1], t=k / 4, dt=0.25)
-            - transition_log_prob(other, path[k], path[k + 1], t=k / 4, dt=0.25)
-            for k in range(4)
-        ]
-    ).sum(0)
-    difference = log_ratio - kl
-    assert abs(difference.mean()) < 5 * difference.std() / math.sqrt(len(x))  # 5 standard errors
-    assert kl.mean() > 10 * difference.std() / math.sqrt(len(x))  # else the comparison would be empty
 
 
 def test_path_passes_through_every_step() -> None:
@@ -339,20 +251,6 @@ def test_gradients_against_finite_differences(solver: str) -> None:
 
     tensors = (rand(2, 3), rand(2, 2, seed=1), scale, noise.w, noise.h)
     assert torch.autograd.gradcheck(run, (*(v.detach().requires_grad_() for v in tensors), field.output.bias))
-
-
-def test_gradients_of_likelihoods_against_finite_differences() -> None:
-    sde = LinearNoiseSDE(lambda t, x, cond: torch.sin(x), 0.7)
-    x, y = (1 + rand(2, 3, seed=seed).abs() for seed in (0, 1))
-
-    def density(x: Tensor, y: Tensor) -> Tensor:
-        return transition_log_prob(sde, x, y, t=0.0, dt=0.1)
-
-    def kl(x: Tensor, y: Tensor) -> Tensor:
-        return girsanov_kl(sde, lambda t, x, cond: x * x, torch.stack([x, y, x]))
-
-    for function in (density, kl):
-        assert torch.autograd.gradcheck(function, (x.requires_grad_(), y.requires_grad_()))
 
 
 @pytest.mark.parametrize("solver", NAMES)
@@ -459,13 +357,3 @@ def test_bad_arguments_are_refused() -> None:
             run(noise=BrownianGrid(0.5, good.w.to("meta")))
         with pytest.raises(ValueError, match=r"noise must have dt = \(t1 - t0\) / steps = 1\.0, got 0\.5"):
             run(t1=2.0)
-    with pytest.raises(ValueError, match=r"eps must be at least 0, got -1\.0"):
-        interpolant_sde(lambda t, x, cond: x, -1.0)
-    with pytest.raises(ValueError, match="the score is singular at t = 1"):
-        sdeint(interpolant_sde(lambda t, x, cond: x, 1.0), x, steps=2, noise=good, solver="stochastic_heun")
-    with pytest.raises(ValueError, match=r"dt must be positive .* \[4, 2\], got dt=0\.0"):
-        transition_log_prob(sde, x, x, t=0.0, dt=0.0)
-    with pytest.raises(ValueError, match=r"x_next have the shape of x, \[4, 2\], got dt=1\.0 and \[4, 1\]"):
-        transition_log_prob(sde, x, x[:, :1], t=0.0, dt=1.0)
-    with pytest.raises(ValueError, match=r"path must have shape \[steps \+ 1, B, D\] .*got \[4, 2\]"):
-        girsanov_kl(sde, lambda t, x, cond: x, x)

@@ -21,7 +21,7 @@ from driftrl.agents.lipschitz_mbpo.critic_regularizers import adversary, value_g
 from driftrl.agents.lipschitz_mbpo.diagnostics import model_diagnostics, value_diagnostics
 from driftrl.agents.lipschitz_mbpo.replay import Minibatch, SearchNoise
 from driftrl.agents.registry import AGENTS
-from driftrl.dynamics.regularize import spectral_norms
+from driftrl.dynamics.lipschitz import spectral_norms
 from driftrl.envs import make_vec
 
 SMALL: dict[str, Any] = {

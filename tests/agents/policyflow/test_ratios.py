@@ -13,7 +13,8 @@ from driftrl.agents.policyflow.other_ratios import EndpointRatio
 from driftrl.agents.policyflow.policy import FlowActor, FlowNoise, FlowSample
 from driftrl.agents.policyflow.ratios import InterpolationRatio, Ratio, draw_epoch, quadrature, record_references
 from driftrl.agents.policyflow.rollout import Chord, PastNoise, Samples
-from driftrl.dynamics import LinearField, ResidualField, VelocityField
+from driftrl.dynamics import VelocityField
+from driftrl.dynamics.special_fields import LinearField, ResidualField
 
 OBS_DIM, ACTION_DIM = 3, 2
 RATIOS: dict[str, type[Ratio]] = {"interpolation": InterpolationRatio, "endpoint": EndpointRatio}

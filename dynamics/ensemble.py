@@ -1,0 +1,61 @@
+"""Parts of learned models: networks side by side, and the normalisation of what goes in and out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Members(nn.Module):
+    """Multilayer perceptrons side by side, [M, B, I] -> [M, B, O], one batched matrix product per layer.
+
+    SiLU between the layers; initial weights truncated normal with standard deviation ``1 / (2 sqrt(inputs))`` (MBPO).
+    """
+
+    def __init__(self, members: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        if min(widths) < 1:
+            raise ValueError(f"widths must be at least 1, got {tuple(widths)}")
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for i, o in pairwise(widths):
+            std = 0.5 / math.sqrt(i)
+            self.weights.append(nn.init.trunc_normal_(torch.empty(members, i, o), 0.0, std, -2 * std, 2 * std))
+            self.biases.append(torch.zeros(members, 1, o))
+
+    def forward(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Outputs of all members, or of those whose indices are chosen."""
+        for k, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = F.silu(x) if k else x
+            x = torch.baddbmm(bias, x, weight) if chosen is None else torch.baddbmm(bias[chosen], x, weight[chosen])
+        return x
+
+
+class Normalizer(nn.Module):
+    """Shift and scale to mean 0 and standard deviation 1 per column; the identity before ``fit``."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+
+    def fit(self, data: Tensor) -> None:
+        """Take mean and standard deviation of data [N, D]; a constant column keeps its unit."""
+        std, mean = torch.std_mean(data.double(), 0, correction=0)
+        self.mean.copy_(mean)
+        self.scale.copy_(torch.where(std > 1e-6 * mean.abs() + 1e-12, std, 1.0))
+
+    def forward(self, data: Tensor) -> Tensor:
+        """Normalise [..., D]."""
+        return (data - self.mean) / self.scale
+
+    def inverse(self, normalised: Tensor) -> Tensor:
+        """Undo ``forward``."""
+        return torch.addcmul(self.mean, normalised, self.scale)

@@ -1,0 +1,135 @@
+"""What bounds or probes how fast a network's output changes: spectral norms of its matrices, adversarial states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .fields import MLPField
+from .ode import check_batch
+
+
+def spectral_norms(module: nn.Module) -> dict[str, Tensor]:
+    """Largest singular value of every matrix that acts on the state.
+
+    These are the parameters whose name ends in "weight" with 2 dimensions, or 3 for a batch [M, ., .] of matrices,
+    without the blocks of ``MLPField`` that act on conditioning and time.
+
+    If the matrices are applied one after the other, the product of their norms, times the largest slope of the
+    activation per hidden layer (tanh, elu, relu 1; mish 1.09; silu 1.10), is a Lipschitz constant.
+
+    Exact, from the eigenvalues of the smaller Gram matrix: 0.1, 0.5 and 2 ms for 64, 128 and 256 rows and columns on
+    one core. Power iteration takes 0.02 ms. It approaches the norm from below, so a bound would not hold, and its
+    vectors would have to be kept, saved and loaded.
+
+    Returns:
+        Parameter name -> norm, [] or [M]; differentiable while the largest singular value is simple.
+    """
+    norms = {}
+    for name, weight in _state_matrices(module).items():
+        wide = weight if weight.shape[-2] <= weight.shape[-1] else weight.mT
+        norms[name] = torch.linalg.eigvalsh(wide @ wide.mT)[..., -1].clamp(min=0).sqrt()
+    return norms
+
+
+@torch.no_grad()
+def spectral_bound_(module: nn.Module, bound: float = 1.0) -> None:
+    """Scale every matrix of ``spectral_norms`` whose norm exceeds the bound down to the bound, in place.
+
+    For use after each optimizer step. Matrices within the bound stay as they are, so a layer can be flat. Spectral
+    normalisation (Miyato et al., arXiv 1802.05957) would scale those up to the bound.
+
+    Args:
+        module: network, changed in place; its gradients and optimizer states are not.
+        bound: largest norm allowed, positive.
+
+    Raises:
+        ValueError: if the bound is not positive, or the module has no such matrix.
+    """
+    if not bound > 0:
+        raise ValueError(f"bound must be positive, got {bound}")
+    weights = _state_matrices(module)
+    if not weights:
+        raise ValueError(f"module must have a weight of 2 or 3 dimensions, got {type(module).__name__} without")
+    for name, norm in spectral_norms(module).items():
+        weights[name].mul_((bound / norm).clamp(max=1.0)[..., None, None])
+
+
+def _state_matrices(module: nn.Module) -> dict[str, Tensor]:
+    others = {id(w) for m in module.modules() if isinstance(m, MLPField) for w in (m.cond_weight, m.time_weight)}
+    return {
+        name: weight
+        for name, weight in module.named_parameters()
+        if name.endswith("weight") and weight.ndim in (2, 3) and id(weight) not in others
+    }
+
+
+def adversarial_states(
+    loss: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    radius: float | Tensor,
+    steps: int = 1,
+    step_size: float = 1.0,
+    temperature: float | None = None,
+    start: Tensor | None = None,
+    noise: Sequence[Tensor] = (),
+) -> Tensor:
+    """States near x at which a loss is high, within ``|x' - x| <= radius`` in every dimension.
+
+    With u = (x' - x) / radius in [-1, 1]^D, from u = ``start``, and h the step size:
+
+        ``temperature=None``  ``u <- clip(u + h sign(dL/du))``: FGSM for one step of size 1 (Goodfellow et al., arXiv
+                              1412.6572), PGD for more (Madry et al., arXiv 1706.06083; h = 0.25, say)
+        ``temperature=T``     ``u <- reflect(u + h dL/du + sqrt(2 h T) noise)``: Langevin ascent, for many small steps
+                              samples of the density ``exp(L / T)`` in the ball. Keep ``h |dL/du|`` well below 1
+
+    Where the loss compares x' with x its gradient at x is zero: start elsewhere. Compiles with ``fullgraph=True``.
+
+    Args:
+        loss: states [B, D] -> loss per row, [B], each of its own row only. Called with gradients enabled, ``steps``
+            times; gradients of parameters are left alone.
+        x: states, [B, D].
+        radius: in units of x, or [D] or [B, D] with one per dimension, such as eps times the standard deviations.
+        steps: at least 1.
+        step_size: h, positive, as a fraction of the radius.
+        temperature: T, positive, in units of the loss; None for sign steps.
+        start: u to begin with, [B, D] in [-1, 1], uniform random numbers for example; None for zero.
+        noise: standard normal, one [B, D] per step; exactly for a temperature.
+
+    Returns:
+        States, [B, D], detached.
+
+    Raises:
+        ValueError: if an argument is out of range or another shape, noise missing or superfluous, or the loss not [B].
+    """
+    check_batch(x)
+    if steps < 1 or not step_size > 0 or not (temperature is None or temperature > 0):
+        given = f"{steps}, {step_size} and {temperature}"
+        raise ValueError(f"steps must be at least 1, step_size positive, temperature positive or None, got {given}")
+    wanted = 0 if temperature is None else steps
+    if len(noise) != wanted:
+        raise ValueError(f"noise must hold {wanted} tensors for temperature={temperature}, got {len(noise)}")
+    for name, value in [("start", start), *(("noise", each) for each in noise)]:
+        if value is not None and value.shape != x.shape:
+            raise ValueError(f"{name} must have the shape of x, {list(x.shape)}, got {list(value.shape)}")
+    x = x.detach()
+
+    def total(u: Tensor) -> Tensor:
+        value = loss(x + radius * u)
+        if value.shape != x.shape[:1]:
+            raise ValueError(f"loss must return shape [{len(x)}], got {list(value.shape)}; one value per row")
+        return value.sum()
+
+    u = torch.zeros_like(x) if start is None else start
+    for step in range(steps):
+        with torch.no_grad():  # no graph of what the loss closes over
+            slope: Tensor = torch.func.grad(total)(u)
+        if temperature is None:
+            u = (u + step_size * slope.sign()).clamp(-1, 1)
+        else:
+            u = u + step_size * slope + (2 * step_size * temperature) ** 0.5 * noise[step]
+            u = 1 - ((u + 1).remainder(4) - 2).abs()  # reflected at both ends, as often as needed
+    return x + radius * u

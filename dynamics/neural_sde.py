@@ -1,0 +1,117 @@
+"""Equations ``dx = f dt + g dW`` made of a velocity field or a network: stable neural SDEs and stochastic interpolants.
+
+``sde`` solves them. All are meant in Ito's sense.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .fields import Time
+from .ode import FieldLike, bind
+from .paths import LINEAR, Path, score_from_velocity
+from .sde import SDE, Drift
+
+Scale: TypeAlias = float | Tensor | Callable[[float], float | Tensor]
+"""A noise level s(t): a constant or a function of time, in units of x / sqrt(time); a number or [D]."""
+
+
+class LangevinSDE(SDE):
+    """``dx = drift dt + s(t) dW``: the Langevin-type class of Stable Neural SDEs (arXiv 2402.14989).
+
+    Args:
+        drift: field or callable ``(t, x, cond) -> [B, D]``; the paper's does not depend on t, this one may.
+        scale: s.
+    """
+
+    additive = True
+
+    def __init__(self, drift: FieldLike, scale: Scale) -> None:
+        super().__init__()
+        self.drift, self.scale = drift, scale
+
+    def bind(self, cond: Tensor | None, times: Sequence[float] = ()) -> Drift:
+        """The drift with cond embedded."""
+        return bind(self.drift, cond, times)
+
+    def diffusion(self, t: float, x: Tensor) -> float | Tensor:
+        """``s(t)``."""
+        return self.scale(t) if callable(self.scale) else self.scale
+
+
+class LinearNoiseSDE(LangevinSDE):
+    """``dx = drift dt + s(t) x dW``: noise that vanishes at the origin (arXiv 2402.14989).
+
+    Arguments as in `LangevinSDE`.
+    """
+
+    additive = False
+
+    def diffusion(self, t: float, x: Tensor) -> Tensor:
+        """``s(t) x``, [B, D]."""
+        return super().diffusion(t, x) * x
+
+    def correction(self, t: float, x: Tensor) -> Tensor:
+        """``s(t)^2 x``, [B, D]."""
+        return super().diffusion(t, x) ** 2 * x
+
+
+class GeometricSDE(LinearNoiseSDE):
+    """``dx / x = drift dt + s(t) dW``: a positive x stays positive in continuous time (arXiv 2402.14989).
+
+    Arguments as in `LangevinSDE`.
+    """
+
+    def bind(self, cond: Tensor | None, times: Sequence[float] = ()) -> Drift:
+        """``x drift``, with cond embedded."""
+        relative = super().bind(cond, times)
+        return lambda t, x: x * relative(t, x)
+
+
+class _InterpolantSDE(SDE):
+    additive = True
+
+    def __init__(self, field: FieldLike, eps: float | Callable[[float], float], path: Path) -> None:
+        super().__init__()
+        self.field, self.eps, self.path = field, eps, path
+
+    def _level(self, t: float) -> float:
+        return self.eps(t) if callable(self.eps) else self.eps
+
+    def bind(self, cond: Tensor | None, times: Sequence[float] = ()) -> Drift:
+        if any(t >= 1 and self._level(t) for t in times):
+            raise ValueError("the score is singular at t = 1; use a solver without a stage there or t1 below 1")
+        velocity = bind(self.field, cond, times)
+
+        def drift(t: Time, x: Tensor) -> Tensor:
+            v, eps = velocity(t, x), self._level(float(t))
+            return torch.add(v, score_from_velocity(self.path, t, x, v), alpha=eps) if eps else v
+
+        return drift
+
+    def diffusion(self, t: float, x: Tensor) -> float:
+        return math.sqrt(2 * self._level(t))
+
+
+def interpolant_sde(field: FieldLike, eps: float | Callable[[float], float], path: Path = LINEAR) -> SDE:
+    """``dx = (v + eps s) dt + sqrt(2 eps) dW``: the flow's marginals at every t, whatever eps (arXiv 2303.08797).
+
+    s is the score that follows from the velocity, for a source N(0, I). It is singular at t = 1: solve with
+    "euler_maruyama" or "sra1", or end earlier.
+
+    Args:
+        field: the flow's marginal velocity ``(t, x, cond) -> v``, such as a trained field.
+        eps: noise level in units of x^2 / time, at least 0 (0: the flow itself), or a function of time.
+        path: a path without noise term.
+
+    Raises:
+        ValueError: if eps is negative.
+    """
+    if not callable(eps) and not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    return _InterpolantSDE(field, eps, path)

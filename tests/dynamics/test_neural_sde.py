@@ -1,0 +1,99 @@
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from driftrl.dynamics.brownian import BrownianGrid
+from driftrl.dynamics.fields import MLPField, Time
+from driftrl.dynamics.neural_sde import LinearNoiseSDE, interpolant_sde
+from driftrl.dynamics.ode import odeint
+from driftrl.dynamics.paths import LINEAR, TRIG, Path
+from driftrl.dynamics.sde import SDE, sdeint
+
+F64 = torch.float64
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=F64)
+
+
+def grid(steps: int, batch: int, dim: int, t1: float = 1.0, seed: int = 0) -> BrownianGrid:
+    return BrownianGrid.sample(steps, (batch, dim), dt=t1 / steps, generator=generator(seed), dtype=F64)
+
+
+def mlp() -> MLPField:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return MLPField(3, 2, hidden=(8, 8), last_layer_scale=1.0).double()
+
+
+def moments(sde: SDE, steps: int, t1: float) -> tuple[float, float, float]:
+    """Of a linear equation with additive noise: the end is ``a x0 + b + sum_k c_k w_k``; a, b and the noise's variance.
+
+    Exact, by derivatives: Euler-Maruyama's own discrete law without sampling.
+    """
+
+    def end(x: Tensor, w: Tensor) -> Tensor:
+        return sdeint(sde, x, steps=steps, noise=BrownianGrid(t1 / steps, w), t1=t1)
+
+    x, w = torch.zeros(1, 1, dtype=F64), torch.zeros(steps, 1, 1, dtype=F64)
+    by_x, by_w = torch.autograd.functional.jacobian(end, (x, w))
+    return by_x.item(), end(x, w).item(), (by_w.square().sum() * t1 / steps).item()
+
+
+# x0 ~ N(0, 1), x1 ~ N(m, s^2) independent: every marginal is N(b m, a^2 + b^2 s^2), the velocity a linear regression.
+WEIGHTS: dict[str, Callable[[float], tuple[float, float, float, float]]] = {
+    "linear": lambda t: (1 - t, t, -1.0, 1.0),
+    "trig": lambda t: (
+        math.cos(math.pi * t / 2),
+        math.sin(math.pi * t / 2),
+        -math.pi / 2 * math.sin(math.pi * t / 2),
+        math.pi / 2 * math.cos(math.pi * t / 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("path", [LINEAR, TRIG], ids=lambda p: p.name)
+@pytest.mark.parametrize("eps", [0.0, 0.5, 2.0, lambda t: 1 - t], ids=["0", "0.5", "2", "1-t"])
+def test_interpolant_sde_has_the_marginals_of_the_flow(path: Path, eps: float | Callable[[float], float]) -> None:
+    mean, s = 1.5, 0.6
+
+    def velocity(t: Time, x: Tensor, cond: Tensor | None) -> Tensor:
+        a, b, da, db = WEIGHTS[path.name](float(t))
+        return db * mean + (da * a + db * b * s**2) / (a**2 + b**2 * s**2) * (x - b * mean)
+
+    sde = interpolant_sde(velocity, eps, path)
+    for t1 in (0.5, 1.0):
+        a, b, *_ = WEIGHTS[path.name](t1)
+        errors = []
+        for steps in (100, 200):
+            factor, shift, variance = moments(sde, steps, t1)
+            error = (shift - b * mean, factor**2 + variance - (a**2 + b**2 * s**2))
+            errors.append(max(map(abs, error)))
+        assert errors[1] < 0.04  # Euler's first-order error at 200 steps, which halves with the step:
+        assert errors[1] < 0.6 * errors[0]
+
+
+def test_interpolant_sde_without_noise_is_the_flow() -> None:
+    field, x, cond = mlp(), rand(4, 3), rand(4, 2, seed=1)
+    ours = sdeint(interpolant_sde(field, 0.0), x, steps=5, noise=grid(5, 4, 3), cond=cond, solver="stochastic_heun")
+    torch.testing.assert_close(ours, odeint(field, x, steps=5, solver="heun", cond=cond), rtol=0, atol=1e-13)
+
+
+def test_correction_in_closed_form_is_that_of_a_backward_pass() -> None:
+    x, sde = rand(5, 3), LinearNoiseSDE(lambda t, x, cond: x, lambda t: 0.3 + t)
+    torch.testing.assert_close(sde.correction(0.5, x), SDE.correction(sde, 0.5, x))
+
+
+def test_bad_arguments_are_refused() -> None:
+    x, noise = torch.zeros(4, 2), BrownianGrid(0.5, torch.zeros(2, 4, 2))
+    with pytest.raises(ValueError, match=r"eps must be at least 0, got -1\.0"):
+        interpolant_sde(lambda t, x, cond: x, -1.0)
+    with pytest.raises(ValueError, match="the score is singular at t = 1"):
+        sdeint(interpolant_sde(lambda t, x, cond: x, 1.0), x, steps=2, noise=noise, solver="stochastic_heun")

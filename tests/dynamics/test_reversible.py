@@ -1,0 +1,117 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from driftrl.dynamics.fields import MLPField
+from driftrl.dynamics.ode import (
+    DOPRI5,
+    SOLVERS,
+    Tableau,
+)
+from driftrl.dynamics.reversible import odeint_reversible
+from driftrl.dynamics.special_fields import LinearField, ResidualField
+
+F64 = torch.float64
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def mlp(**options: object) -> MLPField:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return MLPField(3, 2, **{"hidden": (8, 8), "last_layer_scale": 1.0, **options}).double()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS.values(), DOPRI5], ids=lambda tableau: tableau.name)
+def test_reversible_form_keeps_the_order(solver: Tableau) -> None:
+    matrix, x0 = 0.5 * rand(3, 3), rand(4, 3, seed=1)
+    exact = x0 @ torch.linalg.matrix_exp(matrix).T
+    field = LinearField(matrix)
+    errors = [(odeint_reversible(field, x0, steps=n, solver=solver) - exact).abs().max().item() for n in (8, 16)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(solver.order, abs=0.2)
+
+
+def test_reversible_euler_is_the_papers_recursion() -> None:
+    # x' = x: psi_h(x) = h x, so both states are multiples of x0 by the recursion on numbers.
+    y, z, h, c = 1.0, 1.0, 0.25, 0.9
+    for _ in range(4):
+        y = c * y + (1 - c) * z + h * z
+        z = z - (-h * y)
+    end = odeint_reversible(LinearField(torch.eye(1, dtype=F64)), rand(3, 1), steps=4, solver="euler", coupling=c)
+    torch.testing.assert_close(end, y * rand(3, 1), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("solver", ["euler", "midpoint", DOPRI5], ids=str)
+@pytest.mark.parametrize("coupling", [0.9, 1.0])
+def test_reversible_gradient_equals_the_direct_one(solver: Tableau | str, coupling: float) -> None:
+    matrix = rand(3, 3).requires_grad_()  # a buffer that is differentiated
+    field = ResidualField(LinearField(matrix), mlp())
+    x, cond = rand(4, 3).requires_grad_(), rand(1, 2, seed=1).requires_grad_()
+    inputs = (x, cond, matrix, *field.parameters())
+    gradients = []
+    for gradient in ("reversible", "direct"):
+        end = odeint_reversible(
+            field, x, steps=30, solver=solver, cond=cond, t0=0.9, t1=0.1, coupling=coupling, gradient=gradient
+        )
+        gradients.append((end.detach(), *torch.autograd.grad(end.square().sum(), inputs)))
+    for ours, direct in zip(*gradients, strict=True):
+        # Rounding of 30 steps, grown by at most 0.9^-30 = 24 on the way back.
+        torch.testing.assert_close(ours, direct, rtol=1e-11, atol=1e-11)
+
+
+def test_reversible_gradient_against_finite_differences() -> None:
+    field = mlp(hidden=(4,))
+
+    def run(x: Tensor, cond: Tensor, *parameters: Tensor) -> Tensor:
+        return odeint_reversible(field, x, steps=3, cond=cond)
+
+    inputs = (rand(2, 3).requires_grad_(), rand(2, 2, seed=1).requires_grad_(), *field.parameters())
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_memory_of_the_reversible_gradient_does_not_grow_with_the_steps() -> None:
+    field, x, cond = mlp(), rand(4, 3).requires_grad_(), rand(4, 2)
+
+    def saved(steps: int, gradient: Any) -> int:
+        numbers = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal numbers
+            numbers += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            odeint_reversible(field, x, steps=steps, cond=cond, gradient=gradient)
+        return numbers
+
+    assert saved(3, "reversible") == saved(48, "reversible") < saved(3, "direct")
+    assert saved(48, "direct") > 8 * saved(3, "direct")
+
+
+def test_reversible_gradient_goes_only_where_it_is_wanted() -> None:
+    field, x, cond = mlp(), rand(4, 3), rand(4, 2).requires_grad_()
+    field.requires_grad_(False)
+    odeint_reversible(field, x, steps=3, cond=cond).sum().backward()
+    assert cond.grad is not None and cond.grad.abs().min() > 0
+    assert all(p.grad is None for p in field.parameters())
+    with torch.no_grad():
+        assert not odeint_reversible(field, x, steps=3, cond=cond).requires_grad
+    assert not odeint_reversible(field, x, steps=3, cond=cond.detach()).requires_grad
+
+
+def test_bad_arguments_of_the_reversible_form_are_refused() -> None:
+    field, x = LinearField(torch.eye(2)), torch.zeros(4, 2)
+    with pytest.raises(ValueError, match=r"field must be a VelocityField.*got function"):
+        odeint_reversible(lambda t, y, cond: y, x, steps=1)  # type: ignore[arg-type]
+    for coupling in (0.0, 1.1):
+        with pytest.raises(ValueError, match=rf"coupling must lie in \(0, 1\], got {coupling}"):
+            odeint_reversible(field, x, steps=1, coupling=coupling)
+    with pytest.raises(ValueError, match="gradient must be 'reversible' or 'direct', got 'adjoint'"):
+        odeint_reversible(field, x, steps=1, gradient="adjoint")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        odeint_reversible(field, x, steps=0)
