@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import learning
+import learning_arms
 import numpy as np
 import tyro
 
@@ -56,7 +57,7 @@ BIAS = {
 
 def grid(env: str) -> tuple[str, ...]:
     """What is tried for every ratio on a task; the KL is what an adaptive learning rate aims at."""
-    _, config = learning.preset(env)
+    _, config = learning_arms.preset(env)
     rate = "" if config.lr_schedule == "adaptive" else "lr_schedule=adaptive,"
     return tuple(f"{rate}desired_kl={kl},clip_range={clip}" for kl, clip in ((0.01, 0.2), (0.02, 0.2), (0.01, 0.1)))
 
@@ -67,7 +68,7 @@ def setting(env: str, ratio: str, values: str) -> str:
     All ratios explore as much at first. A chain has noise at each of its K steps: a K-th of the variance each. FPO's
     flow has the variance that others have in base and action noise together.
     """
-    _, config = learning.preset(env)
+    _, config = learning_arms.preset(env)
     noise = ""
     if ratio.startswith("chain"):
         noise = f",action_std={config.action_std / math.sqrt(config.solver_steps):.3g}"
@@ -190,11 +191,11 @@ def main(
     """
     for env in envs if not table_only else ():
         tuning = [
-            learning.Run(env, setting(env, r, v), TUNING_SEED, STEPS[env] // 2) for r in ratios for v in grid(env)
+            learning_arms.Run(env, setting(env, r, v), TUNING_SEED, STEPS[env] // 2) for r in ratios for v in grid(env)
         ]
         learning.run_missing(tuning, jobs)
         best = {r: values for r in ratios if (values := tuned(env, r))}
-        runs = [learning.Run(env, setting(env, r, v), seed, STEPS[env]) for seed in seeds for r, v in best.items()]
+        runs = [learning_arms.Run(env, setting(env, r, v), seed, STEPS[env]) for seed in seeds for r, v in best.items()]
         learning.run_missing(runs, jobs)
 
     text = "\n".join(line for env in envs for line in table(env, ratios))
@@ -204,7 +205,7 @@ def main(
     learning.write_between(page, "bias", "\n".join(bias_table(inexact)))
     plot_bias(inexact, figures / "ratio_bias.png")
     labels = {setting(env, r, values): r for env in envs for r in ratios if (values := tuned(env, r))}
-    learning.LABELS |= labels
+    learning_arms.LABELS |= labels
     learning.plot(envs, tuple(labels), STEPS, figures / "flow_ratios.png", columns=2)
 
 

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "oracles"))
 from run_differences import differences, progress_rows
 
 from driftrl.agents.storage import format as checkpoint
+from driftrl.agents.storage.values import CheckpointError
 from driftrl.commands import train
 from driftrl.runs.callbacks import Progress
 from driftrl.runs.folder import checkpoints
@@ -135,7 +136,7 @@ class KillTest:
                 try:
                     for name in ("agent", "run") if file.parent.name == "checkpoints" else ("agent",):
                         checkpoint.read(stream, name, str(file))
-                except checkpoint.CheckpointError:
+                except CheckpointError:
                     count["corrupt files"] += 1
         done, kept = progress_rows(folder)[-1][STEPS], checkpoints(folder)[0].stem.removeprefix("step_")
         count[WRONG[1]] += int(done) - int(kept) > self._interval

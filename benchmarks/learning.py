@@ -16,20 +16,18 @@ import json
 import math
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
+from learning_arms import LABELS, POLICYFLOW_ARMS, Run, build, result_folder
 
-RESULTS = Path(__file__).parent / "results" / "learning"
 EVALUATION_EPISODES = 20
 CURVE_POINTS = 100
 LOGGED = (
@@ -37,233 +35,6 @@ LOGGED = (
     "flow/entropy", "train/clip_fraction", "train/approx_kl",
 )  # fmt: skip
 """PolicyFlow's measurements that are kept over training, all of the iterations that have the first."""
-
-# rl_zoo3 2.9.2, hyperparams/ppo.yml, entries of the v4 tasks (it has none for v5). Ant's are SB3's defaults.
-ZOO: dict[str, dict[str, Any]] = {
-    "HalfCheetah-v5": {
-        "n_steps": 512, "batch_size": 64, "n_epochs": 20, "learning_rate": 2.0633e-05, "gamma": 0.98,
-        "gae_lambda": 0.92, "clip_range": 0.1, "ent_coef": 0.000401762, "vf_coef": 0.58096, "max_grad_norm": 0.8,
-    },
-    "Hopper-v5": {
-        "n_steps": 512, "batch_size": 32, "n_epochs": 5, "learning_rate": 9.80828e-05, "gamma": 0.999,
-        "gae_lambda": 0.99, "clip_range": 0.2, "ent_coef": 0.00229519, "vf_coef": 0.835671, "max_grad_norm": 0.7,
-    },
-    "Walker2d-v5": {
-        "n_steps": 512, "batch_size": 32, "n_epochs": 20, "learning_rate": 5.05041e-05, "gamma": 0.99,
-        "gae_lambda": 0.95, "clip_range": 0.1, "ent_coef": 0.000585045, "vf_coef": 0.871923, "max_grad_norm": 1.0,
-    },
-    "Humanoid-v5": {
-        "n_steps": 512, "batch_size": 256, "n_epochs": 5, "learning_rate": 3.56987e-05, "gamma": 0.95,
-        "gae_lambda": 0.9, "clip_range": 0.3, "ent_coef": 0.00238306, "vf_coef": 0.431892, "max_grad_norm": 2.0,
-    },
-    "Ant-v5": {"gamma": 0.99},
-}  # fmt: skip
-
-
-def result_folder(env: str, arm: str, total_timesteps: int) -> Path:
-    """Where the seeds of one row of the table are kept."""
-    return RESULTS / f"{env}-{total_timesteps // 1000}k" / re.sub(r"[^\w.+-]+", "_", arm)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run of the comparison."""
-
-    env: str
-    arm: str
-    seed: int
-    total_timesteps: int
-
-    @property
-    def path(self) -> Path:
-        return result_folder(self.env, self.arm, self.total_timesteps) / f"s{self.seed}.json"
-
-
-def sb3_zoo(run: Run) -> tuple[Any, dict[str, Any]]:
-    """SB3's PPO with rl_zoo3's hyperparameters, one environment, VecNormalize."""
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.env_util import make_vec_env
-    from stable_baselines3.common.vec_env import VecNormalize
-    from torch import nn
-
-    settings = ZOO[run.env]
-    network = {
-        "log_std_init": -2,
-        "ortho_init": False,
-        "activation_fn": nn.ReLU,
-        "net_arch": {"pi": [256, 256], "vf": [256, 256]},
-    }
-    stated: dict[str, Any] = {"net_arch": [256, 256], "log_std_init": -2, "activation": "relu"}
-    if run.env == "Ant-v5":
-        network, stated = {}, {}
-    env = VecNormalize(make_vec_env(run.env, n_envs=1, seed=run.seed), gamma=settings["gamma"])
-    agent = PPO("MlpPolicy", env, policy_kwargs=network, seed=run.seed, device="cpu", **settings)
-    return agent, settings | stated | {"n_envs": 1}
-
-
-def preset(env_id: str, **overrides: Any) -> tuple[int, Any]:
-    """Number of environments and Config that `train.py` uses for this environment."""
-    from driftrl.agents.registry import AGENTS
-
-    run, config = AGENTS["policyflow"].settings(env_id, "standard", **overrides)
-    return run["n_envs"], config
-
-
-def sb3_preset(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
-    """SB3's PPO with the hyperparameters of our preset, VecNormalize in place of our normalisers.
-
-    The KL-adaptive learning rate, which SB3 lacks, is added.
-    """
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.env_util import make_vec_env
-    from stable_baselines3.common.vec_env import VecNormalize
-    from torch import nn
-
-    from driftrl.agents.registry import policy_alias
-
-    n_envs, config = preset(run.env, **overrides)
-
-    class AdaptivePPO(PPO):
-        """PPO whose learning rate keeps the KL within a factor of 2 of desired_kl."""
-
-        rate = config.learning_rate
-
-        def train(self) -> None:
-            super().train()
-            kl = self.logger.name_to_value["train/approx_kl"]
-            factor = 1 / 1.5 if kl > 2 * config.desired_kl else 1.5 if kl < config.desired_kl / 2 else 1.0
-            self.rate = min(max(self.rate * factor, config.lr_min), config.lr_max)
-
-        def _update_learning_rate(self, optimizers: Any) -> None:
-            if config.lr_schedule == "adaptive":
-                for group in optimizers.param_groups:
-                    group["lr"] = self.rate
-            else:
-                super()._update_learning_rate(optimizers)
-
-    names = (
-        "n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "clip_range", "clip_range_vf", "ent_coef",
-        "vf_coef", "max_grad_norm", "normalize_advantage",
-    )  # fmt: skip
-    settings = {name: getattr(config, name) for name in names}
-    rate = (lambda left: left * config.learning_rate) if config.lr_schedule == "linear" else config.learning_rate
-    activation = {"silu": nn.SiLU, "mish": nn.Mish, "tanh": nn.Tanh, "elu": nn.ELU}[config.activation]
-    # The spread of our first actions: base and action noise together.
-    std = math.hypot(config.base_std, config.action_std)
-    network = {
-        "log_std_init": math.log(std),
-        "activation_fn": activation,
-        "net_arch": {"pi": list(config.actor_hidden), "vf": list(config.critic_hidden)},
-    }
-    env = VecNormalize(make_vec_env(run.env, n_envs=n_envs, seed=run.seed), gamma=config.gamma)
-    agent = AdaptivePPO(policy_alias(env), env, rate, policy_kwargs=network, seed=run.seed, device="cpu", **settings)
-    adaptive = {
-        "learning_rate": config.learning_rate,
-        "lr_schedule": config.lr_schedule,
-        "desired_kl": config.desired_kl,
-    }
-    return agent, settings | adaptive | {
-        "n_envs": n_envs, "net_arch": network["net_arch"], "initial_std": std, "activation": config.activation
-    }  # fmt: skip
-
-
-def policyflow(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
-    """PolicyFlow as `python train.py policyflow --env ENV` makes it."""
-    from driftrl import PolicyFlow
-    from driftrl.agents.registry import policy_alias
-    from driftrl.envs import make_vec
-
-    n_envs, config = preset(run.env, **overrides)
-    env = make_vec(run.env, n_envs, run.seed)
-    agent = PolicyFlow(policy_alias(env), env, config=config, seed=run.seed, device="cpu")
-    return agent, asdict(config) | {"n_envs": n_envs}
-
-
-def mbpo(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
-    """LipschitzMBPO as `python train.py mbpo --preset fast --env ENV` makes it; model=none is SAC alone."""
-    from driftrl import LipschitzMBPO
-    from driftrl.agents.registry import AGENTS, policy_alias
-    from driftrl.envs import make_vec
-
-    settings, config = AGENTS["mbpo"].settings(run.env, "fast", **overrides)
-    env = make_vec(run.env, settings["n_envs"], run.seed)
-    agent = LipschitzMBPO(policy_alias(env), env, config=config, seed=run.seed, device="cpu")
-    return agent, asdict(config) | {"n_envs": 1}
-
-
-# Of SAC alone against SB3's: SB3's defaults, but for widths that a small machine can train.
-SAC: dict[str, Any] = {
-    "learning_rate": 3e-4, "buffer_size": 1_000_000, "learning_starts": 100, "batch_size": 256, "gradient_steps": 1,
-    "tau": 0.005, "gamma": 0.99,
-}  # fmt: skip
-SAC_HIDDEN = (128, 128)
-
-
-def sac(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
-    """LipschitzMBPO without model and regularizer, with the hyperparameters of the arm sb3-sac."""
-    from driftrl import LipschitzMBPO, LipschitzMBPOConfig
-    from driftrl.agents.registry import policy_alias
-    from driftrl.envs import make_vec
-
-    plain = {"model": "none", "regularizer": "none", "actor_hidden": SAC_HIDDEN, "critic_hidden": SAC_HIDDEN}
-    config = LipschitzMBPOConfig(**(SAC | plain | overrides))
-    env = make_vec(run.env, 1, run.seed)
-    agent = LipschitzMBPO(policy_alias(env), env, config=config, seed=run.seed, device="cpu")
-    return agent, asdict(config) | {"n_envs": 1}
-
-
-def sb3_sac(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
-    """SB3's SAC, one environment."""
-    from stable_baselines3 import SAC as Peer
-
-    from driftrl.agents.registry import policy_alias
-    from driftrl.envs import make_vec
-
-    settings = SAC | overrides
-    network = {"net_arch": list(SAC_HIDDEN)}
-    env = make_vec(run.env, 1, run.seed)
-    agent = Peer(policy_alias(env), env, policy_kwargs=network, seed=run.seed, device="cpu", **settings)
-    return agent, settings | network | {"n_envs": 1}
-
-
-ARMS: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
-    "policyflow": policyflow,
-    "mbpo": mbpo,
-    "sac": sac,
-    "sb3-sac": sb3_sac,
-    "sb3-preset": sb3_preset,
-    "sb3-zoo": sb3_zoo,
-}
-POLICYFLOW_ARMS = ("policyflow:ratio=interpolation", "policyflow:ratio=endpoint", "sb3-preset", "sb3-zoo")
-LABELS = {
-    "policyflow:ratio=interpolation": "PolicyFlow, interpolation ratio",
-    "policyflow:ratio=endpoint": "PolicyFlow, endpoint ratio",
-    "sac": "SAC alone (LipschitzMBPO without model and regularizer)",
-    "sb3-sac": "SB3 SAC",
-    "sb3-preset": "SB3 PPO, our preset's hyperparameters",
-    "sb3-zoo": "SB3 PPO, rl_zoo3's tuned hyperparameters",
-}
-
-
-def build(run: Run) -> tuple[Any, dict[str, Any]]:
-    """The agent of an arm, "name" or "name:field=value,field=value", and the settings to keep.
-
-    Kept results go on under the name they have: an arm may call fields as an earlier version did.
-    """
-    from driftrl.agents.lipschitz_mbpo import config as mbpo_config
-    from driftrl.agents.policyflow import config as policyflow_config
-
-    name, _, overrides = run.arm.partition(":")
-    fields = {key: _value(text) for key, text in (pair.split("=", 1) for pair in overrides.split(",") if pair)}
-    upgraded = mbpo_config.upgraded if name in ("mbpo", "sac") else policyflow_config.upgraded
-    return ARMS[name](run, **upgraded(fields))
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def execute(run: Run) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import learning
+import learning_arms
 import numpy as np
 import tyro
 
@@ -93,12 +94,12 @@ def main(
     """
     labels = arms(models, regularizers, gradient_steps)
     if not table_only:
-        runs = [learning.Run(env, arm, seed, total_timesteps) for seed in seeds for env in envs for arm in labels]
+        runs = [learning_arms.Run(env, arm, seed, total_timesteps) for seed in seeds for env in envs for arm in labels]
         learning.run_missing(runs, jobs)
     text = "\n".join(table(env, labels, total_timesteps) for env in envs)
     print(text)
     learning.write_between(page, "models", text)
-    learning.LABELS |= labels
+    learning_arms.LABELS |= labels
     learning.plot(envs, tuple(labels), total_timesteps, figure)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import tyro
 from env_speed import bare_turn
-from learning import preset
+from learning_arms import preset
 from paired import machine, ratio, spread, take_turns, write
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -24,8 +24,10 @@ def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def learning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The benchmark's module, with its results elsewhere."""
+    arms = benchmark("learning_arms", monkeypatch)
+    monkeypatch.setattr(arms, "RESULTS", tmp_path / "results")
     module = benchmark("learning", monkeypatch)
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    module.arms = arms  # type: ignore[attr-defined]
     monkeypatch.setattr(module, "CURVE_POINTS", 4)
     return module
 
@@ -50,8 +52,8 @@ def test_kept_results_make_the_table(learning: ModuleType, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("env", ["HalfCheetah-v5", "Hopper-v5"])
 def test_controls_get_the_presets_hyperparameters(learning: ModuleType, env: str) -> None:
-    agent, settings = learning.sb3_preset(learning.Run(env, "sb3-preset", 0, 1))
-    n_envs, config = learning.preset(env)
+    agent, settings = learning.arms.sb3_preset(learning.Run(env, "sb3-preset", 0, 1))
+    n_envs, config = learning.arms.preset(env)
     assert (agent.n_envs, agent.n_steps, agent.batch_size) == (n_envs, config.n_steps, config.batch_size)
     assert (agent.gamma, agent.n_epochs, agent.clip_range(1)) == (config.gamma, config.n_epochs, config.clip_range)
     assert settings["net_arch"]["pi"] == list(config.actor_hidden)
@@ -73,7 +75,7 @@ def test_every_ratio_has_results_of_its_own_and_explores_as_much(
         arms = [ratios.setting(env, ratio, values) for ratio in ratios.ARMS for values in ratios.grid(env)]
         folders = {learning.result_folder(env, arm, 1000) for arm in arms}
         assert len(folders) == len(arms)
-    _, config = learning.preset("HalfCheetah-v5")
+    _, config = learning.arms.preset("HalfCheetah-v5")
     assert (config.action_std, config.solver_steps, config.base_std) == (0.5, 4, 0.1)
     assert ratios.setting("HalfCheetah-v5", "chain", "x=1") == "policyflow:ratio=chain,action_std=0.25,x=1"
     fpo = "policyflow:ratio=fpo,base=standard,base_std=0.5,action_std=0.1,x=1"

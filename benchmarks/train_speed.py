@@ -29,7 +29,7 @@ CONTENDERS = ("driftrl compiled", "driftrl eager", "sb3 dummy", "sb3 subproc")
 def make_agent(contender: str, env_id: str, n_envs: int, threads: int) -> Any:
     """The agent of a contender, at the work of our preset."""
     import torch
-    from learning import preset
+    from learning_arms import preset
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize

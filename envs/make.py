@@ -15,7 +15,8 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from .batch import BatchVecEnv
-from .mujoco_batch import TASKS, MujocoVecEnv
+from .mujoco_batch import MujocoVecEnv
+from .mujoco_tasks import TASKS
 from .multigoal import GOAL_TASKS, GoalVecEnv
 from .workers import SupervisedVecEnv
 

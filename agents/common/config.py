@@ -143,7 +143,7 @@ class Configured(BaseAlgorithm):
         agent._config_changed()
 
     def _config_changed(self) -> None:
-        """Use the Config as it is now; called after every assignment."""
+        """Use the Config as it is now; called when the agent is built and after every assignment."""
 
     @property
     def learning_rate(self) -> float | Schedule:
@@ -204,7 +204,15 @@ class Configured(BaseAlgorithm):
 
 
 def rate_fields(value: Any, config: Any) -> dict[str, Any]:
-    """The Config's fields for a learning rate: a number, or a function of what remains of training."""
+    """The Config's fields for a learning rate: a number, or a function of what remains of training; None: none.
+
+    Raises:
+        ValueError: if the Config's lr_schedule is "function" and there is none.
+    """
+    if value is None and config.lr_schedule == "function":
+        raise ValueError("lr_schedule: got 'function', expected learning_rate to be one of what remains (1 to 0)")
+    if value is None:
+        return {}
     if isinstance(value, FloatSchedule):
         value = value.value_schedule
     if isinstance(value, ConstantSchedule):

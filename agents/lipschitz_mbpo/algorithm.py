@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -112,8 +113,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         if env is None and _init_setup_model:
             raise ValueError("env: got None, expected an environment, a vectorised environment or a registered id")
         config = config or LipschitzMBPOConfig()
-        if learning_rate is not None:
-            fields = rate_fields(learning_rate, config) | fields
+        fields = rate_fields(learning_rate, resolve(config, fields)) | fields
         self.config = resolve(config, fields | _implied(policy_kwargs or {}))
         self.terminated = terminated
         self._fitted_at = self._diagnosed_at = self._seen = 0  # environment steps, and rows of the replay buffer
@@ -163,9 +163,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         """Make anew what an update reads of the Config."""
         if not hasattr(self, "transition"):  # nothing is built yet
             return
-        config, dims = self.config, self.policy.action_dim
-        target_entropy = -float(dims) if config.target_entropy is None else config.target_entropy
-        terms = partial(losses, config=config, target_entropy=target_entropy)
+        terms = partial(losses, config=self.config, target_entropy=self.target_entropy)
         gradient = Gradient(self.policy, terms, None).clipped
         self._gradient = prepared(
             gradient, isinstance(vars(self).get("_gradient"), Compiled), torch.device(self.device)
@@ -246,6 +244,27 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         if config.diagnostics_interval and self.num_timesteps - self._diagnosed_at >= config.diagnostics_interval:
             self._diagnosed_at = self.num_timesteps
             self._diagnose(batch)
+
+    # What SAC calls these.
+    actor = property(attrgetter("policy.actor"))
+    critic = property(attrgetter("policy.critic"))
+    critic_target = property(attrgetter("policy.target_critic"))
+    log_ent_coef = property(attrgetter("policy.log_alpha"))
+
+    @property
+    def ent_coef(self) -> float | str:
+        """The entropy temperature, or "auto" where it is learned."""
+        return "auto" if self.config.learn_temperature else self.config.temperature
+
+    @property
+    def target_entropy(self) -> float:
+        """Entropy that the temperature drives the policy to, in nats."""
+        given = self.config.target_entropy
+        return -float(self.policy.action_dim) if given is None else given
+
+    @target_entropy.setter
+    def target_entropy(self, value: float | None) -> None:
+        self._assign("target_entropy", self, value)
 
     @property
     def _real(self) -> TransitionRing:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..common.config import require, validate
-from ..storage.format import storable
+from ..storage.values import storable
 
 
 @storable(upgrade=lambda fields: upgraded(fields))

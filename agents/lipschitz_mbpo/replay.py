@@ -18,8 +18,9 @@ from torch import Tensor
 from ..common.networks import lazy_zeros
 from ..common.observations import LEFT_OUT, observation_vectors
 from ..storage import format as checkpoint
-from ..storage.format import PICKLED, CheckpointError, storable
+from ..storage.format import PICKLED
 from ..storage.saving import Checkpointed, PathOrFile, label_of, opened
+from ..storage.values import CheckpointError, storable
 
 
 class Transitions(NamedTuple):

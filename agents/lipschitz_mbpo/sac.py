@@ -30,7 +30,7 @@ from ..common.networks import ACTIVATIONS, activation_name, mlp
 from ..common.observations import RunningNorm
 from ..common.policy import BoxPolicy
 from ..common.update import Loss, Losses
-from ..storage.format import storable
+from ..storage.values import storable
 from .replay import Minibatch
 
 LOG_STD_RANGE = (-20.0, 2.0)

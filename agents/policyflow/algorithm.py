@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -143,9 +144,13 @@ class PolicyFlow(FlowRollouts):
         if env is None and _init_setup_model:
             raise ValueError("env: got None, expected an environment, a vectorised environment or a registered id")
         config = config or PolicyFlowConfig()
-        if learning_rate is not None:
-            fields = rate_fields(learning_rate, config) | fields
-        self.config = resolve(config, fields | _implied(policy_kwargs or {}))
+        fields = rate_fields(learning_rate, resolve(config, fields)) | fields
+        implied = _implied(policy_kwargs or {})
+        self.config = resolve(config, fields | implied)
+        decays = "weight_decay" in implied or "optimizer_class" not in (policy_kwargs or {})
+        if not decays and self.config.weight_decay:
+            got = self.config.weight_decay
+            raise ValueError(f"weight_decay: got {got}, which changes nothing without the default optimizer_class")
         self._iteration, self._rate = 0, self.config.learning_rate
         self._spread_coef = self.config.spread_coef
         super().__init__(
@@ -182,6 +187,8 @@ class PolicyFlow(FlowRollouts):
         self.policy = cast(type[FlowPolicy], self.policy_class)(
             self.observation_space, self.action_space, self.lr_schedule, **arguments
         ).to(self.device)
+        decay = self.policy.optimizer.defaults.get("weight_decay", 0.0)  # an optimizer_class may have its own default
+        self.config = config = replace(config, weight_decay=decay)
         self._ratio = RATIOS[config.ratio](config.ratio_draws)
         self._act = self.policy.act
         self._setup_rollout()

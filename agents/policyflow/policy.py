@@ -26,8 +26,7 @@ from ...dynamics.ode import odeint
 from ..common.networks import activation_name, mlp
 from ..common.observations import RunningNorm
 from ..common.policy import BoxPolicy
-from ..storage.format import storable
-from .noisy_flows import gaussian_chain, langevin_flow
+from ..storage.values import storable
 
 LOG_STD_RANGE = (-5.0, 2.0)
 
@@ -93,6 +92,10 @@ class FlowActor(nn.Module):
         self.path_length = solver_steps if langevin_eps else solver_steps - 1 if chained else 0
         """Standard normals per dimension along the flow: K of `FlowNoise`."""
         self.draws = 2 + self.path_length
+        if langevin_eps or chained:
+            from .noisy_flows import gaussian_chain, langevin_flow  # else their solvers need not be loaded
+
+            self._langevin_flow, self._gaussian_chain = langevin_flow, gaussian_chain
         # Last layers are zero: the flow starts as the identity (the paper's best initialisation), the base at mean 0.
         self.field = MLPField(action_dim, obs_dim, hidden=hidden, activation=activation, last_layer_scale=0.0)
         self.base_mean = mlp([obs_dim, *hidden, action_dim], activation, 0.0) if base == "gaussian" else None
@@ -134,12 +137,12 @@ class FlowActor(nn.Module):
             return odeint(self.field, z, steps=self.solver_steps, solver=self.solver, cond=obs)
         if self.chain_log_std is not None:
             return self.chain(z, obs, path)[-1]
-        return langevin_flow(self.field, z, obs, path, *self.base(obs), self.langevin_eps)
+        return self._langevin_flow(self.field, z, obs, path, *self.base(obs), self.langevin_eps)
 
     def chain(self, z: Tensor, obs: Tensor, path: Tensor) -> Tensor:
         """The states of a chain, [K + 1, B, D]: see `gaussian_chain`."""
         assert self.chain_log_std is not None
-        return gaussian_chain(self.field, z, obs, path, self.chain_log_std.clamp(*LOG_STD_RANGE))
+        return self._gaussian_chain(self.field, z, obs, path, self.chain_log_std.clamp(*LOG_STD_RANGE))
 
     def sample(self, obs: Tensor, noise: FlowNoise) -> FlowSample:
         """Draw given obs [B, O]."""

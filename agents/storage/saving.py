@@ -19,7 +19,7 @@ from stable_baselines3.common.utils import check_for_correct_spaces, get_system_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import format as checkpoint
-from .format import CheckpointError
+from .values import CheckpointError
 
 Self = TypeVar("Self", bound="Checkpointed")
 PathOrFile = str | Path | io.BufferedIOBase

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
-from .format import CheckpointError
 from .saving import Checkpointed
+from .values import CheckpointError
 
 
 def capture(agent: Checkpointed) -> dict[str, Any]:

@@ -30,8 +30,8 @@ from ..agents.registry import AGENTS
 from ..agents.storage import format as checkpoint
 from ..agents.storage import training_state as resume
 from ..agents.storage.files import all_or_nothing, write_json
-from ..agents.storage.format import CheckpointError
 from ..agents.storage.saving import Checkpointed
+from ..agents.storage.values import CheckpointError
 
 _REMEDY = f"expected a .zip file saved by {' or '.join(AGENTS)}, or a run folder"
 

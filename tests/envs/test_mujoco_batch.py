@@ -11,7 +11,8 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from driftrl.envs.mujoco_batch import TASKS, MujocoVecEnv
+from driftrl.envs.mujoco_batch import MujocoVecEnv
+from driftrl.envs.mujoco_tasks import TASKS
 
 HUMANOID_PARTS = {f"include_{part}_in_observation": False for part in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")}
 OTHER_ARGUMENTS: list[tuple[str, dict[str, Any]]] = [

@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from driftrl.envs.mujoco_batch import TASKS
+from driftrl.envs.mujoco_tasks import TASKS
 from driftrl.envs.multigoal import GOAL_TASKS
 from driftrl.envs.termination import TERMINATIONS, termination_function
 

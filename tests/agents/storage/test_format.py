@@ -20,7 +20,7 @@ from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
 from driftrl import LipschitzMBPOConfig, PolicyFlowConfig
 from driftrl.agents.storage import format as checkpoint
-from driftrl.agents.storage.format import CheckpointError
+from driftrl.agents.storage.values import CheckpointError
 
 VALUES: dict[str, Any] = {
     "plain": [None, True, 1, -2.5, "text", {"a": {"b": [1, [2]]}}, []],

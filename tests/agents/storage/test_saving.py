@@ -16,8 +16,8 @@ from stable_baselines3.common.save_util import save_to_pkl
 
 from driftrl import LipschitzMBPO, PolicyFlow
 from driftrl.agents.policyflow.policy import FlowPolicy
-from driftrl.agents.storage.format import CheckpointError
 from driftrl.agents.storage.saving import Checkpointed
+from driftrl.agents.storage.values import CheckpointError
 from driftrl.envs import make_vec
 
 FLOW: dict[str, Any] = {

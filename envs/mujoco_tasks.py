@@ -1,0 +1,343 @@
+"""What Gymnasium's MuJoCo v5 tasks observe, reward and end by, for many simulators at once.
+
+A task is an entry of `TASKS`: what is observed, what a step earns, and the point whose displacement pays. What an entry
+computes follows the operations of `gymnasium.envs.mujoco.<task>_v5.step` in their order: the numbers are the same, bit
+for bit (`tests/envs/test_mujoco_batch.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+import mujoco
+import numpy as np
+from gymnasium.envs.mujoco.humanoid_v5 import mass_center
+
+from .batch import Array
+
+Reader: TypeAlias = Callable[["Simulators"], Array]
+Outcome: TypeAlias = tuple[Array, Array, dict[str, Array]]
+"""Reward [N] (float64), terminated [N] (bool), and the entries of info, each [N] or [N, k]."""
+
+
+class Simulators:
+    """N simulators of one model, and what the step functions read of them.
+
+    ``s["qpos"]`` is that field of every MjData in one array [N, ...], copied at the first access after a step.
+
+    Attributes:
+        env: the prototype, with the task's arguments as attributes.
+        actions: the actions of this step, [N, nu], in the dtype in which they came.
+        before: the tracked point before the step, [N] or [N, 2].
+        after: the tracked point after the step.
+    """
+
+    actions: Array
+    before: Array
+    after: Array
+
+    def __init__(self, env: Any, n: int) -> None:
+        self.env, self.model = env, env.model
+        self.datas = [mujoco.MjData(self.model) for _ in range(n)]
+        self._views: dict[str, list[Array]] = {}
+        self._arrays: dict[str, Array] = {}
+
+    def __getitem__(self, field: str) -> Array:
+        if field not in self._arrays:
+            if field not in self._views:
+                self._views[field] = [getattr(data, field) for data in self.datas]
+            views = self._views[field]
+            self._arrays[field] = np.concatenate(views).reshape(len(views), *views[0].shape)
+        return self._arrays[field]
+
+    def forget(self) -> None:
+        """Drop the copies: the simulators have moved."""
+        self._arrays.clear()
+
+    def body(self, name: str | int) -> Array:
+        """Position [N, 3] of a body."""
+        return self["xpos"][:, self.model.body(name).id]
+
+    def velocity(self) -> Array:
+        """Velocity of the tracked point, averaged over the step, [N] or [N, 2]."""
+        return cast(Array, (self.after - self.before) / self.env.dt)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task adds to the simulation.
+
+    Args:
+        observation: parts of the observation, each [N, k], in their order.
+        outcome: reward, termination and info of a step.
+        point: the point whose displacement pays, [N] or [N, 2].
+        contact_forces: compute cfrc_ext after every step (`mj_rnePostConstraint`).
+    """
+
+    observation: tuple[Reader, ...]
+    outcome: Callable[[Simulators], Outcome]
+    point: Reader | None = None
+    contact_forces: bool = False
+
+
+def _field(name: str, skip: int = 0, clip: float | str | None = None, when: str | None = None) -> Reader:
+    """A field of MjData without its first `skip` rows, flattened to [N, k].
+
+    Args:
+        name: field of MjData.
+        skip: entries (of the position: only if positions are excluded) or bodies to leave out.
+        clip: bound of the magnitude, or the attribute of the environment that holds (low, high).
+        when: attribute of the environment that switches it on.
+    """
+
+    def read(s: Simulators) -> Array:
+        values = s[name]
+        if when and not getattr(s.env, when):
+            return np.empty((len(values), 0))
+        if clip is not None:
+            values = np.clip(values, *(getattr(s.env, clip) if isinstance(clip, str) else (-clip, clip)))
+        start = skip if name != "qpos" or s.env._exclude_current_positions_from_observation else 0
+        return values[:, start:].reshape(len(values), -1)
+
+    return read
+
+
+def _dot(a: Array) -> Array:
+    """|a|^2 of the rows of a [N, k], by the same BLAS routine as `numpy.linalg.norm` of one row."""
+    return (a[:, None, :] @ a[:, :, None])[:, 0, 0]
+
+
+def _norm(a: Array) -> Array:
+    return np.sqrt(_dot(np.ascontiguousarray(a)))
+
+
+def _square_sum(a: Array) -> Array:
+    """Sum of squares of each row, over all axes but the first."""
+    return cast(Array, np.square(a).reshape(len(a), -1).sum(axis=1))
+
+
+def _within(values: Array, bounds: tuple[float, float]) -> Array:
+    return (bounds[0] < values) & (values < bounds[1])
+
+
+def _never(s: Simulators) -> Array:
+    return np.zeros(len(s.datas), dtype=bool)
+
+
+def _locomotion(
+    *,
+    position: Callable[[Simulators], dict[str, Array]],
+    healthy: Reader | None = None,
+    contact_cost: Reader | None = None,
+    control: Reader = lambda s: s.actions,
+) -> Callable[[Simulators], Outcome]:
+    """Forward velocity and survival are paid; control and contact forces cost."""
+
+    def outcome(s: Simulators) -> Outcome:
+        env, velocity = s.env, s.velocity()
+        axes = (
+            {"x_velocity": velocity}
+            if velocity.ndim == 1
+            else dict(zip(("x_velocity", "y_velocity"), velocity.T, strict=True))
+        )
+        forward = env._forward_reward_weight * axes["x_velocity"]
+        costs = control_cost = env._ctrl_cost_weight * _square_sum(control(s))
+        info = position(s) | axes | {"reward_forward": forward, "reward_ctrl": -control_cost}
+        rewards, terminated = forward, _never(s)
+        if healthy is not None:
+            alive = healthy(s)
+            info["reward_survive"] = alive * env._healthy_reward
+            rewards = forward + info["reward_survive"]
+            terminated = ~alive if env._terminate_when_unhealthy else terminated
+        if contact_cost is not None:
+            contact = contact_cost(s)
+            info["reward_contact"] = -contact
+            costs = control_cost + contact
+        return rewards - costs, terminated, info
+
+    return outcome
+
+
+def _planar_position(s: Simulators) -> dict[str, Array]:
+    return {"x_position": s["qpos"][:, 0]}
+
+
+def _height_position(s: Simulators) -> dict[str, Array]:
+    return {"x_position": s["qpos"][:, 0], "z_distance_from_origin": s["qpos"][:, 1] - s.env.init_qpos[1]}
+
+
+def _xy_position(s: Simulators) -> dict[str, Array]:
+    x, y = s["qpos"][:, 0], s["qpos"][:, 1]
+    return {"x_position": x, "y_position": y, "distance_from_origin": _norm(s["qpos"][:, :2])}
+
+
+def _tendons(s: Simulators) -> dict[str, Array]:
+    return {"tendon_length": s["ten_length"], "tendon_velocity": s["ten_velocity"]}
+
+
+def _hopper_healthy(s: Simulators) -> Array:
+    state = np.concatenate([s["qpos"], s["qvel"]], axis=1)[:, 2:]
+    return _within(state, s.env._healthy_state_range).all(axis=1) & _walker_healthy(s)
+
+
+def _walker_healthy(s: Simulators) -> Array:
+    height, angle = s["qpos"][:, 1], s["qpos"][:, 2]
+    return _within(height, s.env._healthy_z_range) & _within(angle, s.env._healthy_angle_range)
+
+
+def _ant_healthy(s: Simulators) -> Array:
+    low, high = s.env._healthy_z_range
+    height, state = s["qpos"][:, 2], np.concatenate([s["qpos"], s["qvel"]], axis=1)
+    healthy: Array = np.isfinite(state).all(axis=1) & (low <= height) & (height <= high)
+    return healthy
+
+
+def _ant_contact_cost(s: Simulators) -> Array:
+    return cast(Array, s.env._contact_cost_weight * _square_sum(np.clip(s["cfrc_ext"], *s.env._contact_force_range)))
+
+
+def _humanoid_contact_cost(s: Simulators) -> Array:
+    cost: Array = s.env._contact_cost_weight * _square_sum(s["cfrc_ext"])
+    return cost.clip(*s.env._contact_cost_range)
+
+
+def _mass_centers(s: Simulators) -> Array:
+    # One by one: over the whole batch numpy.einsum adds in another order.
+    return np.stack([mass_center(s.model, data) for data in s.datas])
+
+
+def _standup(s: Simulators) -> Outcome:
+    env, height = s.env, s["qpos"][:, 2]
+    up = (height - 0) / s.model.opt.timestep
+    control = env._ctrl_cost_weight * _square_sum(s["ctrl"])
+    impact = np.clip(env._impact_cost_weight * _square_sum(s["cfrc_ext"]), *env._impact_cost_range)
+    terms = {"reward_linup": up, "reward_quadctrl": -control, "reward_impact": -impact}
+    position = {"x_position": s["qpos"][:, 0], "y_position": s["qpos"][:, 1]}
+    position["z_distance_from_origin"] = height - env.init_qpos[2]
+    return up - control - impact + 1, _never(s), position | _tendons(s) | terms
+
+
+def _reacher(s: Simulators) -> Outcome:
+    distance = -_norm(s.body("fingertip") - s.body("target")) * s.env._reward_dist_weight
+    control = -_square_sum(s.actions) * s.env._reward_control_weight
+    return distance + control, _never(s), {"reward_dist": distance, "reward_ctrl": control}
+
+
+def _pusher(s: Simulators) -> Outcome:
+    near = -_norm(s.body("object") - s.body("tips_arm")) * s.env._reward_near_weight
+    distance = -_norm(s.body("object") - s.body("goal")) * s.env._reward_dist_weight
+    control = -_square_sum(s.actions) * s.env._reward_control_weight
+    terms = {"reward_dist": distance, "reward_ctrl": control, "reward_near": near}
+    return distance + control + near, _never(s), terms
+
+
+def _inverted_pendulum(s: Simulators) -> Outcome:
+    state = np.concatenate([s["qpos"], s["qvel"]], axis=1)
+    terminated = ~np.isfinite(state).all(axis=1) | (np.abs(state[:, 1]) > 0.2)
+    reward = (~terminated).astype(np.int64)
+    return reward, terminated, {"reward_survive": reward}
+
+
+def _inverted_double_pendulum(s: Simulators) -> Outcome:
+    x, y = s["site_xpos"][:, 0, 0], s["site_xpos"][:, 0, 2]
+    # By Python's power: it rounds as that of a NumPy number, the power of an array is a multiplication.
+    x2, y2, v1, v2 = (
+        np.array([value**2 for value in column.tolist()]) for column in (x, y - 2, s["qvel"][:, 1], s["qvel"][:, 2])
+    )
+    terminated = y <= 1
+    distance, velocity = 0.01 * x2 + y2, 1e-3 * v1 + 5e-3 * v2
+    alive = s.env._healthy_reward * (~terminated).astype(np.int64)
+    terms = {"reward_survive": alive, "distance_penalty": -distance, "velocity_penalty": -velocity}
+    return alive - distance - velocity, terminated, terms
+
+
+_HUMANOID_OBSERVATION = (
+    _field("qpos", skip=2),
+    _field("qvel"),
+    _field("cinert", skip=1, when="_include_cinert_in_observation"),
+    _field("cvel", skip=1, when="_include_cvel_in_observation"),
+    _field("qfrc_actuator", skip=6, when="_include_qfrc_actuator_in_observation"),
+    _field("cfrc_ext", skip=1, when="_include_cfrc_ext_in_observation"),
+)
+
+TASKS: dict[str, Task] = {
+    "HalfCheetah-v5": Task(
+        observation=(_field("qpos", skip=1), _field("qvel")),
+        outcome=_locomotion(position=_planar_position),
+        point=lambda s: s["qpos"][:, 0],
+    ),
+    "Hopper-v5": Task(
+        observation=(_field("qpos", skip=1), _field("qvel", clip=10)),
+        outcome=_locomotion(position=_height_position, healthy=_hopper_healthy),
+        point=lambda s: s["qpos"][:, 0],
+    ),
+    "Walker2d-v5": Task(
+        observation=(_field("qpos", skip=1), _field("qvel", clip=10)),
+        outcome=_locomotion(position=_height_position, healthy=_walker_healthy),
+        point=lambda s: s["qpos"][:, 0],
+    ),
+    "Swimmer-v5": Task(
+        observation=(_field("qpos", skip=2), _field("qvel")),
+        outcome=_locomotion(position=_xy_position),
+        point=lambda s: s["qpos"][:, :2],
+    ),
+    "Ant-v5": Task(
+        observation=(
+            _field("qpos", skip=2),
+            _field("qvel"),
+            _field("cfrc_ext", skip=1, clip="_contact_force_range", when="_include_cfrc_ext_in_observation"),
+        ),
+        outcome=_locomotion(position=_xy_position, healthy=_ant_healthy, contact_cost=_ant_contact_cost),
+        point=lambda s: s.body(s.env._main_body)[:, :2],
+        contact_forces=True,
+    ),
+    "Humanoid-v5": Task(
+        observation=_HUMANOID_OBSERVATION,
+        outcome=_locomotion(
+            position=lambda s: _xy_position(s) | _tendons(s),
+            healthy=lambda s: _within(s["qpos"][:, 2], s.env._healthy_z_range),
+            contact_cost=_humanoid_contact_cost,
+            control=lambda s: s["ctrl"],
+        ),
+        point=_mass_centers,
+        contact_forces=True,
+    ),
+    "HumanoidStandup-v5": Task(observation=_HUMANOID_OBSERVATION, outcome=_standup, contact_forces=True),
+    "Reacher-v5": Task(
+        observation=(
+            lambda s: np.cos(np.ascontiguousarray(s["qpos"][:, :2])),
+            lambda s: np.sin(np.ascontiguousarray(s["qpos"][:, :2])),
+            lambda s: s["qpos"][:, 2:],
+            lambda s: s["qvel"][:, :2],
+            lambda s: (s.body("fingertip") - s.body("target"))[:, :2],
+        ),
+        outcome=_reacher,
+    ),
+    "Pusher-v5": Task(
+        observation=(
+            lambda s: s["qpos"][:, :7],
+            lambda s: s["qvel"][:, :7],
+            lambda s: s.body("tips_arm"),
+            lambda s: s.body("object"),
+            lambda s: s.body("goal"),
+        ),
+        outcome=_pusher,
+    ),
+    "InvertedPendulum-v5": Task(
+        observation=(lambda s: s["qpos"], lambda s: s["qvel"]),
+        outcome=_inverted_pendulum,
+    ),
+    "InvertedDoublePendulum-v5": Task(
+        observation=(
+            lambda s: s["qpos"][:, :1],
+            lambda s: np.sin(np.ascontiguousarray(s["qpos"][:, 1:])),
+            lambda s: np.cos(np.ascontiguousarray(s["qpos"][:, 1:])),
+            lambda s: np.clip(s["qvel"], -10, 10),
+            lambda s: np.clip(s["qfrc_constraint"], -10, 10)[:, :1],
+        ),
+        outcome=_inverted_double_pendulum,
+    ),
+}
+"""The tasks that `MujocoVecEnv` steps in batches, by their Gymnasium id."""
