@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from .fields import MLPField
-from .ode import check_batch
 
 
 def spectral_norms(module: nn.Module) -> dict[str, Tensor]:
@@ -105,7 +104,8 @@ def adversarial_states(
     Raises:
         ValueError: if an argument is out of range or another shape, noise missing or superfluous, or the loss not [B].
     """
-    check_batch(x)
+    if x.ndim != 2:
+        raise ValueError(f"x must have shape [B, D], got {list(x.shape)}; flatten or add the batch dimension")
     if steps < 1 or not step_size > 0 or not (temperature is None or temperature > 0):
         given = f"{steps}, {step_size} and {temperature}"
         raise ValueError(f"steps must be at least 1, step_size positive, temperature positive or None, got {given}")

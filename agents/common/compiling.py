@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 PAYS_AFTER = 25_000
 """Gradient updates after which a compiled run has caught up with an eager one (benchmarks/train_speed.py)."""
@@ -33,6 +35,20 @@ def compiling_pays(wanted: str, updates: int, device: torch.device) -> bool:
     if wanted == "on" and not found:
         raise ValueError("compile: got on, and no C++ compiler is found; install g++ or clang++, or choose off")
     return found and (wanted == "on" or updates >= PAYS_AFTER)
+
+
+def compiles(policy: nn.Module, wanted: str, updates: int, device: torch.device) -> bool:
+    """As `compiling_pays`; but networks that carry hooks or parametrizations are trained eagerly, with a warning."""
+    if not compiling_pays(wanted, updates, device):
+        return False
+    altered = any(
+        module._forward_pre_hooks or module._forward_hooks or parametrize.is_parametrized(module)
+        for module in policy.modules()
+    )
+    if altered:
+        text = f"compile: got {wanted}, but the networks carry hooks or parametrizations; training is eager"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+    return not altered
 
 
 class Compiled:

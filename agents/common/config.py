@@ -11,8 +11,6 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -113,18 +111,12 @@ def require(config: Any, name: str, valid: bool, expected: str) -> None:
 
 
 class Configured(BaseAlgorithm):
-    """An agent whose attributes are its Config's fields: reading one reads it, assigning to one replaces the Config.
-
-    Its learning rate is a number of the Config, or a function of what remains of training (1 to 0), in which case the
-    Config's lr_schedule is "function". Both are read and set as `learning_rate` or `lr_schedule`.
-    """
+    """An agent whose attributes are its Config's fields: reading one reads it, assigning to one replaces the Config."""
 
     config: Any
     config_class: ClassVar[type[Any]]
     _fixed: ClassVar[frozenset[str]]
     """Fields that networks and buffers are made of: to change them means to make another agent."""
-    _rate: float
-    """The present rate, where the Config's lr_schedule adapts it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -139,52 +131,14 @@ class Configured(BaseAlgorithm):
             return
         if name in agent._fixed:
             raise ValueError(f"{name}: got {value!r}, but it was fixed when the agent was made; make another agent")
-        agent.config = resolve(agent.config, {name: value})
-        agent._config_changed()
+        agent._replace({name: value})
+
+    def _replace(self, fields: Mapping[str, Any]) -> None:
+        self.config = resolve(self.config, fields)
+        self._config_changed()
 
     def _config_changed(self) -> None:
         """Use the Config as it is now; called when the agent is built and after every assignment."""
-
-    @property
-    def learning_rate(self) -> float | Schedule:
-        """The Config's number, or the function in use."""
-        function: Schedule | None = vars(self).get("learning_rate")
-        rate: float = self.config.learning_rate
-        return rate if function is None else function
-
-    @learning_rate.setter
-    def learning_rate(self, value: float | Schedule) -> None:
-        vars(self).pop("learning_rate", None)
-        fields = rate_fields(value, self.config)
-        if fields.get("lr_schedule") == "function":
-            vars(self)["learning_rate"] = value  # below the property: with it, it is saved
-        if any(getattr(self.config, name) != each for name, each in fields.items()):
-            self.config = resolve(self.config, fields)
-            self._rate = self.config.learning_rate
-            self._config_changed()
-
-    @property
-    def lr_schedule(self) -> Schedule:
-        """What remains of training (1 to 0) -> learning rate."""
-        return self._rate_at
-
-    @lr_schedule.setter
-    def lr_schedule(self, value: Schedule | str) -> None:
-        if isinstance(value, str):
-            self._assign("lr_schedule", self, value)
-        else:
-            self.learning_rate = value
-
-    def _rate_at(self, remaining: float) -> float:
-        rate, schedule = self.learning_rate, self.config.lr_schedule
-        if callable(rate):
-            return float(rate(remaining))
-        if schedule == "linear":
-            return LinearSchedule(rate, 0.0, 1.0)(remaining)
-        return self._rate if schedule == "adaptive" else rate
-
-    def _setup_lr_schedule(self) -> None:
-        """Nothing to do: `lr_schedule` follows `learning_rate`."""
 
     def _take_attributes(self, implied: Mapping[str, Any]) -> None:
         """Let the Config say what attributes and policy_kwargs say; for a saved agent, or arguments given to `load`.
@@ -201,24 +155,3 @@ class Configured(BaseAlgorithm):
         self.config = dataclasses.replace(before, **{**implied, **{n: v for n, v in given.items() if not callable(v)}})
         if rate is not None:
             self.learning_rate = rate
-
-
-def rate_fields(value: Any, config: Any) -> dict[str, Any]:
-    """The Config's fields for a learning rate: a number, or a function of what remains of training; None: none.
-
-    Raises:
-        ValueError: if the Config's lr_schedule is "function" and there is none.
-    """
-    if value is None and config.lr_schedule == "function":
-        raise ValueError("lr_schedule: got 'function', expected learning_rate to be one of what remains (1 to 0)")
-    if value is None:
-        return {}
-    if isinstance(value, FloatSchedule):
-        value = value.value_schedule
-    if isinstance(value, ConstantSchedule):
-        return {"learning_rate": value.val, "lr_schedule": "constant"}
-    if isinstance(value, LinearSchedule) and (value.end, value.end_fraction) == (0, 1):
-        return {"learning_rate": value.start, "lr_schedule": "linear"}
-    if callable(value):
-        return {"learning_rate": float(value(1.0)), "lr_schedule": "function"}
-    return {"learning_rate": value} | ({"lr_schedule": "constant"} if config.lr_schedule == "function" else {})

@@ -72,10 +72,7 @@ class BoxPolicy(BasePolicy):
     @property
     def weights(self) -> Weights:
         """What an update reads and writes, ready for it; made anew if parameters or optimizer were changed."""
-        if self.latest_weights is None or not self.latest_weights.are_current(self):
-            self.latest_weights = Weights(self)
-        self.latest_weights.prepare()
-        return self.latest_weights
+        return Weights.of(self)
 
     def adopt_weights(self) -> None:
         """Let the optimizer know parameters that were replaced since it was made; at the start of training.

@@ -1,35 +1,18 @@
-"""One gradient step: losses and their weights, the gradient of the sum, optimizer, average; and numbers not finite.
-
-A loss, a gradient or a weight that is not finite is treated as an agent's Config says:
-
-    raise      an error that names the term
-    skip       such an update is left out. On CUDA every update then waits for the device
-    rollback   the weights, their average and the optimizer go back to what they were before the agent's last call of
-               `train`; also where only the weights are not finite
-
-The transition model of LipschitzMBPO has its own error.
-"""
+"""One gradient step: losses and their weights, the gradient of the sum, the optimizer's step, average, rate."""
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Callable, Mapping
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-
-from .compiling import Compiled, compiling_pays
-from .observations import FiniteTransitions, blame
 
 if TYPE_CHECKING:
     from .policy import BoxPolicy
-
-_SUMS = ("train/loss", "train/grad_norm")  # not finite for what another term is to blame for
 
 
 class Loss(NamedTuple):
@@ -81,7 +64,7 @@ class Gradient(nn.Module):
 
     def clipped(self, *batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The (clipped) gradient, parameter after parameter, and the scalars, "train/grad_norm" among them."""
-        weights = self.policy.latest_weights or self.policy.weights
+        weights = self.policy.latest_weights or Weights.of(self.policy)
         if torch.compiler.is_compiling():  # it cannot look into autograd, and eager mode is slow with torch.func
             detached = {
                 f"policy.{name}": each.detach() for name, each in zip(weights.names, weights.parameters, strict=True)
@@ -150,6 +133,14 @@ class Weights:
             (owner, name, each, each.requires_grad, each.data_ptr()) for owner, name, each in owned if each is not None
         ]
 
+    @classmethod
+    def of(cls, policy: BoxPolicy) -> Weights:
+        """Those of a policy, ready for updates: the latest ones, or others if parameters or optimizer were changed."""
+        if policy.latest_weights is None or not policy.latest_weights.are_current(policy):
+            policy.latest_weights = cls(policy)
+        policy.latest_weights.prepare()
+        return policy.latest_weights
+
     def are_current(self, policy: BoxPolicy) -> bool:
         """Whether policy and optimizer are still what this was made of."""
         optimizer = policy.optimizer
@@ -166,6 +157,20 @@ class Weights:
             )
             and (self.vector is None or self._moments_are_shared())
         )
+
+    def update(self, gradient: Tensor) -> None:
+        """Let the optimizer take a step, and the average follow.
+
+        Args:
+            gradient: of all parameters as one vector, in their order.
+        """
+        self.step(gradient)
+        self.average()
+
+    def average(self) -> None:
+        """Move the average towards what it follows."""
+        for mean, followed in zip(self._average, self._followed, strict=True):
+            mean.lerp_(followed, self.rate)
 
     def step(self, gradient: Tensor) -> None:
         """Let the optimizer take a step.
@@ -197,11 +202,6 @@ class Weights:
             self._counted.copy_(self._joined.state[self._vector_parameter]["step"])
             self._steps.copy_(self._counted)
         return self.vector.sum()
-
-    def average(self) -> None:
-        """Move the average towards what it follows."""
-        for mean, followed in zip(self._average, self._followed, strict=True):
-            mean.lerp_(followed, self.rate)
 
     def _optimizer_is_elementwise(self) -> bool:
         """Whether a step on one vector is the step on each parameter."""
@@ -268,110 +268,76 @@ def _join(parameters: list[nn.Parameter]) -> Tensor:
     return vector
 
 
-class Snapshot:
-    """Weights, normalisers, average and optimizer of a policy as they are, to go back to."""
+class LearningRate(BaseAlgorithm):
+    """The learning rate of an agent: a number of its Config, by the course that lr_schedule names, or a function.
 
-    def __init__(self, policy: BoxPolicy) -> None:
-        self._policy = policy
-        policy.weights.finish()
-        self._tensors = [(each, each.detach().clone()) for each in chain(policy.parameters(), policy.buffers())]
-        self._moments = {parameter: copy.deepcopy(state) for parameter, state in policy.optimizer.state.items()}
+    A function of what remains of training (1 to 0) makes the Config's lr_schedule "function". Either is read and set as
+    `learning_rate` or `lr_schedule`.
+    """
 
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put everything back, in place."""
-        for tensor, before in self._tensors:
-            tensor.copy_(before)
-        state = self._policy.optimizer.state
-        state.clear()
-        state.update({parameter: copy.deepcopy(moments) for parameter, moments in self._moments.items()})
-        self._policy.latest_weights = None
+    config: Any
+    _rate: float
+    """The present rate, where lr_schedule adapts it."""
+    _replace: Callable[[Mapping[str, Any]], None]  # of `Configured`
+    _assign: Callable[[str, Any, Any], None]
+
+    @property
+    def learning_rate(self) -> float | Schedule:
+        """The Config's number, or the function in use."""
+        function: Schedule | None = vars(self).get("learning_rate")
+        rate: float = self.config.learning_rate
+        return rate if function is None else function
+
+    @learning_rate.setter
+    def learning_rate(self, value: float | Schedule) -> None:
+        vars(self).pop("learning_rate", None)
+        fields = rate_fields(value, self.config)
+        if fields.get("lr_schedule") == "function":
+            vars(self)["learning_rate"] = value  # below the property: with it, it is saved
+        if any(getattr(self.config, name) != each for name, each in fields.items()):
+            self._replace(fields)
+            self._rate = self.config.learning_rate
+
+    @property
+    def lr_schedule(self) -> Schedule:
+        """What remains of training (1 to 0) -> learning rate."""
+        return self._rate_at
+
+    @lr_schedule.setter
+    def lr_schedule(self, value: Schedule | str) -> None:
+        if isinstance(value, str):
+            self._assign("lr_schedule", self, value)
+        else:
+            self.learning_rate = value
+
+    def _rate_at(self, remaining: float) -> float:
+        rate, schedule = self.learning_rate, self.config.lr_schedule
+        if callable(rate):
+            return float(rate(remaining))
+        if schedule == "linear":
+            return LinearSchedule(rate, 0.0, 1.0)(remaining)
+        return self._rate if schedule == "adaptive" else rate
+
+    def _setup_lr_schedule(self) -> None:
+        """Nothing to do: `lr_schedule` follows `learning_rate`."""
 
 
-class FiniteUpdates(FiniteTransitions):
-    """The part of an agent that looks at the numbers of its updates, too."""
+def rate_fields(value: Any, config: Any) -> dict[str, Any]:
+    """The Config's fields for a learning rate: a number, or a function of what remains of training; None: none.
 
-    policy: BoxPolicy
-    _gradient: Callable[..., tuple[Tensor, dict[str, Tensor]]]  # `Gradient.clipped`, perhaps compiled
-    _updates_left_out = _rollbacks = 0  # so far
-
-    def _weights(self) -> Weights:
-        """The policy's weights, ready for updates; a compiled gradient looks at them again if they are others."""
-        before, weights = self.policy.latest_weights, self.policy.weights
-        if weights is not before and isinstance(self._gradient, Compiled):
-            self._gradient.check_again()
-        return weights
-
-    def _before_updates(self) -> Snapshot | None:
-        """What can put the weights back to what they are now; None where that is not wanted."""
-        return Snapshot(self.policy) if self.config.nonfinite == "rollback" else None
-
-    def _refuses(self, scalars: Mapping[str, Tensor]) -> bool:
-        """Whether to leave an update out, because one of its scalars is not finite."""
-        if self.config.nonfinite != "skip" or torch.stack(list(scalars.values())).isfinite().all():
-            return False
-        self._updates_left_out += 1
-        fault = _first_fault(list(scalars), torch.stack(list(scalars.values()))[None])
-        warnings.warn(f"{fault}; the update is left out", RuntimeWarning, stacklevel=2)
-        return True
-
-    def _settle(self, names: list[str], metrics: list[Tensor], before: Snapshot | None) -> dict[str, float]:
-        """Means of the scalars over the updates that were made. The one point at which the host waits for the device.
-
-        Args:
-            names: of the scalars.
-            metrics: their values in each update, [number of names]; emptied where the updates were taken back.
-            before: what `_before_updates` returned.
-
-        Returns:
-            The means; none where the updates were taken back.
-
-        Raises:
-            ValueError: if a scalar or a weight is not finite and nothing can be taken back, or every update was left
-                out.
-        """
-        if not metrics:
-            raise ValueError("non-finite losses: got no update whose terms are finite; lower learning_rate")
-        table = torch.stack(metrics)
-        *means, total = torch.cat([table.mean(0), self._weights().finish()[None]]).tolist()
-        if np.isfinite([*means, total]).all():
-            return dict(zip(names, means, strict=True))
-        fault = _first_fault(names, table) or f"non-finite weights: {blame(self.policy)}"
-        if before is None:
-            remedy = "lower learning_rate, or set nonfinite to rollback"
-            raise ValueError(f"{fault} at step {self.num_timesteps}; {remedy}")
-        before.restore()
-        metrics.clear()
-        self._rollbacks += 1
-        warnings.warn(f"{fault}; the weights go back to those before the updates", RuntimeWarning, stacklevel=2)
+    Raises:
+        ValueError: if the Config's lr_schedule is "function" and there is none.
+    """
+    if value is None and config.lr_schedule == "function":
+        raise ValueError("lr_schedule: got 'function', expected learning_rate to be one of what remains (1 to 0)")
+    if value is None:
         return {}
-
-    def _record_faults(self) -> None:
-        """Log how many there were so far."""
-        super()._record_faults()
-        self.logger.record("train/updates_left_out", self._updates_left_out)
-        self.logger.record("train/rollbacks", self._rollbacks)
-
-
-def _first_fault(names: list[str], table: Tensor) -> str:
-    """Description of the first number that is not finite in a table [updates, names]; empty if all are finite."""
-    for update, row in enumerate(table.tolist()):
-        found = {name: value for name, value in zip(names, row, strict=True) if not np.isfinite(value)}
-        for name in sorted(found, key=_SUMS.__contains__):  # terms before what they are part of
-            which = f" in update {update}" if len(table) > 1 else ""
-            return f"non-finite term of the loss: got {found[name]} for {name}{which}"
-    return ""
-
-
-def compiles(policy: nn.Module, wanted: str, updates: int, device: torch.device) -> bool:
-    """As `compiling_pays`; but networks that carry hooks or parametrizations are trained eagerly, with a warning."""
-    if not compiling_pays(wanted, updates, device):
-        return False
-    altered = any(
-        module._forward_pre_hooks or module._forward_hooks or parametrize.is_parametrized(module)
-        for module in policy.modules()
-    )
-    if altered:
-        text = f"compile: got {wanted}, but the networks carry hooks or parametrizations; training is eager"
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
-    return not altered
+    if isinstance(value, FloatSchedule):
+        value = value.value_schedule
+    if isinstance(value, ConstantSchedule):
+        return {"learning_rate": value.val, "lr_schedule": "constant"}
+    if isinstance(value, LinearSchedule) and (value.end, value.end_fraction) == (0, 1):
+        return {"learning_rate": value.start, "lr_schedule": "linear"}
+    if callable(value):
+        return {"learning_rate": float(value(1.0)), "lr_schedule": "function"}
+    return {"learning_rate": value} | ({"lr_schedule": "constant"} if config.lr_schedule == "function" else {})

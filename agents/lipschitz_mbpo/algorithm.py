@@ -28,30 +28,24 @@ from ...dynamics.lipschitz import spectral_bound_
 from ...dynamics.transition import TRANSITIONS, GaussianTransition
 from ...dynamics.transition_base import TransitionModel, TransitionSettings
 from ...envs.termination import termination_function
-from ..common.compiling import Compiled, prepared
-from ..common.config import Configured, rate_fields, resolve
+from ..common.compiling import compiles, prepared
+from ..common.config import Configured, resolve
 from ..common.networks import activation_name
-from ..common.observations import FiniteReplay
-from ..common.update import FiniteUpdates, Gradient, Loss, Losses, compiles
+from ..common.observations import FiniteReplay, FiniteUpdates
+from ..common.update import Gradient, Loss, Losses, rate_fields
 from .config import LipschitzMBPOConfig
-from .critic_regularizers import adversary, search_noise, value_gap
+from .critic_regularizers import draw_search, robust_penalty
 from .diagnostics import model_diagnostics, runs_away, value_diagnostics
 from .replay import CheckpointedReplay, Minibatch, TensorReplay, TransitionRing
 from .sac import SACPolicy, sac_losses
 
 
 def losses(policy: SACPolicy, batch: Minibatch, config: LipschitzMBPOConfig, target_entropy: float) -> Losses:
-    """SAC's losses and the robust penalty ``mean max_s~ (Q(s~, pi(s~)) - Q(s, a))^2`` (arXiv 2302.01244)."""
-    values = policy.critic(batch.obs, batch.action)
-    table, metrics = sac_losses(policy, batch, values, config.gamma, target_entropy)
+    """The terms of the objective for a minibatch, with their weights: SAC's and the robust penalty of the critics."""
+    losses, values = sac_losses(policy, batch, config.gamma, target_entropy)
     if config.regularizer == "robust":
-        assert batch.search is not None
-        gap = value_gap(policy, batch, values, config.robust_actions)
-        radius, way = config.robust_radius * policy.obs_std(), config.adversary
-        search = (batch.search, radius, way, config.adversary_steps, config.adversary_temperature)
-        states = adversary(gap, batch.obs, *search)
-        table["lipschitz/penalty"] = Loss(gap(states).mean(), config.robust_coef)
-    return Losses(table, metrics)
+        losses.table["lipschitz/penalty"] = Loss(robust_penalty(policy, batch, values, config), config.robust_coef)
+    return losses
 
 
 _SB3_ARGUMENTS = ("buffer_size", "learning_starts", "batch_size", "tau", "gamma", "gradient_steps")
@@ -164,10 +158,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         if not hasattr(self, "transition"):  # nothing is built yet
             return
         terms = partial(losses, config=self.config, target_entropy=self.target_entropy)
-        gradient = Gradient(self.policy, terms, None).clipped
-        self._gradient = prepared(
-            gradient, isinstance(vars(self).get("_gradient"), Compiled), torch.device(self.device)
-        )
+        self._use_gradient(Gradient(self.policy, terms, None))
 
     def _build_model(self) -> TransitionModel:
         config, dims = self.config, (self.policy.obs_dim, self.policy.action_dim)
@@ -230,10 +221,9 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         weights, before, metrics = self._weights(), self._before_updates(), list[Tensor]()
         for batch in self._minibatches(gradient_steps * self.n_envs, batch_size):
             gradient, scalars = self._gradient(batch)  # of the sum of `losses`
-            if self._refuses(scalars):
+            if config.nonfinite == "skip" and self._refuses(scalars):
                 continue
-            weights.step(gradient)
-            weights.average()
+            weights.update(gradient)  # the optimizer's step, then the slow critics follow
             metrics.append(torch.stack(list(scalars.values())))
         self._record(self._settle(list(scalars), metrics, before))
         self._record_faults()
@@ -283,7 +273,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         noise, next_noise = torch.randn(
             2, count, size, policy.action_dim, generator=self._generator, device=self.device
         )
-        batches = []
+        batches, radius = [], config.robust_radius * policy.obs_std()
         for i in range(count):
             rows = drawn[owed[i] : owed[i + 1]]
             if share < 1:
@@ -292,7 +282,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
             obs, next_obs = policy.obs_norm(torch.cat([drawn_now.obs, drawn_now.next_obs])).split(size)
             search = None
             if config.regularizer == "robust":
-                search = search_noise(obs, config.adversary, config.adversary_steps, self._generator)
+                search = draw_search(obs, radius, config.adversary, config.adversary_steps, self._generator)
             transitions = (obs, drawn_now.action, next_obs, drawn_now.reward, drawn_now.terminated)
             batches.append(Minibatch(*transitions, noise[i], next_noise[i], search))
         return batches

@@ -9,8 +9,24 @@ import torch
 from torch import Tensor
 
 from ...dynamics.lipschitz import adversarial_states
-from .replay import Minibatch, SearchNoise
-from .sac import SACPolicy, frozen
+from .config import LipschitzMBPOConfig
+from .replay import Minibatch, Search
+from .sac import SACPolicy
+
+
+def robust_penalty(policy: SACPolicy, batch: Minibatch, values: Tensor, config: LipschitzMBPOConfig) -> Tensor:
+    """``mean max_s~ (Q(s~, pi(s~)) - Q(s, a))^2`` over states s~ within the radius of s, a scalar (arXiv 2302.01244).
+
+    Args:
+        policy: with actor and critics.
+        batch: with states s and actions a, and the noise of the search.
+        values: Q(s, a), [2, B].
+        config: hyperparameters.
+    """
+    assert batch.search is not None
+    gap = value_gap(policy, batch, values, config.robust_actions)
+    method, steps, temperature = config.adversary, config.adversary_steps, config.adversary_temperature
+    return gap(adversary(gap, batch.obs, batch.search, method, steps, temperature)).mean()
 
 
 def value_gap(policy: SACPolicy, batch: Minibatch, values: Tensor, actions: str) -> Callable[[Tensor], Tensor]:
@@ -24,11 +40,11 @@ def value_gap(policy: SACPolicy, batch: Minibatch, values: Tensor, actions: str)
         values: Q(s, a), [2, B].
         actions: "paper", "same_action" or "policy".
     """
-    obs, action = batch.obs, batch.action
-    here = policy.critic(obs, frozen(policy.actor, obs)) if actions == "policy" else values
+    here = policy.values_of_policy(batch.obs) if actions == "policy" else values
 
     def gap(states: Tensor) -> Tensor:
-        there = policy.critic(states, action if actions == "same_action" else frozen(policy.actor, states))
+        same = actions == "same_action"
+        there = policy.critic(states, batch.action) if same else policy.values_of_policy(states)
         change: Tensor = there - here
         return change.square().sum(0)
 
@@ -36,7 +52,7 @@ def value_gap(policy: SACPolicy, batch: Minibatch, values: Tensor, actions: str)
 
 
 def adversary(
-    gap: Callable[[Tensor], Tensor], obs: Tensor, search: SearchNoise, radius: Tensor, method: str, steps: int = 1,
+    gap: Callable[[Tensor], Tensor], obs: Tensor, search: Search, method: str, steps: int = 1,
     temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """States within a radius of obs at which the gap is high, [B, O], detached.
@@ -44,8 +60,7 @@ def adversary(
     Args:
         gap: `value_gap`.
         obs: where the states lie around, [B, O].
-        search: noise; with that of the ascent for langevin.
-        radius: largest change of each observation, [O].
+        search: radius and noise; with that of the ascent for langevin.
         method: "fgsm" (one sign step, from the start across the whole ball: to a corner), "pgd" (several) or "langevin"
             (ascent at a temperature).
         steps: of pgd and langevin.
@@ -56,12 +71,13 @@ def adversary(
     if method == "langevin":
         assert search.ascent is not None
         options |= {"temperature": temperature, "noise": search.ascent.unbind(1)}
-    return adversarial_states(gap, obs, radius=radius, start=search.start, **options)
+    return adversarial_states(gap, obs, radius=search.radius, start=search.start, **options)
 
 
-def search_noise(obs: Tensor, method: str, steps: int, generator: torch.Generator) -> SearchNoise:
-    """Noise for `adversary` around obs [B, O]."""
+def draw_search(obs: Tensor, radius: Tensor, method: str, steps: int, generator: torch.Generator) -> Search:
+    """A `Search` around obs [B, O] for `adversary`."""
     start = torch.empty_like(obs).uniform_(-1, 1, generator=generator)
     if method != "langevin":
-        return SearchNoise(start)
-    return SearchNoise(start, torch.randn(len(obs), steps, obs.shape[1], generator=generator, device=obs.device))
+        return Search(radius, start)
+    ascent = torch.randn(len(obs), steps, obs.shape[1], generator=generator, device=obs.device)
+    return Search(radius, start, ascent)

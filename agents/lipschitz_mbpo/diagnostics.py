@@ -9,7 +9,7 @@ import torch
 from ...dynamics.lipschitz import spectral_norms
 from ...dynamics.transition_base import TransitionModel
 from .critic_regularizers import adversary, value_gap
-from .replay import Minibatch, SearchNoise, TransitionRing
+from .replay import Minibatch, Search, TransitionRing
 from .sac import SACPolicy
 
 SAMPLES = 256
@@ -33,12 +33,12 @@ def value_diagnostics(policy: SACPolicy, batch: Minibatch, radius: float) -> dic
     """
     obs, action, reach = batch.obs, batch.action, radius * policy.obs_std()
     generator = torch.Generator(obs.device).manual_seed(0)  # its own: measuring must not change training
-    search = SearchNoise(torch.empty_like(obs).uniform_(-1, 1, generator=generator))
+    search = Search(reach, torch.empty_like(obs).uniform_(-1, 1, generator=generator))
     with torch.no_grad():
         values = policy.critic(obs, action)
         nearby = obs + reach * search.start
         gap = value_gap(policy, batch, values, "same_action")
-        gain = gap(adversary(gap, obs, search, reach, "fgsm")).mean() / gap(nearby).mean().clamp_min(1e-12)
+        gain = gap(adversary(gap, obs, search, "fgsm")).mean() / gap(nearby).mean().clamp_min(1e-12)
         return {
             "lipschitz/slope": ((policy.critic(nearby, action) - values).abs().mean() / radius).item(),
             "lipschitz/adversarial_gain": gain.item(),

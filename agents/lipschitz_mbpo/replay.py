@@ -33,9 +33,10 @@ class Transitions(NamedTuple):
     terminated: Tensor  # 1 where the episode terminated, [B]
 
 
-class SearchNoise(NamedTuple):
-    """Where the search for an adversarial state begins, and what shakes it."""
+class Search(NamedTuple):
+    """How far adversarial states may lie from a state, where the search begins, and what shakes it."""
 
+    radius: Tensor  # largest change of each observation, [O]
     start: Tensor  # uniform in [-1, 1], [B, O]
     ascent: Tensor | None = None  # standard normals of Langevin ascent, [B, steps, O]
 
@@ -50,7 +51,7 @@ class Minibatch(NamedTuple):
     terminated: Tensor  # [B]
     noise: Tensor  # standard normals of the action chosen in obs, [B, D]
     next_noise: Tensor  # of the one in next_obs, [B, D]
-    search: SearchNoise | None = None  # where critics are made robust
+    search: Search | None = None  # where critics are made robust
 
 
 class TransitionRing:

@@ -169,6 +169,11 @@ class SACPolicy(BoxPolicy):
         """Running standard deviation of each observation, [O], in the units that the networks see."""
         return torch.ones_like(self.obs_norm.scale) if self.obs_norm.enabled else 1 / self.obs_norm.scale
 
+    def values_of_policy(self, obs: Tensor) -> Tensor:
+        """Both critics' Q(s, pi(s)) at the deterministic action, [2, B]; the actor gets no gradient."""
+        values: Tensor = self.critic(obs, frozen(self.actor, obs))
+        return values
+
     def value(self, obs: Tensor) -> Tensor:
         """State value [B] of observations as the networks see them: the lower critic at the deterministic action."""
         values: Tensor = self.critic(obs, self.actor(obs)).amin(0)
@@ -189,17 +194,16 @@ class SACPolicy(BoxPolicy):
         return spaces_ | {"lr_schedule": self._dummy_schedule} | self._arguments
 
 
-def sac_losses(policy: SACPolicy, batch: Minibatch, values: Tensor, gamma: float, target_entropy: float) -> Losses:
-    """The losses of critics, actor and temperature, each of which reaches only its own network, and what is logged.
+def sac_losses(policy: SACPolicy, batch: Minibatch, gamma: float, target_entropy: float) -> tuple[Losses, Tensor]:
+    """The losses of critics, actor and temperature, each of which reaches only its own network; Q(s, a) [2, B].
 
     Args:
         policy: the networks.
         batch: the minibatch.
-        values: both critics' Q(s, a), [2, B].
         gamma: discount factor.
         target_entropy: entropy that the temperature drives the actor to, in nats.
     """
-    alpha = policy.log_alpha.exp().detach()
+    values, alpha = policy.critic(batch.obs, batch.action), policy.log_alpha.exp().detach()
     with torch.no_grad():
         following = policy.actor.sample(batch.next_obs, batch.next_noise)
         next_value = policy.target_critic(batch.next_obs, following.action).amin(0) - alpha * following.log_prob
@@ -220,4 +224,4 @@ def sac_losses(policy: SACPolicy, batch: Minibatch, values: Tensor, gamma: float
         "train/entropy": -chosen.log_prob.mean(),
         "train/value": values.mean(),
     }
-    return Losses(table, metrics)
+    return Losses(table, metrics), values

@@ -14,10 +14,10 @@ from stable_baselines3.common.utils import explained_variance, update_learning_r
 from torch import Tensor
 
 from ...dynamics.regularize import jacobian_penalty, local_error_penalty
-from ..common.compiling import Compiled, prepared
-from ..common.config import rate_fields, resolve
+from ..common.compiling import compiles, prepared
+from ..common.config import resolve
 from ..common.networks import activation_name
-from ..common.update import Gradient, Loss, Losses, compiles
+from ..common.update import Gradient, Loss, Losses, rate_fields
 from .config import PolicyFlowConfig
 from .diagnostics import flow_diagnostics
 from .entropy import steered_weight
@@ -54,8 +54,7 @@ def losses(policy: FlowPolicy, samples: Samples, spread_coef: Tensor, ratio: Rat
         config: hyperparameters.
     """
     actor, obs = policy.actor, samples.obs
-    old_to_new = ratio.terms(actor, samples)
-    policy_loss = ratio.surrogate(old_to_new.log_ratio, samples.advantages, config.clip_range)
+    policy_loss, old_to_new = ratio.loss(actor, samples, config.clip_range)
     critic_loss = value_loss(policy.value(obs), samples.values, samples.returns, config.clip_range_vf)
     table = {
         "train/policy_gradient_loss": Loss(policy_loss),
@@ -152,7 +151,8 @@ class PolicyFlow(FlowRollouts):
             got = self.config.weight_decay
             raise ValueError(f"weight_decay: got {got}, which changes nothing without the default optimizer_class")
         self._iteration, self._rate = 0, self.config.learning_rate
-        self._spread_coef = self.config.spread_coef
+        self._spread_coef = self._first_spread_coef = self.config.spread_coef  # the former may be steered
+        self._monitor: CollapseMonitor | None = None
         super().__init__(
             policy, env,  # type: ignore[arg-type]
             learning_rate=learning_rate if callable(learning_rate) else self.config.learning_rate,
@@ -164,10 +164,10 @@ class PolicyFlow(FlowRollouts):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        before = self.config
         self._take_attributes(_implied(self.policy_kwargs))
-        if self.config.spread_coef != before.spread_coef:  # given to `load`
-            self._spread_coef = self.config.spread_coef
+        if "_brownian_weight" in vars(self):  # as files of earlier versions call it
+            self._spread_coef = vars(self).pop("_brownian_weight")
+            self._first_spread_coef = self.config.spread_coef
         config, samples = self.config, self.config.n_steps * self.n_envs
         if config.batch_size > samples:
             most = f"n_steps x environments = {config.n_steps} x {self.n_envs} = {samples}"
@@ -199,13 +199,15 @@ class PolicyFlow(FlowRollouts):
         config = self.config
         if not hasattr(self, "_act"):  # nothing is built yet
             return
-        self._monitor = None
-        if config.on_collapse != "ignore":
-            dims = self.policy.action_dim
-            self._monitor = CollapseMonitor(config.on_collapse, config.collapse_drop, config.desired_kl, dims)
+        settings = (config.on_collapse, config.collapse_drop, config.desired_kl, self.policy.action_dim)
+        if config.on_collapse == "ignore":
+            self._monitor = None
+        elif self._monitor is None or self._monitor.settings != settings:
+            self._monitor = CollapseMonitor(*settings)
+        if config.spread_coef != self._first_spread_coef:
+            self._spread_coef = self._first_spread_coef = config.spread_coef
         terms = partial(losses, ratio=self._ratio, config=config)
-        gradient = Gradient(self.policy, terms, config.max_grad_norm).clipped
-        self._gradient = prepared(gradient, isinstance(vars(self).get("_gradient"), Compiled), self.device)
+        self._use_gradient(Gradient(self.policy, terms, config.max_grad_norm))
 
     def learn(
         self, total_timesteps: int, callback: MaybeCallback = None, log_interval: int = 1,
@@ -257,10 +259,9 @@ class PolicyFlow(FlowRollouts):
             order = torch.randperm(len(epoch.obs), generator=generator, device=self.device)
             for minibatch in epoch.minibatches(config.batch_size, order):
                 gradient, scalars = self._gradient(minibatch, spread_coef)  # of the sum of `losses`, clipped
-                if self._refuses(scalars):
+                if config.nonfinite == "skip" and self._refuses(scalars):
                     continue
-                weights.step(gradient)
-                weights.average()
+                weights.update(gradient)  # the optimizer's step, then the weight average follows
                 metrics.append(torch.stack(list(scalars.values())))
             means = self._settle(list(scalars), metrics, before)
             passes = [*passes, means] if means else []

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .entropy import policy_entropy
 from .other_ratios import EndpointRatio
-from .policy import FlowActor, FlowNoise, gaussian_log_prob
-from .ratios import Ratio, chord_point
+from .policy import FlowActor, FlowNoise
+from .ratios import Ratio, chord_point, gaussian_log_prob
 from .rollout import Samples
 
 SAMPLES = 256

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.update import Snapshot
+from ..common.snapshot import Snapshot
 from .policy import FlowPolicy
 
 # Healthy runs (Hopper-v5, HalfCheetah-v5, InvertedPendulum-v5, presets) had at most 2.1 x desired_kl, 37 % of ratios
@@ -41,7 +41,8 @@ class CollapseMonitor:
     """
 
     def __init__(self, choice: str, drop: float, desired_kl: float, action_dim: int) -> None:
-        self.choice, self.drop, self.desired_kl, self.action_dim = choice, drop, desired_kl, action_dim
+        self.settings = (choice, drop, desired_kl, action_dim)
+        self.choice, self.drop, self.desired_kl, self.action_dim = self.settings
         self.alarms = self.rollbacks = 0
         self._best, self._worst, self._fall, self._seen = -math.inf, math.inf, 0.0, 0
         self._entropy: float | None = None

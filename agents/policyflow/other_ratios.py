@@ -12,8 +12,16 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .policy import LOG_STD_RANGE, FlowActor, gaussian_kl, gaussian_log_prob
-from .ratios import InterpolationRatio, Ratio, RatioTerms, clipped_surrogate, gaussian_terms
+from .policy import LOG_STD_RANGE, FlowActor
+from .ratios import (
+    InterpolationRatio,
+    Ratio,
+    RatioTerms,
+    clipped_surrogate,
+    gaussian_kl,
+    gaussian_log_prob,
+    gaussian_terms,
+)
 from .rollout import Samples
 
 ODE: dict[str, object] = {"langevin_eps": 0.0}

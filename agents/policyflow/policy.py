@@ -20,6 +20,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 from ...dynamics.fields import MLPField
 from ...dynamics.ode import odeint
@@ -53,17 +54,6 @@ class FlowSample(NamedTuple):
     z: Tensor
     x1: Tensor
     action: Tensor
-
-
-def gaussian_log_prob(x: Tensor, mean: Tensor | float, log_std: Tensor) -> Tensor:
-    """Log-density of a diagonal Gaussian: x [B, D], mean and log_std broadcast to it; returns [B], in nats."""
-    return (-0.5 * ((x - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-
-def gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor | float, other_log_std: Tensor) -> Tensor:
-    """KL(N(mean, std^2) || N(other_mean, other_std^2)) of diagonal Gaussians, [B, D] each; returns [B], in nats."""
-    scaled = torch.exp(2 * (log_std - other_log_std)) + ((mean - other_mean) * torch.exp(-other_log_std)).square()
-    return (other_log_std - log_std + 0.5 * scaled - 0.5).sum(-1)
 
 
 class FlowActor(nn.Module):
@@ -114,6 +104,10 @@ class FlowActor(nn.Module):
         """Log standard deviation of the action noise, [D]."""
         return self.log_std.clamp(*LOG_STD_RANGE)
 
+    def gaussians(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and log standard deviation of z, [B, D] each, given obs [B, O]; the latter of the action noise, [D]."""
+        return *self.base(obs), self.noise_log_std()
+
     def gaussian_entropy(self) -> Tensor:
         """Entropy of all learned Gaussians together, in nats per sample, up to a constant; a scalar.
 
@@ -157,8 +151,11 @@ class FlowActor(nn.Module):
 
     def log_prob(self, obs: Tensor, sample: FlowSample) -> Tensor:
         """Joint log-density of (z, action) given obs and the path's noise, [B], in nats, of uncorrelated actions."""
-        of_action = gaussian_log_prob(sample.action, sample.x1, self.noise_log_std())
-        return of_action + gaussian_log_prob(sample.z, *self.base(obs)) if self.has_latent else of_action
+        mean, base_log_std, log_std = self.gaussians(obs)
+        density: Tensor = Normal(sample.x1, log_std.exp()).log_prob(sample.action).sum(-1)
+        if self.has_latent:
+            density = density + Normal(mean, base_log_std.exp()).log_prob(sample.z).sum(-1)
+        return density
 
 
 @storable

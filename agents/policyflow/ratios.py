@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...dynamics.ode import SOLVERS
-from .policy import FlowActor, gaussian_kl, gaussian_log_prob
+from .policy import FlowActor
 from .rollout import Chord, Samples
 
 
@@ -31,6 +31,17 @@ class RatioTerms(NamedTuple):
     log_ratio: Tensor  # [B], or several per sample [B, N], in nats
     kl: Tensor  # [B], in nats: KL(old || new) of the virtual policy whose ratio this is
     velocity: Tensor | None = None  # [B, D]: v(t, x_t) where the ratio evaluates it, for the regularizers to share
+
+
+def gaussian_log_prob(x: Tensor, mean: Tensor | float, log_std: Tensor) -> Tensor:
+    """Log-density of a diagonal Gaussian: x [B, D], mean and log_std broadcast to it; returns [B], in nats."""
+    return (-0.5 * ((x - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor | float, other_log_std: Tensor) -> Tensor:
+    """KL(N(mean, std^2) || N(other_mean, other_std^2)) of diagonal Gaussians, [B, D] each; returns [B], in nats."""
+    scaled = torch.exp(2 * (log_std - other_log_std)) + ((mean - other_mean) * torch.exp(-other_log_std)).square()
+    return (other_log_std - log_std + 0.5 * scaled - 0.5).sum(-1)
 
 
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
@@ -66,6 +77,11 @@ class Ratio(ABC):
         del actor
         return samples.recorded
 
+    def loss(self, actor: FlowActor, samples: Samples, clip_range: float) -> tuple[Tensor, RatioTerms]:
+        """The policy loss, a scalar, and what it is made of."""
+        terms = self.terms(actor, samples)
+        return self.surrogate(terms.log_ratio, samples.advantages, clip_range), terms
+
     @abstractmethod
     def terms(self, actor: FlowActor, samples: Samples) -> RatioTerms:
         """Log-ratio and KL of `actor` against the policy that acted; both 0 while they are the same."""
@@ -77,14 +93,13 @@ class Ratio(ABC):
 
 def gaussian_terms(actor: FlowActor, samples: Samples, shift: Tensor) -> RatioTerms:
     """Ratio and KL of a policy whose flow ends `shift` [B, D] away from x1: Gaussians in z and in the action."""
-    noise, log_std = samples.action - samples.x1, actor.noise_log_std()
+    noise, (mean, base_log_std, log_std) = samples.action - samples.x1, actor.gaussians(samples.obs)
     old_shift, old_log_std = torch.zeros_like(shift), samples.log_std
     if samples.past is not None:
         log_scale = samples.past.scale.log()
         shift = shift + log_std.exp() * samples.past.mean
         old_shift, old_log_std = old_log_std.exp() * samples.past.mean, old_log_std + log_scale
         log_std = log_std + log_scale
-    mean, base_log_std = actor.base(samples.obs)
     log_ratio = gaussian_log_prob(noise, shift, log_std) - gaussian_log_prob(noise, old_shift, old_log_std)
     log_ratio = log_ratio + gaussian_log_prob(samples.z, mean, base_log_std)
     log_ratio = log_ratio - gaussian_log_prob(samples.z, samples.base_mean, samples.base_log_std)

@@ -17,8 +17,7 @@ from torch import Tensor
 from ...dynamics.noise import StepNoise, step_noise
 from ..common.config import Configured
 from ..common.networks import lazy_zeros
-from ..common.observations import batch_of_one, observation_vectors
-from ..common.update import FiniteUpdates
+from ..common.observations import FiniteUpdates, batch_of_one, observation_vectors
 from ..storage.saving import Checkpointed
 from .policy import FlowActor, FlowNoise, FlowPolicy, FlowSample
 
@@ -146,7 +145,9 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
 
     def _setup_rollout(self) -> None:
         config, envs, size = self.config, self.n_envs, (self.n_envs, self.policy.action_dim)
-        self._exploration = step_noise(config.exploration_noise, config.noise_time, config.hurst, size, self.device)
+        self._exploration = None
+        if (kind := config.exploration_noise) != "gaussian":
+            self._exploration = step_noise(kind, config.noise_time, config.hurst, size, self.device)
         self.rollout_buffer = RolloutStorage(
             lazy_zeros(self.n_steps + 1, envs, self.policy.obs_dim, device=self.device),
             lazy_zeros(3, self.n_steps, *size, device=self.device),

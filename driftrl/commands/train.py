@@ -25,8 +25,7 @@ from tqdm import tqdm
 from ..agents.common.config import without_inert
 from ..agents.registry import AGENTS, AgentSpec, policy_alias
 from ..agents.storage.files import write_json
-from ..agents.storage.saving import Checkpointed
-from ..agents.storage.training_state import restore
+from ..agents.storage.saving import Checkpointed, restore
 from ..analysis.evaluation import EVALUATION_SEED, evaluate_modes, format_table
 from ..envs import make_vec, parse_env_kwargs
 from ..envs.make import Backend

@@ -28,7 +28,7 @@ from .. import __version__
 from ..agents.common.config import validate
 from ..agents.registry import AGENTS
 from ..agents.storage import format as checkpoint
-from ..agents.storage import training_state as resume
+from ..agents.storage import saving
 from ..agents.storage.files import all_or_nothing, write_json
 from ..agents.storage.saving import Checkpointed
 from ..agents.storage.values import CheckpointError
@@ -151,7 +151,7 @@ def save_checkpoint(agent: Checkpointed, folder: Path, keep: int, progress: dict
     Newer ones can only be broken: training went on from before them, and will replace them.
     """
     path = checkpoint_path(folder, agent.num_timesteps)
-    run = {**resume.capture(agent), "progress": progress}
+    run = {**saving.capture(agent), "progress": progress}
     _save(path, {"agent": checkpoint.encode(agent.contents()), "run": checkpoint.encode(run)})
     for old in [file for file in checkpoints(folder) if _steps(file) < agent.num_timesteps][keep - 1 :]:
         old.unlink()
@@ -236,7 +236,7 @@ class Resumption(NamedTuple):
     Args:
         file: what was read.
         agent: the agent in it.
-        state: for `resume.restore`; None if the file is no checkpoint but best.zip or final.zip.
+        state: for `saving.restore`; None if the file is no checkpoint but best.zip or final.zip.
         skipped: what is newer and does not read, and why.
     """
 
@@ -261,7 +261,7 @@ def load_newest(folder: Path, device: str, env: VecEnv) -> Resumption:
             if file.parent.name == "checkpoints":
                 with file.open("rb") as stream:
                     state = checkpoint.read(stream, "run", str(file))
-            exact = state is not None and resume.tells_its_state(env)
+            exact = state is not None and saving.tells_its_state(env)
             return Resumption(file, load_agent(file, device, env, force_reset=not exact), state, skipped)
         except CheckpointError as error:
             skipped.append(str(error))

@@ -36,7 +36,7 @@ def test_gaussian_model_and_adversary_load_neither_flows_nor_sdes() -> None:
         "from driftrl.dynamics.lipschitz import adversarial_states, spectral_bound_, spectral_norms\n"
         "assert TRANSITIONS['gaussian'] is GaussianTransition"
     )
-    light = {"activations", "ensemble", "fields", "holdout", "lipschitz", "ode", "transition", "transition_base"}
+    light = {"activations", "ensemble", "fields", "holdout", "lipschitz", "transition", "transition_base"}
     assert loaded_by(code) == light
     assert "sde" in loaded_by(code + "\nTRANSITIONS['langevin']")
 

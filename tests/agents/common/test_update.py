@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from driftrl import PolicyFlow
 from driftrl.agents.common import compiling
 from driftrl.agents.common.compiling import PAYS_AFTER, Compiled, compiling_pays
-from driftrl.agents.common.update import Gradient, Loss, Losses, Snapshot
+from driftrl.agents.common.snapshot import Snapshot
+from driftrl.agents.common.update import Gradient, Loss, Losses
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

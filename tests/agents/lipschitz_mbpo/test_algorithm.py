@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from driftrl import LipschitzMBPO, LipschitzMBPOConfig
 from driftrl.agents.lipschitz_mbpo.critic_regularizers import adversary, value_gap
 from driftrl.agents.lipschitz_mbpo.diagnostics import model_diagnostics, value_diagnostics
-from driftrl.agents.lipschitz_mbpo.replay import Minibatch, SearchNoise
+from driftrl.agents.lipschitz_mbpo.replay import Minibatch, Search
 from driftrl.agents.registry import AGENTS
 from driftrl.dynamics.lipschitz import spectral_norms
 from driftrl.envs import make_vec
@@ -69,10 +69,10 @@ def test_the_robust_term_and_its_gradient_are_those_of_a_linear_critic(method: s
     generator = torch.Generator().manual_seed(0)
     sizes = {"obs": 3, "action": 1, "start": 3}
     drawn = {name: 2 * torch.rand(40, n, dtype=torch.float64, generator=generator) - 1 for name, n in sizes.items()}
-    search, batch = SearchNoise(drawn.pop("start")), cast(Minibatch, SimpleNamespace(**drawn))
-    gap = value_gap(policy, batch, critic(batch.obs, batch.action), "same_action")
     radius = 0.2 * unit
-    states = adversary(gap, batch.obs, search, radius, method, steps=8)
+    search, batch = Search(radius, drawn.pop("start")), cast(Minibatch, SimpleNamespace(**drawn))
+    gap = value_gap(policy, batch, critic(batch.obs, batch.action), "same_action")
+    states = adversary(gap, batch.obs, search, method, steps=8)
     assert ((states - batch.obs).abs() <= radius * (1 + 1e-12)).all()
     penalty = gap(states).mean()
     reach = critic.weight.detach() @ radius
@@ -92,7 +92,8 @@ def test_adversaries_stay_in_their_ball_and_raise_the_gap(actions: str, method: 
     assert batch.search is not None
     gap = value_gap(policy, batch, policy.critic(batch.obs, batch.action), actions)
     radius = 0.3 * policy.obs_std()
-    states = adversary(gap, batch.obs, batch.search, radius, method, config.adversary_steps, 1e-3)
+    search = batch.search._replace(radius=radius)
+    states = adversary(gap, batch.obs, search, method, config.adversary_steps, 1e-3)
     assert ((states - batch.obs).abs() <= radius * (1 + 1e-5) + 1e-6).all()
     if method != "langevin":  # which only leans towards high values, at a temperature
         assert gap(states).mean() > gap(batch.obs).mean()

@@ -69,7 +69,7 @@ def test_twin_critics_are_two_networks() -> None:
 
 def test_each_loss_reaches_its_own_networks_alone() -> None:
     policy = make_policy()
-    table = sac_losses(policy, batch := make_batch(), policy.critic(batch.obs, batch.action), 0.99, -2.0).table
+    table = sac_losses(policy, make_batch(), 0.99, -2.0)[0].table
     owners = {"train/critic_loss": "critic", "train/actor_loss": "actor", "train/ent_coef_loss": "log_alpha"}
     assert table.keys() == owners.keys()
     names, parameters = policy.weights.names, policy.weights.parameters
@@ -84,7 +84,7 @@ def test_terminated_states_have_no_future_and_the_target_is_soft() -> None:
     policy, gamma = make_policy(temperature=0.5), 0.9
     batch = make_batch()
     with torch.no_grad():
-        table = sac_losses(policy, batch, policy.critic(batch.obs, batch.action), gamma, -2.0).table
+        table = sac_losses(policy, batch, gamma, -2.0)[0].table
         mean, log_std = policy.actor.body(batch.next_obs).chunk(2, -1)
         dist = distributions.TransformedDistribution(
             distributions.Normal(mean, log_std.exp()), distributions.TanhTransform(cache_size=1)
@@ -131,7 +131,7 @@ def test_gradients_are_those_of_stable_baselines3(monkeypatch: pytest.MonkeyPatc
     peer.train(1, 64)
 
     def gradients(loss: str, parameters: Iterable[Tensor]) -> tuple[Tensor, ...]:
-        table = sac_losses(ours, batch, ours.critic(batch.obs, batch.action), 0.9, -1.0).table
+        table = sac_losses(ours, batch, 0.9, -1.0)[0].table
         return torch.autograd.grad(table[loss].value, list(parameters))
 
     close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
@@ -147,9 +147,8 @@ def test_gradients_are_those_of_stable_baselines3(monkeypatch: pytest.MonkeyPatc
 def test_temperature_rises_where_entropy_is_short() -> None:
     policy = make_policy()
     batch = make_batch()
-    values = policy.critic(batch.obs, batch.action)
     for target, sign in ((-20.0, 1), (20.0, -1)):
-        loss = sac_losses(policy, batch, values, 0.99, target).table["train/ent_coef_loss"]
+        loss = sac_losses(policy, batch, 0.99, target)[0].table["train/ent_coef_loss"]
         (slope,) = torch.autograd.grad(loss.value, policy.log_alpha)
         assert slope.sign().item() == sign  # descent lowers log alpha where the entropy exceeds the target
 

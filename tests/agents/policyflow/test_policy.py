@@ -17,9 +17,8 @@ from driftrl.agents.policyflow.policy import (
     FlowNoise,
     FlowPolicy,
     FlowSample,
-    gaussian_kl,
-    gaussian_log_prob,
 )
+from driftrl.agents.policyflow.ratios import gaussian_kl, gaussian_log_prob
 from driftrl.dynamics.ode import odeint
 
 BOX = spaces.Box(-np.inf, np.inf, (3,))

@@ -20,7 +20,7 @@ from stable_baselines3.common.logger import Logger
 
 from driftrl import LipschitzMBPO, LipschitzMBPOConfig, PolicyFlow, PolicyFlowConfig
 from driftrl.agents.storage import format as checkpoint
-from driftrl.agents.storage import training_state as resume
+from driftrl.agents.storage import saving as resume
 from driftrl.agents.storage.saving import Checkpointed
 from driftrl.agents.storage.values import CheckpointError
 from driftrl.envs import make_vec

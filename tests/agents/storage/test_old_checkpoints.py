@@ -12,7 +12,7 @@ from stable_baselines3.common.logger import Logger
 from driftrl import LipschitzMBPO, LipschitzMBPOConfig, PolicyFlow, PolicyFlowConfig
 from driftrl.agents.registry import AGENTS
 from driftrl.agents.storage import format as checkpoint
-from driftrl.agents.storage import training_state as resume
+from driftrl.agents.storage import saving as resume
 from driftrl.agents.storage.saving import Checkpointed
 from driftrl.envs import make_vec
 from driftrl.runs import folder as runs

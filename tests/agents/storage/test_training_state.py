@@ -20,7 +20,7 @@ import torch
 from driftrl import PolicyFlow
 from driftrl.agents.storage import files as durable
 from driftrl.agents.storage import format as checkpoint
-from driftrl.agents.storage import training_state as resume
+from driftrl.agents.storage import saving as resume
 from driftrl.commands import train
 from driftrl.envs import make_vec
 from driftrl.runs import log as run_log
