@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
+from ..envs.known import task_name
 from . import presets
 from .common.config import without_inert
 from .lipschitz_mbpo import LipschitzMBPO, LipschitzMBPOConfig
@@ -74,7 +75,7 @@ class AgentSpec:
         """
         if name not in self.presets:
             raise ValueError(f"preset: got {name!r}, expected {' or '.join(self.presets)}")
-        return dict(self.presets[name].get(env_id, self.default_presets[name]))
+        return dict(self.presets[name].get(task_name(env_id), self.default_presets[name]))
 
 
 AGENTS: dict[str, AgentSpec] = {

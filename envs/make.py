@@ -15,6 +15,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from .batch import BatchVecEnv
+from .known import known_task_of_id
 from .mujoco_batch import MujocoVecEnv
 from .mujoco_tasks import TASKS
 from .multigoal import GOAL_TASKS, GoalVecEnv
@@ -54,12 +55,14 @@ def make_vec(
     if backend not in get_args(Backend):
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(get_args(Backend))}")
     check_env(id, **env_kwargs)
+    task = known_task_of_id(id)  # what the id stands for may be another class than its name lets expect
     if backend == "auto":
-        backend = "batched" if id in _BATCHED and env_kwargs.get("render_mode") != "human" else "sync"
+        backend = "batched" if task in _BATCHED and env_kwargs.get("render_mode") != "human" else "sync"
     if backend == "batched":
-        if id not in _BATCHED:
-            raise ValueError(f"batched: got {id!r}, expected one of {', '.join(_BATCHED)}; use another backend")
-        env = _BATCHED[id](id, n_envs, **env_kwargs)
+        if task not in _BATCHED:
+            what = "an environment that is wrapped or of another class" if id in _BATCHED else "another environment"
+            raise ValueError(f"batched: got {id!r}, {what}, expected one of {', '.join(_BATCHED)}; use another backend")
+        env = _BATCHED[task](id, n_envs, **env_kwargs)
         env.seed(seed)
         return env
     kind: Any = DummyVecEnv  # make_vec_env's own types leave no room for functions

@@ -18,6 +18,7 @@ import numpy as np
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from .batch import Array, BatchVecEnv, make_prototype
+from .known import known_task_of_id
 from .mujoco_tasks import TASKS, Simulators
 
 _STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
@@ -34,23 +35,24 @@ class MujocoVecEnv(BatchVecEnv):
     the simulator of each environment in its place.
 
     Args:
-        id: key of `TASKS`.
+        id: Gymnasium id of one of the `TASKS`: of its class, not wrapped.
         n_envs: number of environments, N.
         threads: CPU threads that step the simulators, the calling one among them; None: one per available core.
         **env_kwargs: arguments of the environment. With render_mode="rgb_array", `render` shows the environment
             `render_index`.
 
     Raises:
-        ValueError: if the id is not in `TASKS`, a number is below 1, or render_mode is "human".
+        ValueError: if the id is of none of the `TASKS`, a number is below 1, or render_mode is "human".
     """
 
     def __init__(self, id: str, n_envs: int, threads: int | None = None, **env_kwargs: Any) -> None:
-        if id not in TASKS:
+        task = known_task_of_id(id)
+        if task not in TASKS:
             raise ValueError(f"batched: got {id!r}, expected one of {', '.join(TASKS)}; use another backend")
         if threads is not None and threads < 1:
             raise ValueError(f"threads: got {threads}, expected an integer of at least 1")
         prototype = make_prototype(id, n_envs, env_kwargs)
-        self._task = TASKS[id]
+        self._task = TASKS[task]
         self.simulators = Simulators(prototype.unwrapped, n_envs)
         self._shown = self.simulators.env.data
         super().__init__(prototype, n_envs)

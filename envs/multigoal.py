@@ -17,6 +17,7 @@ import numpy as np
 from gymnasium import spaces
 
 from .batch import Array, BatchVecEnv, make_prototype
+from .known import known_task_of_id
 
 Start: TypeAlias = Literal["random"] | Sequence[float]
 """Where episodes begin: drawn as the task defines it, or at rest at a point (x, y)."""
@@ -227,20 +228,21 @@ class GoalVecEnv(BatchVecEnv):
     """A batch of one of the `GOAL_TASKS` as a Stable-Baselines3 VecEnv, with what its DummyVecEnv and Monitor report.
 
     Args:
-        id: key of `GOAL_TASKS`.
+        id: Gymnasium id of one of the `GOAL_TASKS`: of its class, not wrapped.
         n_envs: number of environments, N.
         **env_kwargs: arguments of the environment, see `GoalEnv`. With render_mode="rgb_array", `render` shows the
             environment `render_index`.
 
     Raises:
-        ValueError: if the id is not in `GOAL_TASKS`, n_envs is below 1, or render_mode is "human".
+        ValueError: if the id is of none of the `GOAL_TASKS`, n_envs is below 1, or render_mode is "human".
     """
 
     def __init__(self, id: str, n_envs: int, **env_kwargs: Any) -> None:
-        if id not in GOAL_TASKS:
+        task = known_task_of_id(id)
+        if task not in GOAL_TASKS:
             raise ValueError(f"batched: got {id!r}, expected one of {', '.join(GOAL_TASKS)}; use another backend")
         prototype = make_prototype(id, n_envs, env_kwargs)
-        self.task = GOAL_TASKS[id]
+        self.task = GOAL_TASKS[task]
         self.states = self.task.at_rest(np.zeros((n_envs, 2)))
         super().__init__(prototype, n_envs)
 

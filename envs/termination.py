@@ -19,11 +19,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-import gymnasium as gym
 import torch
 from gymnasium.envs.registration import load_env_creator
 from torch import Tensor
 
+from .known import TASK_CLASSES
 from .multigoal import GOAL_TASKS
 
 Termination: TypeAlias = Callable[[Tensor], Tensor]
@@ -118,8 +118,8 @@ def termination_function(env_id: str, env_kwargs: Mapping[str, Any] | None = Non
     """The rule by which a task terminates, to apply to a model's states.
 
     Args:
-        env_id: Gymnasium id.
-        env_kwargs: the environment's arguments, as given to ``make_vec``.
+        env_id: the task, as `known_task` calls it.
+        env_kwargs: the environment's arguments, all that are not at their defaults.
 
     Returns:
         The rule, or None where the observation does not tell: for other environments, and where ``xml_file`` changes
@@ -129,10 +129,9 @@ def termination_function(env_id: str, env_kwargs: Mapping[str, Any] | None = Non
         return None
     if _TASKS[env_id] is _never:
         return _never({})
-    spec = gym.spec(env_id)
-    assert isinstance(spec.entry_point, str)
-    arguments = inspect.signature(load_env_creator(spec.entry_point)).parameters.values()
-    defaults = {argument.name: argument.default for argument in arguments} | spec.kwargs
+    (entry_point,) = (entry for entry, task in TASK_CLASSES.items() if task == env_id)
+    arguments = inspect.signature(load_env_creator(entry_point)).parameters.values()
+    defaults = {argument.name: argument.default for argument in arguments}
     options = defaults | dict(env_kwargs or {})
     rule = _TASKS[env_id] if options.get("terminate_when_unhealthy", True) else _never
     if rule is not _never and options.get("xml_file") != defaults.get("xml_file"):

@@ -27,6 +27,7 @@ from torch import Tensor
 from ...dynamics.lipschitz import spectral_bound_
 from ...dynamics.transition import TRANSITIONS, GaussianTransition
 from ...dynamics.transition_base import TransitionModel, TransitionSettings
+from ...envs.known import known_task_of
 from ...envs.termination import termination_function
 from ..common.compiling import compiles, prepared
 from ..common.config import Configured, resolve
@@ -38,6 +39,9 @@ from .critic_regularizers import draw_search, robust_penalty
 from .diagnostics import model_diagnostics, runs_away, value_diagnostics
 from .replay import CheckpointedReplay, Minibatch, TensorReplay, TransitionRing
 from .sac import SACPolicy, sac_losses
+
+MAY_DISAGREE = 0.02
+"""Share of ends on which a termination rule and the environment may disagree: what rounding at its edge explains."""
 
 
 def losses(policy: SACPolicy, batch: Minibatch, config: LipschitzMBPOConfig, target_entropy: float) -> Losses:
@@ -177,12 +181,27 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         if choice == "never":
             return lambda next_obs: torch.zeros(len(next_obs), dtype=torch.bool, device=next_obs.device)
         rule = self.terminated
-        spec = None if rule or self.env is None else self.env.get_attr("spec")[0]
-        if spec is not None:
-            rule = termination_function(spec.id, spec.kwargs)
+        task = None if rule or self.env is None else known_task_of(self.env)
+        if task is not None:
+            rule = termination_function(*task)
         if rule is None and choice == "task" and self.env is not None:
             raise ValueError("termination: got task, but no rule of this environment is known; give one or use learned")
         return rule
+
+    def _check_rule(self, rule: Callable[[Tensor], Tensor]) -> None:
+        """Compare the rule that ends model rollouts with how the environment's own transitions ended.
+
+        Raises:
+            ValueError: if they disagree more often than numbers at the edge of the rule explain.
+        """
+        seen = self._real.all()
+        found, expected = seen.terminated > 0, rule(seen.next_obs)
+        wrong, ends = int((found != expected).sum()), int((found | expected).sum())
+        if wrong > MAY_DISAGREE * ends + 2:
+            raise ValueError(
+                f"termination: got {self.config.termination}, whose rule disagrees with the environment on {wrong} of "
+                f"{len(found)} transitions ({int(found.sum())} ended, the rule ends {int(expected.sum())}); use learned"
+            )
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         names = ["policy", "policy.optimizer"]
@@ -294,7 +313,9 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         self._seen = self.num_timesteps
 
     def _fit_model(self, model: TransitionModel) -> None:
-        """Go on with the model's fit on all that was seen."""
+        """Go on with the model's fit on all that was seen, which must have ended as the rule says."""
+        if self._terminated is not None and self.config.termination != "never":
+            self._check_rule(self._terminated)
         seen = self._real.all()
         fitted = model.fit(
             seen.obs, seen.action, seen.reward, seen.next_obs, seen.terminated > 0 if self._learns_end else None,

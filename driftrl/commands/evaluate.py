@@ -18,6 +18,7 @@ from ..analysis.multimodality import has_several_solutions
 from ..analysis.plots import draw_pictures
 from ..analysis.video import choose_renderer, record_video
 from ..envs import check_env, parse_env_kwargs
+from ..envs.known import full_id
 from ..envs.multigoal import GOAL_TASKS
 from ..runs.folder import find_checkpoint, load_agent, read_settings, run_folder_of
 from .parser import Parser, fail
@@ -83,8 +84,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     if folder is None and args.env is None:
         raise ValueError(f"env: got none, and {file} lies in no run folder that would tell it; add --env ID")
     settings = read_settings(folder) if folder else None
-    same_env = settings is not None and args.env in (None, settings.env_id)
-    env_id = settings.env_id if settings and args.env is None else args.env
+    same_env = settings is not None and (args.env is None or full_id(args.env) == settings.env_id)
+    env_id = settings.env_id if settings and args.env is None else full_id(args.env)
     env_kwargs = settings.env_kwargs if settings and same_env else {}
     if args.env_kwargs is not None:
         env_kwargs = parse_env_kwargs(args.env_kwargs)

@@ -28,6 +28,7 @@ from ..agents.storage.files import write_json
 from ..agents.storage.saving import Checkpointed, restore
 from ..analysis.evaluation import EVALUATION_SEED, evaluate_modes, format_table
 from ..envs import make_vec, parse_env_kwargs
+from ..envs.known import full_id, task_name
 from ..envs.make import Backend
 from ..runs.callbacks import Checkpoints, Progress
 from ..runs.folder import (
@@ -128,6 +129,7 @@ def _start(name: str, args: Sequence[str]) -> int:
     first.add_argument("--env", default=entry.default_env)
     first.add_argument("--preset", default=next(iter(entry.presets)))
     known = first.parse_known_args(args)[0]  # decides the defaults of the other options
+    known.env = full_id(known.env)
     preset = entry.preset(known.env, known.preset)
     run = {name: preset.pop(name) for name in ("n_envs", "total_timesteps") if name in preset}
     defaults = Arguments(env=known.env, preset=known.preset, config=entry.config(**preset), **run)
@@ -137,7 +139,7 @@ def _start(name: str, args: Sequence[str]) -> int:
     arguments = _parse(name, args, defaults)
     before = dataclasses.asdict(defaults.config)
     chosen = [each for each, value in dataclasses.asdict(arguments.config).items() if value != before[each]]
-    arguments = dataclasses.replace(arguments, config=without_inert(arguments.config, chosen))
+    arguments = dataclasses.replace(arguments, env=known.env, config=without_inert(arguments.config, chosen))
     check_device(arguments.device)
     settings = RunSettings(
         agent=name,
@@ -254,7 +256,7 @@ def _describe_preset(entry: AgentSpec, defaults: Arguments, arguments: Arguments
     yours = {key: value for key, value in chosen.items() if value != before[key]}
     tuned = {key: chosen[key] for key in preset if key not in yours and chosen[key] != standard.get(key)}
     tuned_for = entry.presets[arguments.preset]
-    title = arguments.env if arguments.env in tuned_for else f"default (none is tuned for {arguments.env})"
+    title = arguments.env if task_name(arguments.env) in tuned_for else f"default (none is tuned for {arguments.env})"
     lines = [f"preset {arguments.preset}, {title}: {' '.join(f'{key}={value}' for key, value in tuned.items())}"]
     if yours:
         lines.append(f"set by you: {' '.join(f'{key}={value}' for key, value in yours.items())}")
