@@ -26,8 +26,10 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from .compiling import Compiled
@@ -264,13 +266,48 @@ class FiniteUpdates(LearningRate, FiniteTransitions):
 
 
 class FiniteReplay(FiniteTransitions, OffPolicyAlgorithm):
-    """An off-policy agent that looks at every transition before it stores it."""
+    """An off-policy agent that looks at actions before they are taken, and at transitions before they are stored."""
+
+    policy: BoxPolicy
+    _generator: torch.Generator
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Actions [N, ...] within the Box, and the same in [-1, 1], both checked.
+
+        Random ones at first, then the policy's, by the agent's own generator: who evaluates the agent meanwhile does
+        not change them.
+        """
+        assert action_noise is None
+        if self.num_timesteps < learning_starts:
+            drawn = self.policy.scale_action(np.array([self.action_space.sample() for _ in range(n_envs)]))
+        else:
+            vectors = torch.from_numpy(observation_vectors(self._last_obs, self.observation_space))
+            drawn = self.policy.draw(vectors.to(self.device, torch.float32), self._generator)
+        self._check_actions(drawn)
+        return self.policy.unscale_action(drawn), drawn
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, train_freq: Any, replay_buffer: ReplayBuffer, *arguments: Any,
+        **keywords: Any,
+    ) -> RolloutReturn:  # fmt: skip
+        """As Stable-Baselines3; but where a callback ends training, the last step's transition is stored as well.
+
+        Otherwise an agent that goes on would act on the observation before the last.
+        """
+        rollout = super().collect_rollouts(env, callback, train_freq, replay_buffer, *arguments, **keywords)
+        if not rollout.continue_training:
+            last = callback.locals
+            self._update_info_buffer(last["infos"], last["dones"])
+            named = (last[name] for name in ("buffer_actions", "new_obs", "rewards", "dones", "infos"))
+            self._store_transition(replay_buffer, *named)
+        return rollout
 
     def _store_transition(
         self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, reward: np.ndarray,
         dones: np.ndarray, infos: list[dict[str, Any]],
     ) -> None:  # fmt: skip
-        self._check_actions(buffer_action)
         new_obs, _ = self._screen(new_obs, reward, dones, infos)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 

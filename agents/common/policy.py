@@ -144,6 +144,27 @@ class BoxPolicy(BasePolicy):
         Without noise the deterministic ones. All of `predict` between the observation and the bounds of the actions.
         """
 
+    def draw(self, features: Tensor, generator: torch.Generator) -> np.ndarray:
+        """Sampled actions [B, *shape] in [-1, 1] given raw observation vectors [B, O], by a generator."""
+        size = (self.draws, len(features), self.action_dim)
+        with torch.inference_mode():
+            action = self.decide(features, torch.randn(size, generator=generator, device=features.device))
+        assert self._action_shape is not None
+        return action.cpu().numpy().reshape(-1, *self._action_shape)
+
+    def scale_action(self, action: np.ndarray) -> np.ndarray:
+        """Actions within the Box to [-1, 1]; 0 in a dimension of zero width."""
+        box: Any = self.action_space
+        width = box.high - box.low
+        scaled: np.ndarray = np.where(width > 0, 2 * (action - box.low) / np.where(width > 0, width, 1) - 1, 0)
+        return scaled.astype(np.float32)
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """Actions in [-1, 1] to the Box, to the last bit within it: the map alone may round beyond a bound."""
+        box: Any = self.action_space
+        action: np.ndarray = np.minimum(np.maximum(super().unscale_action(scaled_action), box.low), box.high)
+        return action
+
     def features(self, obs: PyTorchObs) -> Tensor:
         """Flatten a batch of observations to raw vectors [B, O] (Dict entries in the order of their space)."""
         encoded = preprocess_obs(obs, self.observation_space, normalize_images=False)

@@ -203,10 +203,12 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
-            if not callback.on_step():
-                return False
+            goes_on = callback.on_step()
             self._update_info_buffer(infos, dones)
             new_obs, left_out[step] = self._screen(new_obs, rewards, dones, infos)
+            if not goes_on:  # an agent that learns again begins where the environments are
+                self._last_obs, self._last_episode_starts = new_obs, dones
+                return False
             host_rewards[step], terminated[step] = np.where(left_out[step], 0, rewards), dones
             for i in np.flatnonzero(dones).tolist():
                 self._diverged += int(infos[i].get("simulation_diverged", False))

@@ -119,6 +119,7 @@ class _Predict(nn.Module):
     def forward(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
         action = self.policy.decide(obs, None if noise is None else noise.transpose(0, 1))
         action = self.low + 0.5 * (action + 1) * (self.high - self.low)
+        action = torch.minimum(torch.maximum(action, self.low), self.high)  # the map alone may round beyond a bound
         return torch.reshape(action, (-1, *self.shape))
 
 

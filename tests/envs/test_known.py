@@ -76,9 +76,8 @@ def test_another_id_of_a_known_class_is_that_task() -> None:
 def test_wrappers_that_change_something_hide_the_task() -> None:
     bare = gym.make("Hopper-v5")
     assert known_task(bare.spec) == known_task(RecordEpisodeStatistics(bare).spec) == "Hopper-v5"
-    for wrapped in (
-        NormalizeObservation(bare), FrameStackObservation(bare, 2), TransformReward(bare, lambda reward: 2 * float(reward)),
-    ):  # fmt: skip
+    rewarded = TransformReward(bare, lambda reward: 2 * float(reward))
+    for wrapped in (NormalizeObservation(bare), FrameStackObservation(bare, 2), rewarded):
         assert known_task(wrapped.spec) is None
     venv = DummyVecEnv([lambda: gym.make("Hopper-v5")])
     assert known_task_of(VecMonitor(venv)) == ("Hopper-v5", {})
