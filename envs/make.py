@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import gymnasium as gym
@@ -104,6 +104,13 @@ def check_env(id: str, **env_kwargs: Any) -> None:
         raise ValueError(f"{id}: {error}") from error
     finally:
         env.close()
+
+
+def has_time_limit(id: str, env_kwargs: Mapping[str, Any]) -> bool:
+    """Whether episodes of an environment end after a number of steps at the latest, as far as its spec says."""
+    spec = gym.registry.get(id.rpartition(":")[2])
+    limit = env_kwargs.get("max_episode_steps", spec.max_episode_steps if spec else None)
+    return limit is not None and limit > 0
 
 
 def parse_env_kwargs(items: Sequence[str]) -> dict[str, Any]:

@@ -12,11 +12,14 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from ..envs import make_vec
+from ..envs.make import has_time_limit
 from .multimodality import format_multimodality, has_several_solutions, multimodality
 from .statistics import bootstrap_interval, interquartile_mean
 
 EVALUATION_SEED = 1_000_000  # far from the seeds that training runs use
 _MAX_ENVS = 10
+MAX_STEPS = 10_000
+"""Longest episode of an environment that has no time limit of its own."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,9 @@ class CheckedPolicy:
 
 
 def evaluate_agent(
-    agent: BaseAlgorithm, env_id: str, env_kwargs: dict[str, Any], episodes: int, seed: int, *, sample: bool
-) -> Evaluation:
+    agent: BaseAlgorithm, env_id: str, env_kwargs: dict[str, Any], episodes: int, seed: int, *, sample: bool,
+    max_steps: int = MAX_STEPS,
+) -> Evaluation:  # fmt: skip
     """Play complete episodes with a policy.
 
     The episodes are divided among parallel environments beforehand, so that short ones are not over-represented.
@@ -80,6 +84,7 @@ def evaluate_agent(
         episodes: how many, at least 1.
         seed: seed of the environments' first episodes and of the sampled actions.
         sample: sample the actions; otherwise the deterministic ones.
+        max_steps: where an environment without a time limit is cut off, as if it had one.
 
     Raises:
         ValueError: if episodes is below 1, the agent was trained for other spaces, or an observation or a return is
@@ -98,6 +103,8 @@ def evaluate_agent(
                 "the environment's rewards"
             )
 
+    if not has_time_limit(env_id, env_kwargs):
+        env_kwargs = env_kwargs | {"max_episode_steps": max_steps}
     env = make_vec(env_id, min(episodes, _MAX_ENVS), seed, **env_kwargs)
     try:
         for kind in ("observation_space", "action_space"):
@@ -117,7 +124,7 @@ def evaluate_agent(
 
 def evaluate_modes(
     agent: BaseAlgorithm, env_id: str, env_kwargs: dict[str, Any], episodes: int, seed: int, modes: Sequence[str],
-    start: Sequence[float] = (0.0, 0.0),
+    start: Sequence[float] = (0.0, 0.0), max_steps: int = MAX_STEPS,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate in the modes "deterministic" and "sampled": what eval.json holds.
 
@@ -126,8 +133,12 @@ def evaluate_modes(
     report: dict[str, Any] = {"env_id": env_id, "env_kwargs": env_kwargs, "timesteps": agent.num_timesteps}
     report |= {"episodes": episodes, "seed": seed}
     for mode in modes:
-        result = evaluate_agent(agent, env_id, env_kwargs, episodes, seed, sample=mode == "sampled")
+        result = evaluate_agent(
+            agent, env_id, env_kwargs, episodes, seed, sample=mode == "sampled", max_steps=max_steps
+        )
         report[mode] = {**result.summary(), "returns": result.returns, "lengths": result.lengths}
+        if not has_time_limit(env_id, env_kwargs):
+            report[mode]["cut_off"] = sum(length >= max_steps for length in result.lengths)
         if has_several_solutions(env_id):
             agent.set_random_seed(seed)
             report[mode]["multimodality"] = multimodality(
@@ -146,6 +157,9 @@ def format_table(report: dict[str, Any]) -> str:
         numbers = "".join(f"{row[key]:10.1f}" for key in ("mean", "std", "median", "iqm"))
         length = f"{row['length_mean']:.0f} ({row['length_min']} to {row['length_max']})"
         lines.append(f"{mode:14}{numbers}{interval:>22}  {length}")
+    for mode in modes:
+        if cut_off := report[mode].get("cut_off"):
+            lines.append(f"{mode}: {cut_off} of {report['episodes']} episodes had no end and were cut off")
     if "multimodality" in report[modes[0]]:
         lines += ["", format_multimodality({mode: report[mode]["multimodality"] for mode in modes})]
     return "\n".join(lines)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from .. import __version__
 from ..agents.storage.files import write_json
-from ..analysis.evaluation import EVALUATION_SEED, CheckedPolicy, evaluate_modes, format_table
+from ..analysis.evaluation import EVALUATION_SEED, MAX_STEPS, CheckedPolicy, evaluate_modes, format_table
 from ..analysis.export import EXPORTERS
 from ..analysis.multimodality import has_several_solutions
 from ..analysis.plots import draw_pictures
@@ -20,8 +21,8 @@ from ..analysis.video import choose_renderer, record_video
 from ..envs import check_env, parse_env_kwargs
 from ..envs.known import full_id
 from ..envs.multigoal import GOAL_TASKS
-from ..runs.folder import find_checkpoint, load_agent, read_settings, run_folder_of
-from .parser import Parser, fail
+from ..runs.folder import find_checkpoint, load_saved, newest_run, read_settings, run_folder_of
+from .errors import Parser, fail, users_line, whole_number
 
 
 def _check_target(option: str, path: Path) -> None:
@@ -37,7 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     usage = "%(prog)s RUN_OR_FILE [options]"
     parser = Parser(prog=Path(sys.argv[0]).name, usage=usage, description="Evaluate a saved policy.")
     parser.add_argument("path", type=Path, nargs="?", metavar="RUN_OR_FILE", help="run folder or saved .zip file")
-    parser.add_argument("--episodes", type=int, default=20, help="episodes per policy, >= 1 (default: %(default)s)")
+    parser.add_argument("--version", action="version", version=f"driftrl {__version__}")
+    parser.add_argument(
+        "--episodes", type=whole_number, default=20, help="episodes per policy, >= 1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-steps", type=whole_number, default=MAX_STEPS, help="longest episode where the environment has no time "
+        "limit of its own, >= 1 (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--sample", action="store_true", help="only the sampled policy, also in video and export")
     parser.add_argument("--env", metavar="ID", help="Gymnasium id (default: the one of the run)")
     parser.add_argument("--env-kwargs", nargs="*", metavar="KEY=VALUE", help="its arguments (default: as in the run)")
@@ -61,12 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("got no RUN_OR_FILE, expected a run folder or saved .zip file")
         return _evaluate(args)
     except (ValueError, OSError) as error:
+        if where := users_line(error):
+            print(f"error: raised in {where}", file=sys.stderr)
+            raise
         return fail(error)
     except KeyboardInterrupt:
         return 130
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    if args.max_steps < 1:
+        raise ValueError(f"max-steps: got {args.max_steps}, expected an integer of at least 1")
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"seed: got {args.seed}, expected an integer of 0 .. 2**31 - 1")
     if args.json not in (None, "-"):
@@ -79,7 +92,10 @@ def _evaluate(args: argparse.Namespace) -> int:
             raise ValueError(f"export: got {args.export}, expected a name that ends in {' or '.join(EXPORTERS)}")
     if args.plot and args.plot.is_file():
         raise ValueError(f"plot: got the file {args.plot}, expected a folder")
-    file = find_checkpoint(args.path)
+    path = newest_run(args.path)
+    if path != args.path:
+        print(f"{args.path} holds runs; taking the newest, {path}", file=sys.stderr)
+    file = find_checkpoint(path)
     folder = run_folder_of(file)
     if folder is None and args.env is None:
         raise ValueError(f"env: got none, and {file} lies in no run folder that would tell it; add --env ID")
@@ -97,7 +113,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.video:
         choose_renderer()
     check_env(env_id, **env_kwargs)
-    agent = load_agent(file, args.device)
+    file, agent, skipped = load_saved(path, args.device)
+    for reason in skipped:
+        print(f"warning: skipped {reason}", file=sys.stderr)
 
     out = sys.stderr if args.json == "-" else sys.stdout
     episodes = f"{args.episodes} episode{'s' if args.episodes != 1 else ''} each"
@@ -113,7 +131,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         paths = draw_pictures(agent, CheckedPolicy(agent, env_id), env_id, env_kwargs, start, args.seed, args.plot)
         print(f"wrote {', '.join(map(str, paths))}", file=out, flush=True)
     modes = ("sampled",) if args.sample else ("deterministic", "sampled")
-    report = evaluate_modes(agent, env_id, env_kwargs, args.episodes, args.seed, modes, start)
+    report = evaluate_modes(agent, env_id, env_kwargs, args.episodes, args.seed, modes, start, args.max_steps)
     print(format_table(report), file=out)
     if args.json == "-":
         print(json.dumps({"file": str(file), **report}, indent=2, allow_nan=False))

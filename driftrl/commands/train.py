@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
-import re
 import secrets
 import shlex
 import shutil
@@ -22,6 +20,7 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
+from .. import __version__
 from ..agents.common.config import without_inert
 from ..agents.registry import AGENTS, AgentSpec, policy_alias
 from ..agents.storage.files import write_json
@@ -29,8 +28,8 @@ from ..agents.storage.saving import Checkpointed, restore
 from ..analysis.evaluation import EVALUATION_SEED, evaluate_modes, format_table
 from ..envs import make_vec, parse_env_kwargs
 from ..envs.known import full_id, task_name
-from ..envs.make import Backend
-from ..runs.callbacks import Checkpoints, Progress
+from ..envs.make import Backend, has_time_limit
+from ..runs.callbacks import Checkpoints, Progress, reported
 from ..runs.folder import (
     Resumption,
     RunSettings,
@@ -46,8 +45,9 @@ from ..runs.folder import (
 )
 from ..runs.log import open_logger, warn
 from ..runs.signals import StopOnSignal, exit_code, sigterm_as_interrupt
+from .errors import Parser, fail, users_line, whole_number
 from .help import LEGEND, format_help, grouped, options
-from .parser import Parser, fail
+from .options import read_options
 
 _FINAL_EPISODES = 10
 _HELP = {"-h", "--help", "--help-all"}
@@ -101,8 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _HELP & set(args):
             print(_overview())
             return 0
+        if "--version" in args:
+            print(f"driftrl {__version__}")
+            return 0
         raise ValueError(f"got {args[0] if args else 'no agent'}, expected {' or '.join(AGENTS)}, or --resume RUN")
     except (ValueError, OSError) as error:
+        if users_line(error):
+            raise
         return fail(error)
     except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
@@ -136,7 +141,7 @@ def _start(name: str, args: Sequence[str]) -> int:
     if _HELP & set(args):
         print(_help(name, entry, defaults, in_full="--help-all" in args))
         return 0
-    arguments = _parse(name, args, defaults)
+    arguments = read_options(f"{Path(sys.argv[0]).name} {name}", args, defaults)
     before = dataclasses.asdict(defaults.config)
     chosen = [each for each, value in dataclasses.asdict(arguments.config).items() if value != before[each]]
     arguments = dataclasses.replace(arguments, env=known.env, config=without_inert(arguments.config, chosen))
@@ -169,7 +174,7 @@ def _resume(args: Sequence[str]) -> int:
     """Go on with a run from its last checkpoint."""
     parser = Parser(prog=Path(sys.argv[0]).name, description="Go on with a run, in its folder.", allow_abbrev=False)
     parser.add_argument("--resume", type=Path, metavar="RUN", required=True, help="run folder")
-    parser.add_argument("--total-timesteps", type=int, help="steps to train for in all (default: as the run)")
+    parser.add_argument("--total-timesteps", type=whole_number, help="steps to train for in all (default: as the run)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="(default: as the run)")
     arguments = parser.parse_args(args)
     folder: Path = arguments.resume
@@ -223,23 +228,6 @@ def _help(name: str, entry: AgentSpec, defaults: Arguments, in_full: bool) -> st
     return format_help(head, sections, foot)
 
 
-def _parse(name: str, args: Sequence[str], defaults: Arguments) -> Arguments:
-    """The command line over the defaults; tyro's boxed errors become ValueErrors."""
-    program = f"{Path(sys.argv[0]).name} {name}"
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Arguments, prog=program, args=args, default=defaults, add_help=False)
-    except SystemExit as stop:
-        if not stop.code:  # tyro wrote a shell's completions
-            raise
-        text = re.sub("[│╭╮╰╯]", "", box.getvalue())
-        message = re.split("[─-]{5,}", text)[1].strip().removeprefix("Error parsing config: ")  # below the title
-        meant = re.search(r"Perhaps you meant:\s*(--[\w-]+)", text)
-        hint = f"did you mean {meant[1]}? " if meant else ""
-        raise ValueError(f"{message.rstrip('.')}; {hint}see {program} --help-all") from None
-
-
 def _describe(agent: Checkpointed, settings: RunSettings) -> str:
     environments = f"{settings.n_envs} environment{'s' if settings.n_envs > 1 else ''}"
     what = f"{settings.agent} on {settings.env_id}, {settings.total_timesteps:,} steps"
@@ -266,6 +254,8 @@ def _describe_preset(entry: AgentSpec, defaults: Arguments, arguments: Arguments
 def _train(agent: Checkpointed, folder: Path, settings: RunSettings, found: Resumption | None = None) -> int:
     """Train up to the run's total, save, evaluate and say what can be done next."""
     torch.set_num_threads(settings.threads)
+    if not has_time_limit(settings.env_id, settings.env_kwargs):
+        warn(f"{settings.env_id} has no time limit: an episode that never ends has no return; evaluation cuts it off")
     print(f"run folder: {folder}", flush=True)
     start, done, total = time.monotonic(), agent.num_timesteps, settings.total_timesteps
     try:
@@ -276,11 +266,18 @@ def _train(agent: Checkpointed, folder: Path, settings: RunSettings, found: Resu
         )
         modes = ("deterministic", "sampled")
         report = evaluate_modes(agent, settings.env_id, settings.env_kwargs, _FINAL_EPISODES, EVALUATION_SEED, modes)
-        write_json(folder / "eval.json", {"file": "final.zip", **report})
-    except (ValueError, ChildProcessError) as error:
-        if not has_saved(folder):
-            raise
-        raise ValueError(f"{error}; kept what was saved before, in {folder}") from error
+        with reported("eval.json", agent.num_timesteps):
+            write_json(folder / "eval.json", {"file": "final.zip", **report})
+    except Exception as error:
+        kept = f"kept what was saved before, in {folder}" if has_saved(folder) else "nothing was saved"
+        where = users_line(error)
+        if where is None and isinstance(error, ValueError | ChildProcessError) and has_saved(folder):
+            raise ValueError(f"{error}; {kept}") from error
+        print(
+            f"error: {settings.env_id} ended training at {agent.num_timesteps:,} of {total:,} steps"
+            f"{f', in {where}' if where else ''} ({type(error).__name__}); {kept}", file=sys.stderr, flush=True,
+        )  # fmt: skip
+        raise
     except KeyboardInterrupt as interrupt:
         if not has_saved(folder):
             raise
@@ -295,7 +292,7 @@ def _train(agent: Checkpointed, folder: Path, settings: RunSettings, found: Resu
 def _learn(agent: Checkpointed, folder: Path, settings: RunSettings, found: Resumption | None) -> None:
     """Train and save; raises KeyboardInterrupt after that where a signal ended it early.
 
-    Where an environment's process failed once too often it also saves.
+    It also saves where anything else ends it, an error in the user's environment say, unless the agent is broken.
     """
     done, total = agent.num_timesteps, settings.total_timesteps
     with (
@@ -308,14 +305,15 @@ def _learn(agent: Checkpointed, folder: Path, settings: RunSettings, found: Resu
         checkpoints = Checkpoints(folder, settings, stop, best)
         try:
             agent.learn(total - done, callback=CallbackList([checkpoints, progress]), reset_num_timesteps=done == 0)
-        except ChildProcessError:  # nothing is wrong with the agent
-            if agent.num_timesteps > done:
+        except Exception:
+            if agent.num_timesteps > done and all(each.isfinite().all() for each in agent.policy.parameters()):
                 stop.be_patient()
                 checkpoints.save()
             raise
         stop.be_patient()
         checkpoints.save()
-        save_agent(agent, folder / "final.zip")
+        with reported("final.zip", agent.num_timesteps):
+            save_agent(agent, folder / "final.zip")
     if stop.signal is not None:
         raise KeyboardInterrupt(stop.signal)
 

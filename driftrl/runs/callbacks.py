@@ -67,7 +67,7 @@ class Checkpoints(BaseCallback):
     def save(self) -> None:
         """Save a checkpoint."""
         assert self._progress is not None
-        with _reported("checkpoint", self.model.num_timesteps):
+        with reported("checkpoint", self.model.num_timesteps):
             save_checkpoint(self.model, self._folder, self._settings.keep_checkpoints, self._progress)
             for name in COMPLETE:  # of a run that goes on: they are final no longer
                 (self._folder / name).unlink(missing_ok=True)
@@ -80,18 +80,18 @@ class Checkpoints(BaseCallback):
             mean_return = _mean_return(self.model)
             if mean_return > progress["best"]:
                 progress["best"] = mean_return
-                with _reported("best.zip", steps):
+                with reported("best.zip", steps):
                     save_agent(self.model, self._folder / "best.zip")
                     write_json(self._folder / "best.json", {"mean_return": mean_return, "timesteps": steps})
 
 
 @contextlib.contextmanager
-def _reported(what: str, steps: int) -> Iterator[None]:
-    """A file that cannot be written is no reason to end training; the one before it is still there."""
+def reported(what: str, steps: int) -> Iterator[None]:
+    """A file that cannot be written is no reason to end a run: say so and go on; what was saved before is there."""
     try:
         yield
     except OSError as error:
-        warn(f"no {what} at {steps:,} steps ({error}); the one before is kept, training goes on")
+        warn(f"no {what} at {steps:,} steps ({error}); what was saved before is kept, the run goes on")
 
 
 class Progress(BaseCallback):

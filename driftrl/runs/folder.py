@@ -187,16 +187,59 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         ValueError: if there is none.
     """
+    return _saved_files(path)[0]
+
+
+def _saved_files(path: Path) -> list[Path]:
+    """The saved agents of a run folder, the one to take first; see `find_checkpoint`."""
     if path.is_file():
-        return path
+        return [path]
     if not path.exists():
         raise ValueError(f"no such run: got {path}, expected an existing run folder or saved .zip file; check the path")
     read_settings(path)
-    candidates = (path / "final.zip", *checkpoints(path), path / "best.zip")
-    found = next((file for file in candidates if file.exists()), None)
-    if found is None:
+    found = [file for file in (path / "final.zip", *checkpoints(path), path / "best.zip") if file.exists()]
+    if not found:
         raise ValueError(f"empty run: got {path}, expected final.zip, checkpoints/step_*.zip or best.zip; train anew")
     return found
+
+
+def newest_run(path: Path) -> Path:
+    """The run begun last, where a folder is none but holds runs (`runs/Hopper-v5`); else the path itself."""
+    if not path.is_dir() or (path / "config.json").exists():
+        return path
+    runs = [file.parent for file in path.glob("*/**/config.json") if has_saved(file.parent)]
+    return max(runs, key=lambda run: (run / "config.json").stat().st_mtime, default=path)
+
+
+class Saved(NamedTuple):
+    """A saved agent that was read.
+
+    Args:
+        file: what was read.
+        agent: the agent in it.
+        skipped: what comes before it and does not read, and why.
+    """
+
+    file: Path
+    agent: Checkpointed
+    skipped: list[str]
+
+
+def load_saved(path: Path, device: str = "auto") -> Saved:
+    """Load the agent of a run folder or file (see `find_checkpoint`), of a folder the first that reads well.
+
+    Raises:
+        ValueError: as `load_agent`.
+    """
+    files, skipped = _saved_files(path), list[str]()
+    for file in files:
+        try:
+            return Saved(file, load_agent(file, device), skipped)
+        except CheckpointError as error:
+            if len(files) == 1:
+                raise
+            skipped.append(str(error))
+    raise ValueError(f"no saved agent of {path} reads: {'; '.join(skipped)}")
 
 
 def run_folder_of(path: Path) -> Path | None:

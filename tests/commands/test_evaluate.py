@@ -182,7 +182,7 @@ def test_saved_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     ("args", "message"),
     [
         (["--episodes", "0"], "episodes: got 0"),
-        (["--episodes", "x"], "invalid int value: 'x'"),
+        (["--episodes", "x"], "argument --episodes: got x, expected an integer"),
         (["--seed", "-1"], "seed: got -1"),
         (["--seed", "99999999999"], "seed: got 99999999999, expected an integer of 0 .. 2**31 - 1"),
         (["--json", "."], "json: got the folder ., expected a file"),

@@ -1,0 +1,162 @@
+"""What goes wrong in the user's code, on the disk or in how a number is written; nothing that was learned is lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from driftrl.commands import evaluate, train
+from driftrl.runs import folder as runs
+from driftrl.runs.folder import load_agent
+
+SMALL = [
+    "--n-envs", "1", "--n-steps", "16", "--batch-size", "16", "--n-epochs", "1", "--actor-hidden", "4",
+    "--critic-hidden", "4", "--compile", "off", "--device", "cpu", "--seed", "0",
+]  # fmt: skip
+PENDULUM = ["policyflow", "--env", "InvertedPendulum-v5", *SMALL]
+
+
+class Faulty(gym.Env[np.ndarray, np.ndarray]):
+    """Fails at a step of its life, if one is given; otherwise its episodes never end."""
+
+    observation_space, action_space = spaces.Box(-1, 1, (2,)), spaces.Box(-1, 1, (1,))
+
+    def __init__(self, fails_at: int | None = None, how: str = "ValueError") -> None:
+        self.fails_at, self.how, self.steps = fails_at, how, 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        if self.steps == self.fails_at:
+            if self.how == "ValueError":
+                np.zeros(3).reshape(7)
+            raise {"OSError": OSError, "KeyError": KeyError, "RuntimeError": RuntimeError}[self.how]("the user's own")
+        return np.zeros(2, np.float32), 1.0, False, False, {}
+
+
+@pytest.fixture(autouse=True)
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "_FINAL_EPISODES", 2)
+    kind: Any = Faulty
+    gym.register("test/Faulty-v0", kind)
+    yield
+    del gym.registry["test/Faulty-v0"]
+
+
+def only_run() -> Path:
+    (run,) = (path.parent for path in Path("runs").rglob("config.json"))
+    return run
+
+
+@pytest.mark.parametrize("how", ["ValueError", "OSError", "KeyError", "RuntimeError"])
+def test_an_error_in_the_users_environment_keeps_its_traceback_and_what_was_learned(
+    how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = {"ValueError": ValueError, "OSError": OSError, "KeyError": KeyError, "RuntimeError": RuntimeError}[how]
+    fault = ["--env-kwargs", "fails_at=90", f"how={how}"]
+    with pytest.raises(kind) as caught:
+        train.main(["policyflow", "--env", "test/Faulty-v0", *SMALL, "--total-timesteps", "1000", *fault])
+    error = capsys.readouterr().err
+    assert f"test/Faulty-v0 ended training at 89 of 1,000 steps, in {__file__}:" in error
+    assert f"({how}); kept what was saved before, in {only_run()}" in error
+    assert any(Path(frame.path).name == Path(__file__).name for frame in caught.traceback)
+    assert load_agent(only_run(), "cpu").num_timesteps == 89
+    assert (only_run() / "progress.csv").read_text().count("\n") > 3
+
+
+def test_our_own_refusals_stay_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*PENDULUM, "--gamma", "2"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_full_disk_is_said_and_the_agent_is_evaluated_all_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = runs._save
+
+    def full(path: Path, *arguments: Any) -> None:
+        if path.name == "final.zip":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, *arguments)
+
+    monkeypatch.setattr(runs, "_save", full)
+    assert train.main([*PENDULUM, "--total-timesteps", "64"]) == 0
+    out, error = capsys.readouterr()
+    assert "no final.zip at 64 steps" in error and "No space left on device" in error
+    assert "deterministic" in out
+    assert load_agent(only_run(), "cpu").num_timesteps == 64
+
+
+def test_half_a_file_is_skipped_for_the_next_best(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*PENDULUM, "--total-timesteps", "64"]) == 0
+    final = only_run() / "final.zip"
+    final.write_bytes(final.read_bytes()[: final.stat().st_size // 2])
+    capsys.readouterr()
+    assert evaluate.main([str(only_run()), "--episodes", "1"]) == 0
+    out, error = capsys.readouterr()
+    assert "skipped" in error and "final.zip" in error
+    assert out.startswith(str(only_run() / "checkpoints" / "step_64.zip"))
+    assert evaluate.main([str(final), "--episodes", "1"]) == 2  # the file itself was asked for
+
+
+def test_a_folder_of_runs_is_its_newest(capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in ("1", "2"):
+        assert train.main([*PENDULUM, "--total-timesteps", "16", "--seed", seed]) == 0
+    capsys.readouterr()
+    assert evaluate.main(["runs/InvertedPendulum-v5", "--episodes", "1"]) == 0
+    assert "runs/InvertedPendulum-v5 holds runs; taking the newest" in capsys.readouterr().err
+
+
+def test_episodes_without_an_end_are_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+    task = ["policyflow", "--env", "test/Faulty-v0", *SMALL, "--total-timesteps", "32"]
+    assert train.main(task) == 0
+    out, error = capsys.readouterr()
+    assert "test/Faulty-v0 has no time limit" in error
+    assert "deterministic: 2 of 2 episodes had no end and were cut off" in out
+    assert evaluate.main([str(only_run()), "--episodes", "3", "--max-steps", "50", "--json", "report.json"]) == 0
+    report = json.loads(Path("report.json").read_text())
+    assert report["sampled"]["lengths"] == [50] * 3 and report["sampled"]["cut_off"] == 3
+    assert evaluate.main([str(only_run()), "--max-steps", "0"]) == 2
+
+
+def test_integers_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*PENDULUM, "--total-timesteps", "3.2e1", "--checkpoint-interval=1_000"]
+    assert train.main(arguments) == 0
+    assert load_agent(only_run(), "cpu").num_timesteps == 32
+    assert train.main(["--resume", str(only_run()), "--total-timesteps", "4.8e1"]) == 0
+    assert load_agent(only_run(), "cpu").num_timesteps == 48
+    for wrong in ("1.5", "1e-3", "many", "1e400", "nan"):
+        assert train.main([*PENDULUM, "--total-timesteps", wrong]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(("given", "meant"), [("--lr", "--learning-rate"), ("--timesteps", "--total-timesteps")])
+def test_names_of_other_programs_get_a_hint(given: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*PENDULUM, given, "1"]) == 2
+    assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--version"]) == 0
+    with pytest.raises(SystemExit):
+        evaluate.main(["--version"])
+    assert capsys.readouterr().out.count("driftrl 0.") == 2
+
+
+def test_ids_without_a_version_have_the_preset_of_the_newest(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--total-timesteps", "64", "--n-envs", "2", "--n-steps", "16", "--batch-size", "16", "--n-epochs", "1"]
+    assert train.main(["policyflow", "--env", "Hopper", *options, "--compile", "off", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "policyflow on Hopper-v5" in out and "preset standard, Hopper-v5:" in out
