@@ -40,4 +40,4 @@ else:  # out of a type checker's sight, for which a module-level __getattr__ wou
         return getattr(policyflow if name.startswith("PolicyFlow") else lipschitz_mbpo, name)
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return sorted(__all__)

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "agents/storage": {"agents/storage", "dynamics", "envs"},
     "agents/policyflow": {"agents/policyflow", "agents/common", "agents/storage", "dynamics", "envs"},
     "agents/lipschitz_mbpo": {"agents/lipschitz_mbpo", "agents/common", "agents/storage", "dynamics", "envs"},
-    "agents": {"agents", "agents/policyflow", "agents/lipschitz_mbpo", "agents/common", "agents/storage"},
+    "agents": {"agents", "agents/policyflow", "agents/lipschitz_mbpo", "agents/common", "agents/storage", "envs"},
     "driftrl": {"driftrl", "agents", "agents/policyflow", "agents/lipschitz_mbpo", "agents/common", "agents/storage",
                 "dynamics", "envs"},
 }  # fmt: skip

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -21,19 +23,26 @@ def compiling_pays(wanted: str, updates: int, device: torch.device) -> bool:
     """Decide on compilation.
 
     Args:
-        wanted: "on"; "off"; or "auto", for runs of at least `PAYS_AFTER` updates where a compiler is found.
+        wanted: "on"; "off"; or "auto", for runs of at least `PAYS_AFTER` updates where a compiler works.
         updates: gradient updates of the run.
         device: where it runs; the CPU needs a C++ compiler.
 
     Raises:
-        ValueError: if it is "on" and there is no compiler.
+        ValueError: if it is "on" and there is no compiler, or PyTorch lies where it cannot use one.
     """
     if wanted == "off":
         return False
     candidates = (os.environ.get("CXX", "g++"), "g++", "clang++")
-    found = device.type != "cpu" or any(shutil.which(candidate) for candidate in candidates)
-    if wanted == "on" and not found:
-        raise ValueError("compile: got on, and no C++ compiler is found; install g++ or clang++, or choose off")
+    reason = ""
+    if device.type == "cpu" and not any(shutil.which(candidate) for candidate in candidates):
+        reason = "no C++ compiler is found; install g++ or clang++"
+    elif device.type == "cpu" and re.search(r"\s", torch.__file__):
+        reason = (
+            f"PyTorch's linker needs a path without blanks, got {Path(torch.__file__).parent}; move the environment"
+        )
+    if wanted == "on" and reason:
+        raise ValueError(f"compile: got on, and {reason}, or choose off")
+    found = not reason
     return found and (wanted == "on" or updates >= PAYS_AFTER)
 
 
@@ -42,9 +51,10 @@ def compiles(policy: nn.Module, wanted: str, updates: int, device: torch.device)
     if not compiling_pays(wanted, updates, device):
         return False
     altered = any(
-        module._forward_pre_hooks or module._forward_hooks or parametrize.is_parametrized(module)
+        any(hooks for name, hooks in vars(module).items() if name.endswith("hooks") and "state_dict" not in name)
+        or parametrize.is_parametrized(module)
         for module in policy.modules()
-    )
+    ) or any(parameter._backward_hooks for parameter in policy.parameters())
     if altered:
         text = f"compile: got {wanted}, but the networks carry hooks or parametrizations; training is eager"
         warnings.warn(text, RuntimeWarning, stacklevel=3)
@@ -87,6 +97,11 @@ class Compiled:
     def check_again(self) -> None:
         """Look at everything once more at the next call: somebody may have changed networks or hyperparameters."""
         self._seen.clear()
+
+
+def owner(function: Callable[..., Any]) -> Any:
+    """The object whose method a function is, compiled or not; None if it is no method."""
+    return getattr(function.function if isinstance(function, Compiled) else function, "__self__", None)
 
 
 def tensors_in(arguments: tuple[Any, ...]) -> Iterator[Tensor]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from .update import no_function
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -34,6 +36,7 @@ RANGES: dict[str, Callable[[Any], bool]] = {
     "a number in [0, 1)": lambda x: _number(x) and 0 <= x < 1,
     "a number above 0, at most 1": lambda x: _number(x) and 0 < x <= 1,
     "a number in [0.3, 1)": lambda x: _number(x) and 0.3 <= x < 1,
+    "a number, or None": lambda x: x is None or _number(x),
     "two numbers, or None": lambda x: x is None or (isinstance(x, Collection) and len(x) == 2 and all(map(_number, x))),
     "an integer of at least 1": lambda x: _count(x) and x >= 1,
     "an integer of at least 0": lambda x: _count(x) and x >= 0,
@@ -81,10 +84,14 @@ def resolve(config: T, fields: Mapping[str, Any]) -> T:
             f"unknown argument: got {', '.join(unknown)}, expected fields of {type(config).__name__}: "
             f"{', '.join(known)}"
         )
-    config = dataclasses.replace(config, **fields)
+    config = dataclasses.replace(config, **{name: constant(name, value) for name, value in fields.items()})
     for name, switch in inert(config).items():
-        raise ValueError(f"{name}: got {getattr(config, name)!r}, which changes nothing without {switch}")
+        raise _no_effect(config, name, switch)
     return config
+
+
+def _no_effect(config: Any, name: str, switch: str) -> ValueError:
+    return ValueError(f"{name}: got {getattr(config, name)!r}, which changes nothing without {switch}")
 
 
 def inert(config: Any) -> dict[str, str]:
@@ -104,6 +111,20 @@ def without_inert(config: T, chosen: Collection[str]) -> T:
     return dataclasses.replace(config, **{name: defaults[name] for name in off})
 
 
+def constant(name: str, value: Any) -> Any:
+    """A field's value; of a schedule, as PPO takes for clip_range, the number that it always has.
+
+    Raises:
+        ValueError: if the schedule's values differ.
+    """
+    if not callable(value):
+        return value
+    numbers = {float(value(remaining)) for remaining in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    if len(numbers) > 1:
+        raise ValueError(f"{name}: got a schedule from {value(1.0)} to {value(0.0)}, expected a number")
+    return numbers.pop()
+
+
 def require(config: Any, name: str, valid: bool, expected: str) -> None:
     """Raise ValueError with what was got and what is expected unless the field is valid."""
     if not valid:
@@ -113,10 +134,12 @@ def require(config: Any, name: str, valid: bool, expected: str) -> None:
 class Configured(BaseAlgorithm):
     """An agent whose attributes are its Config's fields: reading one reads it, assigning to one replaces the Config."""
 
-    config: Any
+    _config: Any
     config_class: ClassVar[type[Any]]
     _fixed: ClassVar[frozenset[str]]
     """Fields that networks and buffers are made of: to change them means to make another agent."""
+    _learned: ClassVar[frozenset[str]]
+    """Those of them whose values the saved weights and optimizers hold: `load` takes no others."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -127,15 +150,44 @@ class Configured(BaseAlgorithm):
 
     @staticmethod
     def _assign(name: str, agent: Configured, value: Any) -> None:
-        if value == getattr(agent.config, name):
-            return
-        if name in agent._fixed:
-            raise ValueError(f"{name}: got {value!r}, but it was fixed when the agent was made; make another agent")
-        agent._replace({name: value})
+        if isinstance(now := getattr(agent.config, name), tuple):
+            value = tuple(value)
+        if value != now:
+            agent.config = dataclasses.replace(agent.config, **{name: constant(name, value)})
 
-    def _replace(self, fields: Mapping[str, Any]) -> None:
-        self.config = resolve(self.config, fields)
+    def _assign_config(self, config: Any) -> None:
+        if type(config) is not self.config_class:
+            raise ValueError(f"config: got a {type(config).__name__}, expected a {self.config_class.__name__}")
+        if "_gradient" not in vars(self):  # nothing is built yet
+            self._config = config
+            return
+        off = inert(config)
+        for name in (field.name for field in dataclasses.fields(config)):
+            if (value := getattr(config, name)) == getattr(self.config, name):
+                continue
+            if name in self._fixed:
+                raise ValueError(f"{name}: got {value!r}, but it was fixed when the agent was made; make another agent")
+            if name in off:  # others may be without effect for now: a callback anneals what switches them on
+                raise _no_effect(config, name, off[name])
+        self._check(config)
+        self._config = config
+        if config.lr_schedule != "function":
+            vars(self).pop("learning_rate", None)
         self._config_changed()
+
+    config = property(
+        attrgetter("_config"), _assign_config,
+        doc="The hyperparameters. Another Config is used at once; what the networks are made of has to agree.",
+    )  # fmt: skip
+
+    def _check(self, config: Any) -> None:
+        """Whether the Config suits the agent.
+
+        Raises:
+            ValueError: if not.
+        """
+        if config.lr_schedule == "function" and not callable(vars(self).get("learning_rate")):
+            raise no_function()
 
     def _config_changed(self) -> None:
         """Use the Config as it is now; called when the agent is built and after every assignment."""
@@ -146,12 +198,25 @@ class Configured(BaseAlgorithm):
         Args:
             implied: fields that policy_kwargs imply.
         """
-        attributes, names = vars(self), {field.name for field in dataclasses.fields(self.config)}
-        before = self.config
+        attributes = vars(self)
+        self._config = attributes.pop("config", self._config)  # a file's
+        names = {field.name for field in dataclasses.fields(self.config)}
         given = {name: attributes.pop(name) for name in names & attributes.keys()}
         rate, schedule = given.pop("learning_rate", None), given.get("lr_schedule", attributes.pop("lr_schedule", None))
         if callable(schedule):
             rate = given.pop("lr_schedule", schedule)
-        self.config = dataclasses.replace(before, **{**implied, **{n: v for n, v in given.items() if not callable(v)}})
-        if rate is not None:
+        numbers = {name: constant(name, value) for name, value in given.items()}
+        before = self.config
+        config = self._config = dataclasses.replace(before, **{**implied, **numbers})
+        off = inert(config)
+        for name in sorted(given):
+            if name in off:
+                raise _no_effect(config, name, off[name])
+            if name in self._learned and numbers[name] != getattr(before, name):
+                saved = getattr(before, name)
+                raise ValueError(f"{name}: got {numbers[name]!r}, but the saved weights were made with {saved!r}")
+        if config.lr_schedule == "function" and rate is not None and not callable(rate):  # a number in its place
+            self._config = dataclasses.replace(config, lr_schedule="constant")
+        if callable(rate) or (rate is not None and rate != config.learning_rate):
             self.learning_rate = rate
+        self._check(self.config)

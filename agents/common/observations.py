@@ -32,7 +32,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from .compiling import Compiled
+from .compiling import Compiled, owner
 from .update import Gradient, LearningRate, Weights
 
 if TYPE_CHECKING:
@@ -187,6 +187,7 @@ class FiniteUpdates(LearningRate, FiniteTransitions):
 
     policy: BoxPolicy
     _gradient: Callable[..., tuple[Tensor, dict[str, Tensor]]]  # `Gradient.clipped`, perhaps compiled
+    _config_changed: Callable[[], None]  # of `Configured`
     _updates_left_out = _rollbacks = _recompilations = 0  # so far
 
     def _use_gradient(self, gradient: Gradient) -> None:
@@ -202,6 +203,13 @@ class FiniteUpdates(LearningRate, FiniteTransitions):
             warnings.warn(
                 f"{text} from now on, which is faster than to compile each time", RuntimeWarning, stacklevel=6
             )
+
+    def _adopt_policy(self) -> None:
+        """Let training follow the policy as it is: another one, or other weights; at the start of `learn`."""
+        gradient = owner(self._gradient)
+        if isinstance(gradient, Gradient) and gradient.policy is not self.policy:
+            self._config_changed()
+        self.policy.adopt_weights()
 
     def _weights(self) -> Weights:
         """The policy's weights, ready for updates; a compiled gradient looks at them again if they are others."""
@@ -310,6 +318,13 @@ class FiniteReplay(FiniteTransitions, OffPolicyAlgorithm):
     ) -> None:  # fmt: skip
         new_obs, _ = self._screen(new_obs, reward, dones, infos)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+
+def to_box(scaled: np.ndarray, box: Any) -> np.ndarray:
+    """Actions in [-1, 1] to a Box, to the last bit within it: the map alone may round beyond a bound."""
+    action: np.ndarray = box.low + 0.5 * (scaled + 1.0) * (box.high - box.low)
+    within: np.ndarray = np.minimum(np.maximum(action, box.low), box.high)
+    return within
 
 
 def _faults(values: np.ndarray, what: str, first: int = 0) -> Iterator[tuple[int, str]]:

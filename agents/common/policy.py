@@ -14,8 +14,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from ...envs.make import check_spaces
-from .observations import RunningNorm
-from .update import Weights
+from .observations import RunningNorm, to_box
+from .update import Weights, in_order
 
 
 class BoxPolicy(BasePolicy):
@@ -65,9 +65,15 @@ class BoxPolicy(BasePolicy):
         return {name: each for name, each in self.named_parameters() if not name.startswith(f"{self.follower}.")}
 
     def _make_optimizer(self, lr_schedule: Schedule) -> None:
+        if "lr" in self.optimizer_kwargs:
+            raise ValueError("optimizer_kwargs: got lr, expected it as the agent's learning_rate")
         options = {"lr": lr_schedule(1), **self.optimizer_kwargs}
         self.optimizer = self.optimizer_class(list(self._own_parameters().values()), **options)
-        self._made, self._known = self.optimizer, self._own_parameters()
+        self._made, self._known, self._names = self.optimizer, self._own_parameters(), tuple(self._own_parameters())
+        self._learning = frozenset(name for name, each in self._own_parameters().items() if each.requires_grad)
+
+    def _held(self) -> list[nn.Parameter]:
+        return [each for group in self.optimizer.param_groups for each in group["params"]]
 
     @property
     def weights(self) -> Weights:
@@ -82,20 +88,30 @@ class BoxPolicy(BasePolicy):
 
         Raises:
             ValueError: if a parameter requires a gradient and the policy's own optimizer does not hold it, nothing
-                would learn, or the average has other parameters than what it follows.
+                would learn, the average has other parameters than what it follows, or a hook or an optimizer is of a
+                kind that updates cannot serve.
         """
         present = self._own_parameters()
-        if names := [name for name, each in self._known.items() if name in present and present[name] is not each]:
-            places = {id(self._known[name]): present[name] for name in names}
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise ValueError("optimizer_class: got LBFGS, expected one whose step takes no closure")
+        if hooked := [name for name, each in present.items() if each._post_accumulate_grad_hooks]:
+            raise ValueError(
+                f"weights: hooks of {', '.join(hooked)} that follow the accumulation of gradients would not be called; "
+                "use register_hook"
+            )
+        held, kept = {id(each) for each in self._held()}, {id(each) for each in present.values()}
+        for name, before in self._known.items():
+            if name not in present or id(before) in kept or present[name] is before:
+                continue
+            new = [] if id(present[name]) in held else [present[name]]  # the user may have given it to the optimizer
             for group in self.optimizer.param_groups:
-                group["params"] = [places.get(id(each), each) for each in group["params"]]
-            for name in names:
-                moments = self.optimizer.state.pop(self._known[name], None)
-                if moments and self._known[name].shape == present[name].shape:
-                    self.optimizer.state[present[name]] = moments
+                group["params"] = [one for each in group["params"] for one in (new if each is before else [each])]
+            moments = self.optimizer.state.pop(before, None)
+            if moments and new and before.shape == present[name].shape:
+                self.optimizer.state[present[name]] = moments
             self.latest_weights = None
         self._known = present
-        held = {id(each) for group in self.optimizer.param_groups for each in group["params"]}
+        held = {id(each) for each in self._held()}
         lost = [name for name, each in present.items() if each.requires_grad and id(each) not in held]
         if lost and self.optimizer is self._made:  # a user's own optimizer may leave out what it likes
             raise ValueError(
@@ -121,21 +137,44 @@ class BoxPolicy(BasePolicy):
     def upgraded_optimizer_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """A saved state of the optimizer, of a version in which it held one vector, as that of single parameters."""
         (group, *more) = state["param_groups"]
-        parameters = list(self._own_parameters().values())
-        if more or len(group["params"]) != 1 or len(parameters) == 1:
+        own = self._own_parameters()
+        if more or len(group["params"]) != 1 or len(own) == 1:
             return state
-        group = group | {"params": list(range(len(parameters)))}
+        if isinstance(self.optimizer, torch.optim.Adafactor):
+            raise ValueError("optimizer_class: got Adafactor, whose state of one vector is not that of its parts")
         (moments,) = state["state"].values() or ({},)
-        sizes = [each.numel() for each in self.weights.parameters]
-        parts = {name: value if name == "step" else value.split(sizes) for name, value in moments.items()}
-        place = {id(each): i for i, each in enumerate(parameters)}
-        states = {
-            place[id(each)]: {
-                name: part if name == "step" else part[i].view_as(each).clone() for name, part in parts.items()
-            }
-            for i, each in enumerate(self.weights.parameters)
-        }
+        place, states = {name: i for i, name in enumerate(own)}, dict[int, dict[str, Any]]()
+        end = 0
+        for name, each in in_order(self, ((name, own[name]) for name in own if name in self._learning)):
+            part, end = slice(end, end + each.numel()), end + each.numel()
+            states[place[name]] = {
+                key: value[part].view_as(each).clone() if value.dim() else value.clone()
+                for key, value in moments.items()
+                if isinstance(value, Tensor)
+            } | {key: value for key, value in moments.items() if not isinstance(value, Tensor)}
+        group = group | {"params": list(range(len(own)))}
         return {"state": states if moments else {}, "param_groups": [group]}
+
+    def check_storable(self, optimizer: bool) -> None:
+        """Whether another policy of the same settings could take over the parameters, and the optimizer's state.
+
+        Raises:
+            ValueError: if there are others than when the policy was made.
+        """
+        present = self._own_parameters()
+        if odd := sorted(present.keys() ^ set(self._names)):
+            raise ValueError(
+                f"policy: got other parameters than a new agent has ({', '.join(odd)}), expected the same; make pruning"
+                " and parametrizations permanent before saving (prune.remove, remove_parametrizations)"
+            )
+        latest = {id(each): present.get(name, each) for name, each in self._known.items()}  # not adopted yet
+        held = [id(latest.get(id(each), each)) for each in self._held()]
+        own = [id(present[name]) for name in self._names]
+        if optimizer and (len(self.optimizer.param_groups) != 1 or held != own):
+            raise ValueError(
+                "policy.optimizer: got one that does not hold just the policy's parameters in one group, as a new "
+                "agent's does; save with exclude=['policy.optimizer'], which restarts its moments when it is loaded"
+            )
 
     @abstractmethod
     def decide(self, features: Tensor, noise: Tensor | None) -> Tensor:
@@ -160,10 +199,8 @@ class BoxPolicy(BasePolicy):
         return scaled.astype(np.float32)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
-        """Actions in [-1, 1] to the Box, to the last bit within it: the map alone may round beyond a bound."""
-        box: Any = self.action_space
-        action: np.ndarray = np.minimum(np.maximum(super().unscale_action(scaled_action), box.low), box.high)
-        return action
+        """Actions in [-1, 1] to the Box, to the last bit within it."""
+        return to_box(scaled_action, self.action_space)
 
     def features(self, obs: PyTorchObs) -> Tensor:
         """Flatten a batch of observations to raw vectors [B, O] (Dict entries in the order of their space)."""

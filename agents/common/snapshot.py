@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from itertools import chain
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .policy import BoxPolicy
 
@@ -17,7 +19,7 @@ class Snapshot:
         self._policy = policy
         policy.weights.finish()
         self._tensors = [(each, each.detach().clone()) for each in chain(policy.parameters(), policy.buffers())]
-        self._moments = {parameter: copy.deepcopy(state) for parameter, state in policy.optimizer.state.items()}
+        self._moments = {parameter: _copied(state) for parameter, state in policy.optimizer.state.items()}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -26,5 +28,10 @@ class Snapshot:
             tensor.copy_(before)
         state = self._policy.optimizer.state
         state.clear()
-        state.update({parameter: copy.deepcopy(moments) for parameter, moments in self._moments.items()})
+        state.update({parameter: _copied(moments) for parameter, moments in self._moments.items()})
         self._policy.latest_weights = None
+
+
+def _copied(moments: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state of one parameter; of views only what they show, which a deep copy would not know."""
+    return {name: each.clone() if isinstance(each, Tensor) else copy.deepcopy(each) for name, each in moments.items()}

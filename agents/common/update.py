@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -102,11 +103,10 @@ class Weights:
     def __init__(self, policy: BoxPolicy) -> None:
         self.optimizer, self.rate = policy.optimizer, policy.averaging
         self._groups, self._state = self.optimizer.param_groups, self.optimizer.state
-        self._sizes_of_groups = [len(group["params"]) for group in self._groups]
-        held = {id(parameter) for group in self._groups for parameter in group["params"]}
+        self._held = _held(self.optimizer)
+        held = {id(parameter) for parameter in self._held}
         named = [(name, each) for name, each in policy.named_parameters() if each.requires_grad and id(each) in held]
-        first = f"{policy.followed}."
-        named.sort(key=lambda item: (not item[0].startswith(first), -item[1].numel()))
+        first, named = f"{policy.followed}.", in_order(policy, named)
         self.names, self.parameters = [name for name, _ in named], [each for _, each in named]
         self._sizes = [each.numel() for each in self.parameters]
         average: nn.Module | None = getattr(policy, policy.follower)
@@ -117,9 +117,9 @@ class Weights:
         learning = [name.removeprefix(first) for name in self.names if name.startswith(first)]
         self._average, self._followed = list[Tensor](), list[Tensor]()
         self.vector: Tensor | None = None
-        if (not means or set(moving) <= set(learning)) and self._optimizer_is_elementwise():
+        if self.parameters and (not means or set(moving) <= set(learning)) and self._can_join():
             self.vector = _join(self.parameters)
-            if means:
+            if means and learning:
                 self._average = [_join([means[name] for name in learning])]
                 self._followed = [self.vector[: len(self._average[0])]]
             self._share_moments()
@@ -149,7 +149,7 @@ class Weights:
             and optimizer.param_groups is self._groups
             and optimizer.state is self._state
             and self.rate == policy.averaging
-            and [len(group["params"]) for group in self._groups] == self._sizes_of_groups
+            and [*map(id, _held(optimizer))] == [*map(id, self._held)]
             and (self.vector is None or not _is_watched(optimizer))
             and all(
                 owner.get(name) is each and each.requires_grad == learns and each.data_ptr() == at
@@ -203,8 +203,12 @@ class Weights:
             self._steps.copy_(self._counted)
         return self.vector.sum()
 
-    def _optimizer_is_elementwise(self) -> bool:
-        """Whether a step on one vector is the step on each parameter."""
+    def _can_join(self) -> bool:
+        """Whether a step on one vector is the step on each parameter, and nobody else needs them where they are."""
+        if len({each.data_ptr() for each in self.parameters}) < len(self.parameters):  # tied by their data
+            return False
+        if any(each.device.type == "cpu" and each.is_shared() for each in self.parameters):  # among processes
+            return False
         if type(self.optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or len(self._groups) != 1:
             return False
         if _is_watched(self.optimizer):
@@ -241,17 +245,32 @@ class Weights:
         self._counted = moments["step"].clone()
         self._steps = self._counted.repeat(len(self.parameters))
         parts = {name: value.split(self._sizes) for name, value in moments.items() if name != "step"}
+        self._exposed = list[dict[str, Tensor]]()
         for i, parameter in enumerate(self.parameters):
             views = {name: part[i].view_as(parameter) for name, part in parts.items()}
-            self._state[parameter] = {"step": self._steps[i], **views}
+            self._exposed.append({"step": self._steps[i], **views})
+            self._state[parameter] = dict(self._exposed[-1])
 
     def _moments_are_shared(self) -> bool:
-        """Whether nobody has stepped, loaded or cleared the parameters' own optimizer."""
+        """Whether nobody has stepped, loaded, changed or cleared the parameters' own optimizer."""
+        states = [self._state.get(each) for each in self.parameters]
         if self._steps is None:
-            return not self._state
-        first = self._state.get(self.parameters[0], {}).get("exp_avg")
-        mine = self._joined.state[self._vector_parameter]["exp_avg"]
-        return first is not None and first.data_ptr() == mine.data_ptr() and bool((self._steps == self._counted).all())
+            return not any(states)
+        for state, exposed in zip(states, self._exposed, strict=True):
+            if state is None or any(state.get(name) is not each for name, each in exposed.items()):
+                return False
+        return bool((self._steps == self._counted).all())
+
+
+def in_order(policy: BoxPolicy, named: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+    """Named parameters as a vector holds them: first those that the average follows, the larger before the smaller."""
+    first = f"{policy.followed}."
+    return sorted(named, key=lambda item: (not item[0].startswith(first), -item[1].numel()))
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters of an optimizer, of all groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _is_watched(optimizer: torch.optim.Optimizer) -> bool:
@@ -278,8 +297,7 @@ class LearningRate(BaseAlgorithm):
     config: Any
     _rate: float
     """The present rate, where lr_schedule adapts it."""
-    _replace: Callable[[Mapping[str, Any]], None]  # of `Configured`
-    _assign: Callable[[str, Any, Any], None]
+    _assign: Callable[[str, Any, Any], None]  # of `Configured`
 
     @property
     def learning_rate(self) -> float | Schedule:
@@ -290,13 +308,14 @@ class LearningRate(BaseAlgorithm):
 
     @learning_rate.setter
     def learning_rate(self, value: float | Schedule) -> None:
-        vars(self).pop("learning_rate", None)
         fields = rate_fields(value, self.config)
         if fields.get("lr_schedule") == "function":
             vars(self)["learning_rate"] = value  # below the property: with it, it is saved
+        elif vars(self).pop("learning_rate", None) is None and self.config.lr_schedule == "function":
+            raise no_function()
         if any(getattr(self.config, name) != each for name, each in fields.items()):
-            self._replace(fields)
-            self._rate = self.config.learning_rate
+            self.config = dataclasses.replace(self.config, **fields)
+        self._rate = self.config.learning_rate
 
     @property
     def lr_schedule(self) -> Schedule:
@@ -322,6 +341,11 @@ class LearningRate(BaseAlgorithm):
         """Nothing to do: `lr_schedule` follows `learning_rate`."""
 
 
+def no_function() -> ValueError:
+    """The error of a lr_schedule "function" without one."""
+    return ValueError("lr_schedule: got 'function', expected learning_rate to be one of what remains (1 to 0)")
+
+
 def rate_fields(value: Any, config: Any) -> dict[str, Any]:
     """The Config's fields for a learning rate: a number, or a function of what remains of training; None: none.
 
@@ -329,7 +353,7 @@ def rate_fields(value: Any, config: Any) -> dict[str, Any]:
         ValueError: if the Config's lr_schedule is "function" and there is none.
     """
     if value is None and config.lr_schedule == "function":
-        raise ValueError("lr_schedule: got 'function', expected learning_rate to be one of what remains (1 to 0)")
+        raise no_function()
     if value is None:
         return {}
     if isinstance(value, FloatSchedule):

@@ -93,12 +93,12 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": SACPolicy, "MultiInputPolicy": SACPolicy}
     policy: SACPolicy
     transition: TransitionModel | None
-    config: LipschitzMBPOConfig
     config_class = LipschitzMBPOConfig
     _fixed = frozenset(
         ("buffer_size", "actor_hidden", "critic_hidden", "activation", "model", "members", "elites", "model_hidden",
          "model_rollouts", "model_retain", "termination", *_POLICY_FIELDS)
     )  # fmt: skip
+    _learned = frozenset(("actor_hidden", "critic_hidden", "temperature", "model", "members", "model_hidden"))
     _remade = ("model_buffer", "_gradient", "_terminated")
 
     def __init__(
@@ -159,8 +159,6 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
 
     def _config_changed(self) -> None:
         """Make anew what an update reads of the Config."""
-        if not hasattr(self, "transition"):  # nothing is built yet
-            return
         terms = partial(losses, config=self.config, target_entropy=self.target_entropy)
         self._use_gradient(Gradient(self.policy, terms, None))
 
@@ -217,7 +215,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
             ValueError: if numbers are not finite (`nonfinite`), the model diverges, compile="on" finds no compiler, or
                 the weights were changed so that some would not learn.
         """
-        self.policy.adopt_weights()
+        self._adopt_policy()
         done = 0 if reset_num_timesteps else self.num_timesteps  # a run that goes on is compiled as the whole would be
         updates, device = (done + total_timesteps) * self.config.gradient_steps, torch.device(self.device)
         compiled = compiles(self.policy, self.config.compile, updates, device)

@@ -19,7 +19,7 @@ class LipschitzMBPOConfig:
     """
 
     learning_rate: float = 3e-4
-    """Learning rate of actor, critics and temperature, > 0 (initial one if lr_schedule is linear)."""
+    """Learning rate of actor, critics and temperature, >= 0 (initial one if lr_schedule is linear)."""
     lr_schedule: Literal["constant", "linear", "function"] = "constant"
     """Course of the learning rate. linear: falls to 0; function: learning_rate is one."""
     buffer_size: int = 1_000_000
@@ -103,8 +103,9 @@ class LipschitzMBPOConfig:
         validate(
             self,
             {
-                "a number above 0": "learning_rate temperature robust_radius adversary_temperature spectral_bound",
-                "a number of at least 0": "robust_coef",
+                "a number above 0": "temperature robust_radius adversary_temperature spectral_bound",
+                "a number of at least 0": "learning_rate robust_coef",
+                "a number, or None": "target_entropy",
                 "a number in [0, 1]": "tau gamma real_ratio",
                 "an integer of at least 1": "buffer_size learning_starts batch_size gradient_steps members elites "
                 "model_epochs model_interval model_rollouts model_retain rollout_min rollout_max adversary_steps",
@@ -139,9 +140,11 @@ class LipschitzMBPOConfig:
             off |= dict.fromkeys(names.split(), "a model")
         if self.rollout_min == self.rollout_max:
             off |= dict.fromkeys(("rollout_start", "rollout_end"), "rollout_min other than rollout_max")
+        if self.regularizer != "robust" or self.robust_coef == 0:
+            names = "adversary adversary_steps adversary_temperature robust_actions"
+            off |= dict.fromkeys(names.split(), "regularizer robust and robust_coef above 0")
         if self.regularizer != "robust":
-            names = "robust_coef adversary adversary_steps adversary_temperature robust_actions"
-            off |= dict.fromkeys(names.split(), "regularizer robust")
+            off["robust_coef"] = "regularizer robust"
             if not self.diagnostics_interval:
                 off["robust_radius"] = "regularizer robust, or diagnostics"
         elif self.adversary == "fgsm":

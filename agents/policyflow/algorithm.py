@@ -14,7 +14,7 @@ from stable_baselines3.common.utils import explained_variance, update_learning_r
 from torch import Tensor
 
 from ...dynamics.regularize import jacobian_penalty, local_error_penalty
-from ..common.compiling import compiles, prepared
+from ..common.compiling import compiles, owner, prepared
 from ..common.config import resolve
 from ..common.networks import activation_name
 from ..common.update import Gradient, Loss, Losses, rate_fields
@@ -84,6 +84,10 @@ def losses(policy: FlowPolicy, samples: Samples, spread_coef: Tensor, ratio: Rat
 
 
 _SB3_ARGUMENTS = ("n_steps", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm")  # of OnPolicyAlgorithm
+_PPO_DEFAULTS = {
+    "use_sde": False, "sde_sample_freq": -1, "rollout_buffer_class": None, "rollout_buffer_kwargs": None,
+}  # fmt: skip
+"""Arguments of PPO that mean nothing here, and what a pipeline may give for them."""
 _POLICY_FIELDS = ("base", "base_std", "solver", "solver_steps", "langevin_eps", "critic_gain", "ema_decay",
                   "normalize_observation")  # fmt: skip
 """Fields of the Config that are arguments of `FlowPolicy` under the same name."""
@@ -126,12 +130,12 @@ class PolicyFlow(FlowRollouts):
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": FlowPolicy, "MultiInputPolicy": FlowPolicy}
-    config: PolicyFlowConfig
     config_class = PolicyFlowConfig
     _fixed = frozenset(
         ("n_steps", "ratio", "ratio_draws", "exploration_noise", "noise_time", "hurst", "actor_hidden", "action_std",
          "critic_hidden", "activation", "weight_decay", *_POLICY_FIELDS)
     )  # fmt: skip
+    _learned = frozenset(("actor_hidden", "action_std", "critic_hidden", "base_std", "critic_gain", "weight_decay"))
 
     def __init__(
         self, policy: str | type[FlowPolicy] = "MlpPolicy", env: GymEnv | str | None = None,
@@ -142,6 +146,9 @@ class PolicyFlow(FlowRollouts):
     ) -> None:  # fmt: skip
         if env is None and _init_setup_model:
             raise ValueError("env: got None, expected an environment, a vectorised environment or a registered id")
+        for name, default in _PPO_DEFAULTS.items():
+            if fields.pop(name, default) != default:
+                raise ValueError(f"{name}: expected {default}, as it is by default; PolicyFlow has no such option")
         config = config or PolicyFlowConfig()
         fields = rate_fields(learning_rate, resolve(config, fields)) | fields
         implied = _implied(policy_kwargs or {})
@@ -168,12 +175,7 @@ class PolicyFlow(FlowRollouts):
         if "_brownian_weight" in vars(self):  # as files of earlier versions call it
             self._spread_coef = vars(self).pop("_brownian_weight")
             self._first_spread_coef = self.config.spread_coef
-        config, samples = self.config, self.config.n_steps * self.n_envs
-        if config.batch_size > samples:
-            most = f"n_steps x environments = {config.n_steps} x {self.n_envs} = {samples}"
-            raise ValueError(f"batch_size: got {config.batch_size}, expected at most {most}; lower it or raise n_steps")
-        if config.normalize_advantage and samples < 2:
-            raise ValueError("n_steps: got a rollout of 1 sample, expected 2 or more to normalise advantages over")
+        config = self.config
         self.set_random_seed(self.seed)
         optimizer_kwargs: dict[str, Any] = {}
         if "optimizer_class" not in self.policy_kwargs:
@@ -182,23 +184,30 @@ class PolicyFlow(FlowRollouts):
             "net_arch": {"pi": list(config.actor_hidden), "vf": list(config.critic_hidden)},
             "activation_fn": config.activation, "log_std_init": math.log(config.action_std),
             "chained": config.ratio.startswith("chain"), **{name: getattr(config, name) for name in _POLICY_FIELDS},
-            **self.policy_kwargs, "optimizer_kwargs": optimizer_kwargs | self.policy_kwargs.get("optimizer_kwargs", {}),
+            **self.policy_kwargs,
+            "optimizer_kwargs": optimizer_kwargs | (self.policy_kwargs.get("optimizer_kwargs") or {}),
         }  # fmt: skip
         self.policy = cast(type[FlowPolicy], self.policy_class)(
             self.observation_space, self.action_space, self.lr_schedule, **arguments
         ).to(self.device)
         decay = self.policy.optimizer.defaults.get("weight_decay", 0.0)  # an optimizer_class may have its own default
-        self.config = config = replace(config, weight_decay=decay)
+        self._config = config = replace(config, weight_decay=decay)
         self._ratio = RATIOS[config.ratio](config.ratio_draws)
-        self._act = self.policy.act
         self._setup_rollout()
         self._config_changed()
+
+    def _check(self, config: PolicyFlowConfig) -> None:
+        super()._check(config)
+        samples = config.n_steps * self.n_envs
+        if config.batch_size > samples:
+            most = f"n_steps x environments = {config.n_steps} x {self.n_envs} = {samples}"
+            raise ValueError(f"batch_size: got {config.batch_size}, expected at most {most}; lower it or raise n_steps")
+        if config.normalize_advantage and samples < 2:
+            raise ValueError("n_steps: got a rollout of 1 sample, expected 2 or more to normalise advantages over")
 
     def _config_changed(self) -> None:
         """Make anew what an update reads of the Config."""
         config = self.config
-        if not hasattr(self, "_act"):  # nothing is built yet
-            return
         settings = (config.on_collapse, config.collapse_drop, config.desired_kl, self.policy.action_dim)
         if config.on_collapse == "ignore":
             self._monitor = None
@@ -208,6 +217,8 @@ class PolicyFlow(FlowRollouts):
             self._spread_coef = self._first_spread_coef = config.spread_coef
         terms = partial(losses, ratio=self._ratio, config=config)
         self._use_gradient(Gradient(self.policy, terms, config.max_grad_norm))
+        if "_act" not in vars(self) or owner(self._act) is not self.policy:
+            self._act = self.policy.act
 
     def learn(
         self, total_timesteps: int, callback: MaybeCallback = None, log_interval: int = 1,
@@ -219,7 +230,7 @@ class PolicyFlow(FlowRollouts):
             ValueError: if an observation or a reward is not finite, compile="on" finds no compiler, or the weights were
                 changed so that some would not learn.
         """
-        self.policy.adopt_weights()
+        self._adopt_policy()
         done = 0 if reset_num_timesteps else self.num_timesteps  # a run that goes on is compiled as the whole would be
         updates = (done + total_timesteps) * self.config.n_epochs // self.config.batch_size
         compiled = compiles(self.policy, self.config.compile, updates, self.device)

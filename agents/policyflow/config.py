@@ -20,7 +20,7 @@ class PolicyFlowConfig:
     """
 
     learning_rate: float = 3e-4
-    """Learning rate (initial one if lr_schedule is adaptive or linear), > 0."""
+    """Learning rate (initial one if lr_schedule is adaptive or linear), >= 0."""
     n_steps: int = 2048
     """Steps per environment and rollout, >= 1. The rollout holds n_steps x number of environments samples."""
     batch_size: int = 64
@@ -120,12 +120,11 @@ class PolicyFlowConfig:
 
     def __post_init__(self) -> None:
         ranges = {
-            "a number above 0": "learning_rate clip_range max_grad_norm desired_kl lr_min lr_max "
-            "action_std spread_std noise_time",
+            "a number above 0": "clip_range max_grad_norm desired_kl lr_min lr_max action_std spread_std noise_time",
             "a number above 0, at most 1": "collapse_drop",
             "a number in [0.3, 1)": "hurst",
             "a number above 0, or None": "clip_range_vf target_kl",
-            "a number of at least 0": "ent_coef vf_coef weight_decay spread_coef transport_coef "
+            "a number of at least 0": "learning_rate ent_coef vf_coef weight_decay spread_coef transport_coef "
             "jacobian_coef solver_error_coef base_std critic_gain",
             "a number in [0, 1]": "gamma gae_lambda langevin_eps",
             "a number in [0, 1)": "ema_decay",
@@ -162,6 +161,10 @@ class PolicyFlowConfig:
             off["spread"] = "spread_coef above 0"
         if self.spread_coef == 0 or self.spread != "consistent":
             off["spread_std"] = "spread_coef above 0 and spread consistent"
+        if self.n_epochs == 1:
+            off["target_kl"] = "n_epochs above 1"
+        if self.vf_coef == 0:
+            off["clip_range_vf"] = "vf_coef above 0"
         if self.on_collapse == "ignore":
             off["collapse_drop"] = "on_collapse warn, lower_rate or rollback"
         if self.lr_schedule != "adaptive":

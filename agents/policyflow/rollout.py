@@ -17,7 +17,7 @@ from torch import Tensor
 from ...dynamics.noise import StepNoise, step_noise
 from ..common.config import Configured
 from ..common.networks import lazy_zeros
-from ..common.observations import FiniteUpdates, batch_of_one, observation_vectors
+from ..common.observations import FiniteUpdates, batch_of_one, observation_vectors, to_box
 from ..storage.saving import Checkpointed
 from .policy import FlowActor, FlowNoise, FlowPolicy, FlowSample
 
@@ -181,7 +181,8 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
         callback.on_rollout_start()
         shape, memory, path_length = (n_rollout_steps, env.num_envs), self._exploration, policy.actor.path_length
         # Per step the `FlowNoise`, and further normals of an action noise whose memory takes several.
-        parts = (policy.draws, memory.terms - 1 if memory else 0)
+        further_terms = memory.terms - 1 if memory else 0  # the newest is the action's own
+        parts = (policy.draws, further_terms)
         size = (n_rollout_steps, sum(parts), env.num_envs, policy.action_dim)
         noise, further = torch.randn(size, generator=self._generator, device=self.device).split(parts, dim=1)
         moments: list[PastNoise] = []
@@ -199,7 +200,7 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
             drawn[:, step] = self._act(features[step], noise[step])
             actions = FlowSample(*drawn[:, step]).action.cpu().numpy().reshape(-1, *self._action_shape)
             self._check_actions(actions)
-            clipped_actions = policy.unscale_action(actions.clip(-1, 1))
+            clipped_actions = to_box(actions.clip(-1, 1), self.action_space)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())

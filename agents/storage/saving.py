@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import format as checkpoint
-from .values import CheckpointError
+from .values import CheckpointError, storable_schedule
 
 Self = TypeVar("Self", bound="Checkpointed")
 PathOrFile = str | Path | io.BufferedIOBase
@@ -57,10 +57,12 @@ class Checkpointed(BaseAlgorithm):
         Args:
             path: file, with or without .zip, or file object.
             exclude: attributes to leave out; they are the constructor's after `load`, or those given to it.
+                "policy.optimizer" leaves out the optimizer's state, which then begins anew.
             include: attributes to save that are left out by default.
 
         Raises:
             CheckpointError: if an attribute cannot be expressed as data; the file stays as it is then.
+            ValueError: if the policy or its optimizer was changed so that no new agent could take them over.
         """
         document = checkpoint.encode(self.contents(exclude, include))
         with opened(path, "w") as file:
@@ -69,11 +71,19 @@ class Checkpointed(BaseAlgorithm):
     def contents(self, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> dict[str, Any]:
         """What `save` writes: attributes, the parameters of networks and optimizers, and further variables."""
         stated, variables = self._get_torch_save_params()
-        left_out = {*self._excluded_save_params(), *(exclude or ())} - set(include or ())
+        exclude = set(exclude or ())
+        left_out = {*self._excluded_save_params(), *exclude} - set(include or ())
+        parameters = {name: each for name, each in self.get_parameters().items() if name not in exclude}
+        self.policy.check_storable("policy.optimizer" in parameters)  # type: ignore[operator]
         left_out |= {name.split(".")[0] for name in (*stated, *variables)}
+        attributes = {name: value for name, value in vars(self).items() if name not in left_out}
+        if "_config" in attributes:
+            attributes["config"] = attributes.pop("_config")
+        if callable(rate := attributes.get("learning_rate")):
+            attributes["learning_rate"] = storable_schedule(rate)
         return {
-            "attributes": {name: value for name, value in vars(self).items() if name not in left_out},
-            "parameters": self.get_parameters(),
+            "attributes": attributes,
+            "parameters": parameters,
             "variables": {name: recursive_getattr(self, name) for name in variables},
         }
 
@@ -138,7 +148,12 @@ class Checkpointed(BaseAlgorithm):
         device: torch.device | str, size: int,
     ) -> Self:  # fmt: skip
         """Make the agent of a document of `size` bytes."""
-        settings = {*dataclasses.asdict(attributes["config"]), "learning_rate", "lr_schedule"}  # for `_setup_model`
+        settings = {
+            "config",
+            *dataclasses.asdict(attributes["config"]),
+            "learning_rate",
+            "lr_schedule",
+        }  # checked there
         for name in attributes.keys() - settings:
             if callable(getattr(cls, name, None)) or isinstance(getattr(cls, name, None), property):
                 raise CheckpointError(f"got an attribute {name}, which is a method")
@@ -148,7 +163,10 @@ class Checkpointed(BaseAlgorithm):
         vars(model).update(attributes)
         with _Allocations(size + 2**24):
             model._setup_model()
-        model.set_parameters(content["parameters"], exact_match=True, device=device)
+        parameters = content["parameters"]
+        if "policy.optimizer" not in parameters:  # left out when it was saved
+            parameters = parameters | {"policy.optimizer": model.policy.optimizer.state_dict()}
+        model.set_parameters(parameters, exact_match=True, device=device)
         for name in model._get_torch_save_params()[1]:
             recursive_setattr(model, f"{name}.data", content["variables"][name])
         return model

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
-from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 from torch import Tensor, nn
 
 DTYPES = {
@@ -46,6 +46,7 @@ _FIELDS: dict[type, tuple[str, ...]] = {
     spaces.MultiBinary: ("n",),
     LinearSchedule: ("start", "end", "end_fraction"),
     ConstantSchedule: ("val",),
+    FloatSchedule: ("value_schedule",),
     TrainFreq: ("frequency", "unit"),
     TrainFrequencyUnit: ("value",),
 }
@@ -70,6 +71,33 @@ def storable(kind: T | None = None, *, upgrade: Callable[[dict[str, Any]], dict[
     if upgrade is not None:
         _UPGRADES[kind] = upgrade
     return kind
+
+
+@storable
+@dataclasses.dataclass(frozen=True)
+class SavedSchedule:
+    """A function of what remains of training (1 to 0) as its values at equal steps, linear in between.
+
+    Any function can be a schedule, but only data can be saved. Between the 1,001 values a smooth one is met to six
+    digits, one with jumps to a thousandth of the training.
+    """
+
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, schedule: Callable[[float], float]) -> SavedSchedule:
+        """The values of a schedule."""
+        return cls(np.array([float(schedule(remaining)) for remaining in np.linspace(0, 1, 1001).tolist()]))
+
+    def __call__(self, remaining: float) -> float:
+        """The value at what remains."""
+        return float(np.interp(remaining, np.linspace(0, 1, len(self.values)), self.values))
+
+
+def storable_schedule(schedule: Callable[[float], float]) -> Callable[[float], float]:
+    """A schedule that checkpoints can hold: itself, or its values."""
+    inner = schedule.value_schedule if isinstance(schedule, FloatSchedule) else schedule
+    return schedule if type(inner) in _FIELDS else SavedSchedule.of(schedule)
 
 
 class Encoder:

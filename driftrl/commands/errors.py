@@ -7,6 +7,7 @@ traceback.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import sysconfig
@@ -43,6 +44,12 @@ def whole_number(text: str) -> int:
     if not re.fullmatch(r"[-+]?\d+(\.\d+)?[eE]\+?\d{1,2}", text) or not float(text).is_integer():
         raise NotWhole(f"got {text}, expected an integer")
     return int(float(text))
+
+
+def import_from_here() -> None:
+    """Find modules of the present folder, after all others: `--env my_module:MyTask-v0`."""
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
 
 
 def fail(error: Exception) -> int:

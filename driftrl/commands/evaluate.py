@@ -22,7 +22,7 @@ from ..envs import check_env, parse_env_kwargs
 from ..envs.known import full_id
 from ..envs.multigoal import GOAL_TASKS
 from ..runs.folder import find_checkpoint, load_saved, newest_run, read_settings, run_folder_of
-from .errors import Parser, fail, users_line, whole_number
+from .errors import Parser, fail, import_from_here, users_line, whole_number
 
 
 def _check_target(option: str, path: Path) -> None:
@@ -35,6 +35,7 @@ def _check_target(option: str, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, or 2 for bad input."""
+    import_from_here()
     usage = "%(prog)s RUN_OR_FILE [options]"
     parser = Parser(prog=Path(sys.argv[0]).name, usage=usage, description="Evaluate a saved policy.")
     parser.add_argument("path", type=Path, nargs="?", metavar="RUN_OR_FILE", help="run folder or saved .zip file")

@@ -17,8 +17,11 @@ _MEANT = {
     "--lr": "--learning-rate", "--timesteps": "--total-timesteps", "--steps": "--total-timesteps",
     "--envs": "--n-envs", "--num-envs": "--n-envs", "--epochs": "--n-epochs", "--entropy-coef": "--ent-coef",
     "--environment": "--env", "--env-id": "--env",
+    "--sampler": "--langevin-eps", "--brownian": "--spread", "--brownian-coef": "--spread-coef",
+    "--brownian-std": "--spread-std", "--guard": "--on-collapse", "--guard-drop": "--collapse-drop",
+    "--pairing": "--robust-actions", "--horizon": "--rollout-min, --rollout-max, --rollout-start or --rollout-end",
 }  # fmt: skip
-"""What other programs call an option -> what it is here."""
+"""What other programs, and earlier versions, call an option -> what it is here."""
 
 
 def read_options(program: str, args: Sequence[str], defaults: T) -> T:
@@ -41,11 +44,17 @@ def read_options(program: str, args: Sequence[str], defaults: T) -> T:
             raise
         text = re.sub("[│╭╮╰╯]", "", box.getvalue())
         message = re.split("[─-]{5,}", text)[1].strip().removeprefix("Error parsing config: ")  # below the title
-        wrong = next((flag for arg in args if (flag := arg.split("=")[0]) in _MEANT), None)
+        wrong = next((flag for arg in args if (flag := arg.split("=")[0].replace("_", "-")) in _MEANT), None)
         meant = re.search(r"Perhaps you meant:\s*(--[\w-]+)", text)
         found = _MEANT[wrong] if wrong else meant[1] if meant else None
         hint = f"did you mean {found}? " if found else ""
         raise ValueError(f"{message.rstrip('.')}; {hint}see {program} --help-all") from None
+
+
+def named_options(args: Sequence[str]) -> set[str]:
+    """The fields whose options a command line names."""
+    flags = [arg.split("=")[0].replace("-", "_") for arg in args if arg.startswith("--")]
+    return {flag.removeprefix("__").removeprefix("no_") for flag in flags}
 
 
 def _plain(args: Sequence[str], defaults: Any) -> list[str]:

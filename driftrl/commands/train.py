@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
+import re
 import secrets
 import shlex
 import shutil
@@ -33,6 +35,7 @@ from ..runs.callbacks import Checkpoints, Progress, reported
 from ..runs.folder import (
     Resumption,
     RunSettings,
+    alone,
     check_device,
     find_checkpoint,
     has_saved,
@@ -45,9 +48,9 @@ from ..runs.folder import (
 )
 from ..runs.log import open_logger, warn
 from ..runs.signals import StopOnSignal, exit_code, sigterm_as_interrupt
-from .errors import Parser, fail, users_line, whole_number
-from .help import LEGEND, format_help, grouped, options
-from .options import read_options
+from .errors import Parser, fail, import_from_here, users_line, whole_number
+from .help import LEGEND, Option, format_help, grouped, options
+from .options import named_options, read_options
 
 _FINAL_EPISODES = 10
 _HELP = {"-h", "--help", "--help-all"}
@@ -62,7 +65,7 @@ class Arguments:
     n_envs: int
     """Parallel environments, >= 1."""
     preset: str = "standard"
-    """Which of the agent's presets to begin from; mbpo also has fast, for two cores."""
+    """Which of the agent's presets to begin from."""
     total_timesteps: int = 1_000_000
     """Environment steps to train for, >= 1, all environments together."""
     seed: int | None = None
@@ -92,6 +95,7 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 2 for bad input, 130 or 143 where a signal ended it."""
     args = list(sys.argv[1:] if argv is None else argv)
+    import_from_here()
     try:
         with sigterm_as_interrupt():
             if args and args[0] in AGENTS:
@@ -141,9 +145,14 @@ def _start(name: str, args: Sequence[str]) -> int:
     if _HELP & set(args):
         print(_help(name, entry, defaults, in_full="--help-all" in args))
         return 0
-    arguments = read_options(f"{Path(sys.argv[0]).name} {name}", args, defaults)
-    before = dataclasses.asdict(defaults.config)
-    chosen = [each for each, value in dataclasses.asdict(arguments.config).items() if value != before[each]]
+    chosen = named_options(args)
+    try:
+        arguments = read_options(f"{Path(sys.argv[0]).name} {name}", args, defaults)
+    except ValueError as error:
+        sets = [f"{key}={preset[key]}" for key in preset.keys() - chosen if re.search(rf"\b{key}\b", str(error))]
+        if not sets:
+            raise
+        raise ValueError(f"{error}; the preset for {known.env} sets {', '.join(sets)}") from None  # not the user
     arguments = dataclasses.replace(arguments, env=known.env, config=without_inert(arguments.config, chosen))
     check_device(arguments.device)
     settings = RunSettings(
@@ -164,7 +173,7 @@ def _start(name: str, args: Sequence[str]) -> int:
     )
     with contextlib.closing(_make_env(settings, settings.seed)) as env:
         agent = entry.agent(policy_alias(env), env, config=arguments.config, seed=settings.seed, device=settings.device)
-        with new_run(arguments.run_dir, settings) as folder:
+        with new_run(arguments.run_dir, settings) as folder, alone(folder):
             print(_describe(agent, settings))
             print(_describe_preset(entry, defaults, arguments))
             return _train(agent, folder, settings)
@@ -181,6 +190,11 @@ def _resume(args: Sequence[str]) -> int:
     if folder.is_file():
         raise ValueError(f"resume: got the file {folder}, expected a run folder")
     find_checkpoint(folder)  # says what is wrong if there is none
+    with alone(folder):
+        return _resume_in(folder, arguments)
+
+
+def _resume_in(folder: Path, arguments: argparse.Namespace) -> int:
     settings = read_settings(folder)
     settings = dataclasses.replace(
         settings,
@@ -216,9 +230,14 @@ def _help(name: str, entry: AgentSpec, defaults: Arguments, in_full: bool) -> st
     program = f"{Path(sys.argv[0]).name} {name}"
     run, agent = options(defaults), options(defaults.config)
     del run["config"]
+    run["preset"] = Option(f"--preset {'|'.join(entry.presets)}", run["preset"].text)
+    rate = agent["lr_schedule"]  # the command line cannot give a function
+    agent["lr_schedule"] = Option(
+        rate.name.replace("|function", ""), rate.text.split(" function:")[0].rstrip(";") + "."
+    )
     first, *others = grouped(entry.groups, agent).items()
-    sections = {"run": list(run.values())}
-    sections |= {title: [agent[each] for each in names] for title, names in ([first, *others] if in_full else [first])}
+    groups = {title: [agent[each] for each in names] for title, names in (first, *others)}
+    sections = {"run": list(run.values()), first[0]: groups.pop(first[0])} | (groups if in_full else {})
     head = (
         f"usage: {program} [OPTIONS]\n\nTrain {name}: {entry.summary}.\n"
         f"The defaults are those of the preset {defaults.preset} for {defaults.env}. {LEGEND}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,52 @@ def test_ids_without_a_version_have_the_preset_of_the_newest(capsys: pytest.Capt
     assert train.main(["policyflow", "--env", "Hopper", *options, "--compile", "off", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "policyflow on Hopper-v5" in out and "preset standard, Hopper-v5:" in out
+
+
+def test_two_processes_do_not_train_in_one_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*PENDULUM, "--total-timesteps", "32"]) == 0
+    run = only_run()
+    with runs.alone(run):
+        assert train.main(["--resume", str(run), "--total-timesteps", "64"]) == 2
+    assert f"error: run in use: another process trains {run}" in capsys.readouterr().err
+    assert train.main(["--resume", str(run), "--total-timesteps", "64"]) == 0
+
+
+def test_a_task_of_the_present_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", list(sys.path))
+    text = "import gymnasium as gym\n"
+    text += "gym.register('Here-v0', 'gymnasium.envs.mujoco.reacher_v5:ReacherEnv', max_episode_steps=5)\n"
+    Path("tasks_of_the_present_folder.py").write_text(text)
+    try:
+        assert (
+            train.main(
+                ["policyflow", "--env", "tasks_of_the_present_folder:Here-v0", *SMALL, "--total-timesteps", "16"]
+            )
+            == 0
+        )
+    finally:
+        gym.registry.pop("Here-v0", None)
+        sys.modules.pop("tasks_of_the_present_folder", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--brownian-std", "0.1"], "did you mean --spread-std?"),
+        (["--guard_drop", "0.1"], "did you mean --collapse-drop?"),
+        (
+            ["--env", "driftrl/MultiGoal-v0", "--spread-coef", "0"],
+            "the preset for driftrl/MultiGoal-v0 sets target_entropy=",
+        ),
+        (
+            ["--env", "HalfCheetah-v5", "--lr-schedule", "constant", "--desired-kl", "0.02"],
+            "desired_kl: got 0.02, which changes",
+        ),
+    ],
+)
+def test_hints_name_what_the_user_can_change(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(["policyflow", *options, "--total-timesteps", "16"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -96,9 +96,9 @@ def test_both_forms_have_the_same_gradient_for_the_policy_that_acted_and_c_one()
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("learning_rate", 0.0, "above 0"),
-        ("learning_rate", math.nan, "above 0"),
-        ("learning_rate", "fast", "above 0"),
+        ("learning_rate", -1.0, "at least 0"),
+        ("learning_rate", math.nan, "at least 0"),
+        ("learning_rate", "fast", "at least 0"),
         ("n_steps", 0, "integer of at least 1"),
         ("n_steps", 1.5, "integer of at least 1"),
         ("solver_steps", 0, "integer of at least 1"),

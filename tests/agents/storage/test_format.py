@@ -188,7 +188,7 @@ HOSTILE: dict[str, tuple[Callable[[], io.BytesIO], str]] = {
     "two of one name": (doubled, "several members of one name"),
     "password": (encrypted, "damaged"),
     "deep": (lambda: with_content("[" * 200_000 + "]" * 200_000), "RecursionError"),
-    "deep tree": (lambda: with_content('{"a":' * 900 + "1" + "}" * 900), "RecursionError"),
+    "deep tree": (lambda: with_content('{"a":' * 5000 + "1" + "}" * 5000), "RecursionError"),
     "NaN": (lambda: with_content("NaN"), "got the number NaN"),
     "infinite": (lambda: with_content("1e999"), "got the number 1e999"),
     "digits": (lambda: with_content("9" * 5000), "got the number 9999"),

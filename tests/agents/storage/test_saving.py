@@ -157,11 +157,8 @@ def test_what_is_no_data_is_left_out_and_given_again(tmp_path: Path) -> None:
     learner = PolicyFlow(OtherPolicy, pendulum(), halved, **FLOW)
     learner.save(tmp_path / "a", exclude=["learning_rate", "policy_class"])
     before = (tmp_path / "a.zip").read_bytes()
-    for name, exclude in (("learning_rate", ["policy_class"]), ("policy_class", ["learning_rate"])):
-        with pytest.raises(
-            CheckpointError, match=rf"^{name}: got .*exclude=\['{name}'\].*custom_objects={{'{name}': ...}}"
-        ):
-            learner.save(tmp_path / "a", exclude=exclude)
+    with pytest.raises(CheckpointError, match=r"^policy_class: got .*\['policy_class'\].*{'policy_class': ...}"):
+        learner.save(tmp_path / "a")
     assert (tmp_path / "a.zip").read_bytes() == before  # what cannot be saved leaves the file as it is
     with pytest.raises(CheckpointError, match=r"saved without policy_class; give load custom_objects={'policy_class'"):
         PolicyFlow.load(tmp_path / "a")
@@ -193,7 +190,7 @@ def test_load_with_an_environment(tmp_path: Path) -> None:
         PolicyFlow.load(tmp_path / "a", env=make_vec("Hopper-v5", 1, 0))
     with pytest.raises(ValueError, match=r"policy_kwargs: got {'base': 'standard'}, expected the saved ones, {}"):
         PolicyFlow.load(tmp_path / "a", policy_kwargs={"base": "standard"})
-    with pytest.raises(CheckpointError, match="learning_rate: got -1, expected a number above 0"):
+    with pytest.raises(CheckpointError, match="learning_rate: got -1, expected a number of at least 0"):
         PolicyFlow.load(tmp_path / "a", learning_rate=-1)
 
 
