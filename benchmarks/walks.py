@@ -26,7 +26,7 @@ Before the redesign (commit 8470cbc, flat agents/; a copy of this file ran there
 files and 689 lines, 13 and 836 with the simulator; LipschitzMBPO 10 and 440, 12 and 587 with the simulator, 17 and 918
 with the model, too; all of learn 15 and 962, 17 and 1,017; 36 hops in a minibatch of either; 21 files to resume.
 
-The redesign was to bring resume to 12 files. It takes 24: an agent's file is checked and turned into data (storage
+The redesign was to bring resume to 12 files. It takes 26: an agent's file is checked and turned into data (storage
 4), the Config is checked against its ranges and its file's names (2), networks, optimizer, flow and noise are built
 (10), the environments are made and put to where they were (4), the run's folder, log and signals are read (4). Fewer
 files would have been longer ones of mixed concerns.

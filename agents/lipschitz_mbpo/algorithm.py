@@ -62,6 +62,8 @@ def _implied(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
     fields = {name: policy_kwargs[name] for name in _POLICY_FIELDS if name in policy_kwargs}
     if (net_arch := policy_kwargs.get("net_arch")) is not None:
         both = net_arch if isinstance(net_arch, dict) else {"pi": net_arch, "qf": net_arch}
+        if both.keys() != {"pi", "qf"}:
+            raise ValueError(f"net_arch: got {', '.join(both)}, expected one list, or pi and qf")
         fields |= {"actor_hidden": tuple(both["pi"]), "critic_hidden": tuple(both["qf"])}
     if "activation_fn" in policy_kwargs:
         fields["activation"] = activation_name(policy_kwargs["activation_fn"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,15 +84,23 @@ class Samples(NamedTuple):
 
     def minibatches(self, size: int, order: Tensor) -> Iterator[Samples]:
         """Minibatches of `size` samples in an order [B]; the last may be smaller."""
-        shuffled = self.rows(order)
-        for start in range(0, len(order), size):
-            yield shuffled.rows(slice(start, start + size))
+        return iter(_split(self.rows(order), size))
 
 
 def _rows(data: Any, index: Tensor | slice) -> Any:
     if isinstance(data, tuple):
         return type(data)(*[_rows(part, index) for part in data])  # a NamedTuple
     return None if data is None else data[index]
+
+
+def _split(data: Any, size: int) -> Iterable[Any]:
+    """The parts of `size` rows, in their order; cheaper than one after the other."""
+    if isinstance(data, Tensor):
+        parts: tuple[Tensor, ...] = data.split(size)
+        return parts
+    if not data:  # None, or nothing recorded
+        return repeat(data)
+    return map(type(data)._make, zip(*[_split(part, size) for part in data], strict=False))
 
 
 class RolloutStorage(NamedTuple):

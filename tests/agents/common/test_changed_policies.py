@@ -137,6 +137,9 @@ def test_optimizers_that_cannot_serve_are_refused_at_the_start(kind: type[Any]) 
     with pytest.raises(ValueError, match="optimizer_kwargs: got lr, expected it as the agent's learning_rate"):
         make(kind, policy_kwargs={"optimizer_kwargs": {"lr": 5.0}})
     make(kind, policy_kwargs={"optimizer_kwargs": None})
+    if kind is LipschitzMBPO:
+        with pytest.raises(ValueError, match="net_arch: got pi, expected one list, or pi and qf"):
+            make(kind, policy_kwargs={"net_arch": {"pi": [8]}})
 
 
 def pruned(agent: Any) -> None:
