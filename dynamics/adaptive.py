@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .fields import Time
-from .ode import DOPRI5, FieldLike, Tableau, advance, bind, check_batch, combine, error_estimate
+from .ode import DOPRI5, FieldLike, Tableau, advance, bind, check_batch, combine, error_estimate, fixed_time
 
 _SAFETY = 0.9
 _FACTORS = (0.2, 10.0)
@@ -118,8 +118,8 @@ def odeint_adaptive(
         State, time, status and counts of each row. It does not raise if a row fails: see ``AdaptiveResult.checked``.
 
     Raises:
-        ValueError: if x is not [B, D], a tolerance or ``max_steps`` out of range, the solver without error estimate, or
-            the field's result not of the shape of x.
+        ValueError: if x is not [B, D], a tolerance or ``max_steps`` out of range, the solver without error estimate, a
+            time not finite or in need of a gradient, x of another type than float32 and float64, or the field's result not of the shape of x.
     """
     check_batch(x)
     if not (rtol >= 0 and atol > 0):
@@ -128,6 +128,11 @@ def odeint_adaptive(
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
     if not solver.error:
         raise ValueError(f"solver must have an error estimate, as DOPRI5 and HEUN have, got {solver.name!r}")
+    t0, t1 = fixed_time("t0", t0), fixed_time("t1", t1)
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x must be float32 or float64, got {x.dtype}, which does not resolve errors of single steps")
+    if t0 != t1 and x.new_tensor(t0) == x.new_tensor(t1):
+        raise ValueError(f"t0 and t1 must differ in the type of x, got {t0} and {t1} in {x.dtype}")
     slope = bind(field, cond)(x.new_full(x.shape[:1], t0), x)
     if slope.shape != x.shape:
         raise ValueError(
@@ -200,14 +205,15 @@ def _search(
         finite = error.isfinite() & (end.isfinite() & slopes[-1].isfinite()).all(-1)
         error = torch.where(finite, error, torch.inf)
 
-        accept = live & (error <= 1)
+        stuck = ~last & ~((t + h - t).abs() > 0)  # a step of nothing, or nan
+        accept = live & (error <= 1) & ~stuck
         power = 1 / solver.order
         grow = error ** (-0.85 * power) * held["previous"] ** (0.2 * power)
         factor = _SAFETY * torch.where(accept, grow, error**-power)
         factor = torch.minimum(factor.clamp(*_FACTORS), held["cap"])
         if accept.any():
             course.append((held["row"][accept], held["accepted"][accept], t[accept], h[accept]))
-        failed = live & ~accept & ((factor * h).abs() < least_step)
+        failed = live & ~accept & (stuck | ((factor * h).abs() < least_step))
         status = torch.where(accept & last, Status.DONE, held["status"])
         status = torch.where(failed, torch.where(finite, Status.STEP_TOO_SMALL, Status.NOT_FINITE), status)
         column = accept.unsqueeze(-1)
@@ -246,7 +252,8 @@ def _first_step(
     bend = (change / scale).square().mean(-1).sqrt() / guess
     most = torch.maximum(speed, bend)
     fitting = torch.where(most <= 1e-15, (1e-3 * guess).clamp(min=1e-6), (0.01 / most) ** (1 / order))
-    return sign * _coarse(torch.where(fitting.isfinite(), torch.minimum(100 * guess, fitting), guess)).clamp(max=length)
+    usable = fitting.isfinite() & (fitting > 0)  # 0 where the slope's square overflows
+    return sign * _coarse(torch.where(usable, torch.minimum(100 * guess, fitting), guess)).clamp(max=length)
 
 
 def _coarse(h: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from itertools import pairwise
 
 import torch
@@ -55,7 +56,7 @@ class BrownianTree:
         self._dtype = dtype or torch.get_default_dtype()
         count = torch.arange(2 * math.prod(shape), device=device).view(*shape, 2).movedim(-1, 0)
         self._counter = count * _GOLDEN
-        self._seed = _hash(torch.tensor(_signed(seed), device=device))
+        self._seed = _hash(torch.tensor(_signed(operator.index(seed)), device=device))
 
     def __call__(self, t: float) -> Tensor:
         """``W_t``, [B, D].

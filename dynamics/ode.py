@@ -9,6 +9,7 @@ Step sizes chosen by the error are in ``adaptive``; gradients whose memory does 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -112,6 +113,19 @@ def intervals(steps: int, t0: float, t1: float) -> list[tuple[float, float]]:
         raise ValueError(f"steps must be at least 1, got {steps}")
     times = [t0 + (t1 - t0) * k / steps for k in range(steps)] + [t1]
     return [(t, t_next - t) for t, t_next in pairwise(times)]
+
+
+def fixed_time(name: str, time: float | Tensor) -> float:
+    """A time as a number, for a solver that gives no gradient with respect to it.
+
+    Raises:
+        ValueError: if the time requires one, or is not finite.
+    """
+    if isinstance(time, Tensor) and time.requires_grad:
+        raise ValueError(f"{name} must not require a gradient, which this solver does not give; use odeint")
+    if not math.isfinite(time):
+        raise ValueError(f"{name} must be finite, got {time}")
+    return float(time)
 
 
 def time_grid(steps: int, solver: Tableau | str = "midpoint", t0: float = 0.0, t1: float = 1.0) -> tuple[float, ...]:

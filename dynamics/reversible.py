@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .fields import Time, VelocityField
-from .ode import Tableau, bind, check_batch, combine, get_tableau, intervals, stage_slopes, stage_times
+from .ode import Tableau, bind, check_batch, combine, fixed_time, get_tableau, intervals, stage_slopes, stage_times
 
 
 def odeint_reversible(
@@ -52,7 +52,7 @@ def odeint_reversible(
 
     Raises:
         ValueError: if ``steps`` is below 1, the solver or gradient unknown, the coupling outside (0, 1], x not [B, D],
-            or the field not a VelocityField.
+            the field not a VelocityField, or a time in need of a gradient that only "direct" gives.
     """
     if not isinstance(field, VelocityField):
         raise ValueError(f"field must be a VelocityField, for its parameters to be known, got {type(field).__name__}")
@@ -61,6 +61,8 @@ def odeint_reversible(
     if gradient not in ("reversible", "direct"):
         raise ValueError(f"gradient must be 'reversible' or 'direct', got {gradient!r}")
     check_batch(x)
+    if gradient == "reversible":
+        t0, t1 = fixed_time("t0", t0), fixed_time("t1", t1)
     method = _Coupled(field, get_tableau(solver), intervals(steps, t0, t1), coupling)
     if gradient == "direct":
         return method.run(x, cond)[0]

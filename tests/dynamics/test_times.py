@@ -1,0 +1,76 @@
+"""Times and seeds that are tensors or NumPy's numbers: differentiated, used, or refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from driftrl.dynamics.adaptive import odeint_adaptive
+from driftrl.dynamics.brownian_tree import BrownianTree
+from driftrl.dynamics.fields import Time, VelocityField
+from driftrl.dynamics.ode import odeint
+from driftrl.dynamics.reversible import odeint_reversible
+
+
+class Decay(VelocityField):
+    """x' = -x."""
+
+    def forward(self, t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        return -x
+
+
+def end_time() -> Any:
+    return torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+
+
+X = torch.ones(1, 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("solve", [odeint, lambda *args, **kw: odeint_reversible(*args, gradient="direct", **kw)])
+def test_fixed_steps_are_differentiated_with_respect_to_the_end(solve: Any) -> None:
+    t1 = end_time()
+    solve(Decay(1), X, steps=200, t1=t1).sum().backward()
+    assert t1.grad.item() == pytest.approx(-math.exp(-1), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["t0", "t1"])
+@pytest.mark.parametrize("solve", [odeint_adaptive, lambda *args, **kw: odeint_reversible(*args, steps=4, **kw)])
+def test_others_refuse_what_they_would_detach(solve: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must not require a gradient, which this solver does not give"):
+        solve(Decay(1), X, **{name: end_time()})
+    with pytest.raises(ValueError, match=f"{name} must be finite, got nan"):
+        solve(Decay(1), X, **{name: math.nan})
+
+
+def test_adaptive_takes_a_time_that_is_a_tensor() -> None:
+    end = odeint_adaptive(Decay(1), X, t1=torch.tensor(0.5)).checked()  # type: ignore[arg-type]
+    assert end.item() == pytest.approx(math.exp(-0.5), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint32, torch.tensor])
+def test_seeds_are_integers_of_any_kind(kind: Any) -> None:
+    assert torch.equal(BrownianTree(kind(2**31 - 5), (2, 3))(0.3), BrownianTree(2**31 - 5, (2, 3))(0.3))
+    with pytest.raises(TypeError):
+        BrownianTree(0.5, (1, 1))  # type: ignore[arg-type]
+
+
+def test_a_slope_whose_square_overflows() -> None:
+    result = odeint_adaptive(lambda t, x, cond: torch.full_like(x, 3e13), torch.zeros(1, 2))
+    torch.testing.assert_close(result.checked(), torch.full((1, 2), 3e13))
+    assert result.accepted.item() < 30
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.int64])
+def test_types_that_do_not_resolve_an_error_are_refused(kind: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=r"x must be float32 or float64, got torch"):
+        odeint_adaptive(lambda t, x, cond: -x, torch.ones(1, 1, dtype=kind))
+
+
+def test_an_interval_that_vanishes_in_the_type_of_x_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"t0 and t1 must differ in the type of x, got 1000000000.0 and 1000000001.0"):
+        odeint_adaptive(lambda t, x, cond: -x, torch.ones(1, 1), t0=1e9, t1=1e9 + 1)
