@@ -119,7 +119,8 @@ def odeint_adaptive(
 
     Raises:
         ValueError: if x is not [B, D], a tolerance or ``max_steps`` out of range, the solver without error estimate, a
-            time not finite or in need of a gradient, x of another type than float32 and float64, or the field's result not of the shape of x.
+            time not finite or in need of a gradient, x of another type than float32 and float64, or the field's result
+            not of the shape of x.
     """
     check_batch(x)
     if not (rtol >= 0 and atol > 0):

@@ -15,7 +15,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.vec_env import SubprocVecEnv
-from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper, VecEnvObs, VecEnvStepReturn
+from stable_baselines3.common.vec_env.base_vec_env import (
+    CloudpickleWrapper,
+    VecEnvIndices,
+    VecEnvObs,
+    VecEnvStepReturn,
+)
 from stable_baselines3.common.vec_env.subproc_vec_env import _stack_obs, _worker
 
 STARTUP = 120.0
@@ -84,6 +89,53 @@ class SupervisedVecEnv(SubprocVecEnv):
         self._reset_seeds()
         self._reset_options()
         return self._stacked()
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """Attributes of the environments."""
+        return self._ask("get_attr", attr_name, indices)
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """Set an attribute of the environments."""
+        self._ask("set_attr", (attr_name, value), indices)
+
+    def has_attr(self, attr_name: str) -> bool:
+        """Whether all environments have an attribute."""
+        return all(self._ask("has_attr", attr_name, None))
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **kwargs: Any
+    ) -> list[Any]:
+        """Call a method of the environments."""
+        return self._ask("env_method", (method_name, method_args, kwargs), indices)
+
+    def env_is_wrapped(
+        self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
+    ) -> list[bool]:
+        """Whether the environments have a wrapper."""
+        return self._ask("is_wrapped", wrapper_class, indices)
+
+    def _ask(self, question: str, data: Any, indices: VecEnvIndices) -> list[Any]:
+        """The answers of workers. All are read, also where one is dead: the next `step` must not find an old one.
+
+        Raises:
+            ChildProcessError: if a worker is dead, or died of the question.
+        """
+        chosen, answers, dead = list(self._get_indices(indices)), list[Any](), list[int]()
+        for i in chosen:
+            with contextlib.suppress(OSError):
+                self.remotes[i].send((question, data))
+        for i in chosen:
+            try:
+                answers.append(self.remotes[i].recv())
+            except (EOFError, OSError):
+                dead.append(i)
+        if dead:
+            name = data if isinstance(data, str) else data[0] if isinstance(data, tuple) else data.__name__
+            raise ChildProcessError(
+                f"environment {dead[0]}: its worker died, got no answer to {question} {name!r}; see what it printed; "
+                "the next step or reset restarts it"
+            )
+        return answers
 
     def close(self) -> None:
         """End the workers, by force if need be."""

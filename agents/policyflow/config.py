@@ -32,7 +32,7 @@ class PolicyFlowConfig:
     gae_lambda: float = 0.95
     """Decay of generalized advantage estimation, in [0, 1]."""
     clip_range: float = 0.2
-    """Clip range of the ratio, > 0 (PPO's epsilon)."""
+    """Clip range of the ratio, >= 0 (PPO's epsilon)."""
     clip_range_vf: float | None = 0.2
     """Clip range of the value, in units of normalised returns, > 0; None: no clipping."""
     normalize_advantage: bool = True
@@ -120,11 +120,12 @@ class PolicyFlowConfig:
 
     def __post_init__(self) -> None:
         ranges = {
-            "a number above 0": "clip_range max_grad_norm desired_kl lr_min lr_max action_std spread_std noise_time",
+            "a number above 0": "max_grad_norm desired_kl lr_min lr_max action_std spread_std noise_time",
             "a number above 0, at most 1": "collapse_drop",
             "a number in [0.3, 1)": "hurst",
             "a number above 0, or None": "clip_range_vf target_kl",
-            "a number of at least 0": "learning_rate ent_coef vf_coef weight_decay spread_coef transport_coef "
+            "a number of at least 0": "learning_rate clip_range ent_coef vf_coef weight_decay spread_coef "
+            "transport_coef "
             "jacobian_coef solver_error_coef base_std critic_gain",
             "a number in [0, 1]": "gamma gae_lambda langevin_eps",
             "a number in [0, 1)": "ema_decay",

@@ -135,6 +135,29 @@ def test_a_worker_that_was_killed_between_steps_is_restarted(supervised: Callabl
         assert np.asarray(env.reset()).tolist() == [[0, 0], [1, 0]]
 
 
+def test_questions_to_a_dead_worker_are_errors_and_leave_no_answer_behind(
+    supervised: Callable[..., SupervisedVecEnv],
+) -> None:
+    env = supervised({})
+    env.reset()
+    step(env)
+    with pytest.raises(
+        ChildProcessError, match="environment 0: its worker died, got no answer to env_method 'no_such'"
+    ):
+        env.env_method("no_such", indices=[0])  # raises there, which ends the worker
+    questions: list[Callable[[], Any]] = [
+        lambda: env.get_attr("count"), lambda: env.set_attr("other", 5), lambda: env.env_method("close"),
+        lambda: env.has_attr("count"), lambda: env.env_is_wrapped(Monitor),
+    ]  # fmt: skip
+    for question in questions:
+        with pytest.raises(ChildProcessError, match="environment 0: its worker died"):
+            question()
+    assert env.get_attr("action_space", indices=[1]) == [env.action_space]
+    with pytest.warns(RuntimeWarning, match="exit code 1"):
+        assert step(env)[0].tolist() == [[0, 0], [1, 2]]
+    assert env.env_is_wrapped(Monitor) == [True, True]
+
+
 def test_closing_does_not_wait_for_a_worker_that_hangs(
     supervised: Callable[..., SupervisedVecEnv], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,7 +70,7 @@ def test_what_rl_zoo3s_enjoy_always_passes_loads(kind: type[Any], fields: dict[s
     custom = {
         "learning_rate": 0.0,
         "lr_schedule": lambda _: 0.0,
-        "clip_range": lambda _: 0.2,
+        "clip_range": lambda _: 0.0,
         "no_such_thing": object(),
     }
     agent = kind.load(tmp_path / "agent", custom_objects=custom, device="cpu")
