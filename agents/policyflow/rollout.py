@@ -84,7 +84,7 @@ class Samples(NamedTuple):
 
     def minibatches(self, size: int, order: Tensor) -> Iterator[Samples]:
         """Minibatches of `size` samples in an order [B]; the last may be smaller."""
-        return iter(_split(self.rows(order), size))
+        return iter(_split(self.rows(order), int(size)))  # split takes no NumPy integers
 
 
 def _rows(data: Any, index: Tensor | slice) -> Any:
