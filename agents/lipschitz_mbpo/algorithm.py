@@ -46,10 +46,10 @@ MAY_DISAGREE = 0.02
 
 def losses(policy: SACPolicy, batch: Minibatch, config: LipschitzMBPOConfig, target_entropy: float) -> Losses:
     """The terms of the objective for a minibatch, with their weights: SAC's and the robust penalty of the critics."""
-    losses, values = sac_losses(policy, batch, config.gamma, target_entropy)
+    terms, values = sac_losses(policy, batch, config.gamma, target_entropy)
     if config.regularizer == "robust":
-        losses.table["lipschitz/penalty"] = Loss(robust_penalty(policy, batch, values, config), config.robust_coef)
-    return losses
+        terms.table["lipschitz/penalty"] = Loss(robust_penalty(policy, batch, values, config), config.robust_coef)
+    return terms
 
 
 _SB3_ARGUMENTS = ("buffer_size", "learning_starts", "batch_size", "tau", "gamma", "gradient_steps")
