@@ -186,8 +186,12 @@ class Configured(BaseAlgorithm):
         Raises:
             ValueError: if not.
         """
-        if config.lr_schedule == "function" and not callable(vars(self).get("learning_rate")):
+        function: Any = vars(self).get("learning_rate")
+        if config.lr_schedule == "function" and not callable(function):
             raise no_function()
+        if config.lr_schedule == "function" and config.learning_rate != float(function(1.0)):
+            got = f"learning_rate: got {config.learning_rate}, but lr_schedule is 'function'"
+            raise ValueError(f"{got}; assign to agent.learning_rate, or set lr_schedule, too")
 
     def _config_changed(self) -> None:
         """Use the Config as it is now; called when the agent is built and after every assignment."""

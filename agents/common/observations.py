@@ -205,7 +205,7 @@ class FiniteUpdates(LearningRate, FiniteTransitions):
             )
 
     def _adopt_policy(self) -> None:
-        """Let training follow the policy as it is: another one, or other weights; at the start of `learn`."""
+        """Let training follow the policy as it is: another one, or other weights; whenever there are."""
         gradient = owner(self._gradient)
         if isinstance(gradient, Gradient) and gradient.policy is not self.policy:
             self._config_changed()
@@ -213,6 +213,8 @@ class FiniteUpdates(LearningRate, FiniteTransitions):
 
     def _weights(self) -> Weights:
         """The policy's weights, ready for updates; a compiled gradient looks at them again if they are others."""
+        if self.policy.latest_weights is None or not self.policy.latest_weights.are_current(self.policy):
+            self._adopt_policy()  # a callback changed something
         before, weights = self.policy.latest_weights, Weights.of(self.policy)
         if weights is not before and isinstance(self._gradient, Compiled):
             self._gradient.check_again()

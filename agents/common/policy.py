@@ -70,6 +70,7 @@ class BoxPolicy(BasePolicy):
         options = {"lr": lr_schedule(1), **self.optimizer_kwargs}
         self.optimizer = self.optimizer_class(list(self._own_parameters().values()), **options)
         self._made, self._known, self._names = self.optimizer, self._own_parameters(), tuple(self._own_parameters())
+        self._shapes = {name: each.shape for name, each in self._own_parameters().items()}
         self._learning = frozenset(name for name, each in self._own_parameters().items() if each.requires_grad)
 
     def _held(self) -> list[nn.Parameter]:
@@ -167,13 +168,20 @@ class BoxPolicy(BasePolicy):
                 f"policy: got other parameters than a new agent has ({', '.join(odd)}), expected the same; make pruning"
                 " and parametrizations permanent before saving (prune.remove, remove_parametrizations)"
             )
+        for name, shape in self._shapes.items():
+            if present[name].shape != shape:
+                raise ValueError(
+                    f"policy: got {name} of shape {list(present[name].shape)}, a new agent has {list(shape)}"
+                )
         latest = {id(each): present.get(name, each) for name, each in self._known.items()}  # not adopted yet
         held = [id(latest.get(id(each), each)) for each in self._held()]
         own = [id(present[name]) for name in self._names]
-        if optimizer and (len(self.optimizer.param_groups) != 1 or held != own):
+        same = type(self.optimizer) is self.optimizer_class and len(self.optimizer.param_groups) == 1 and held == own
+        if optimizer and not same:
             raise ValueError(
-                "policy.optimizer: got one that does not hold just the policy's parameters in one group, as a new "
-                "agent's does; save with exclude=['policy.optimizer'], which restarts its moments when it is loaded"
+                "policy.optimizer: got one of another class than optimizer_class, or one that does not hold just the "
+                "policy's parameters in one group, as a new agent's does; save with exclude=['policy.optimizer'], which "
+                "restarts its moments when it is loaded"
             )
 
     @abstractmethod

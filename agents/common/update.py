@@ -108,6 +108,15 @@ class Weights:
         named = [(name, each) for name, each in policy.named_parameters() if each.requires_grad and id(each) in held]
         first, named = f"{policy.followed}.", in_order(policy, named)
         self.names, self.parameters = [name for name, _ in named], [each for _, each in named]
+        for name, each in named:
+            if 0 in [stride for stride, size in zip(each.stride(), each.shape, strict=True) if size > 1]:
+                raise ValueError(
+                    f"weights: elements of {name} share their memory (expand), expected one each; clone it"
+                )
+            if not each.is_contiguous():  # fused optimizers go by the memory, of gradients and moments, too
+                each.data = each.detach().contiguous()
+                for key, moment in self._state.get(each, {}).items():
+                    self._state[each][key] = moment.contiguous() if isinstance(moment, Tensor) else moment
         self._sizes = [each.numel() for each in self.parameters]
         average: nn.Module | None = getattr(policy, policy.follower)
         followed = dict(getattr(policy, policy.followed).named_parameters())

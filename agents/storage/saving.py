@@ -71,7 +71,7 @@ class Checkpointed(BaseAlgorithm):
     def contents(self, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> dict[str, Any]:
         """What `save` writes: attributes, the parameters of networks and optimizers, and further variables."""
         stated, variables = self._get_torch_save_params()
-        exclude = set(exclude or ())
+        exclude = {exclude} if isinstance(exclude, str) else set(exclude or ())
         left_out = {*self._excluded_save_params(), *exclude} - set(include or ())
         parameters = {name: each for name, each in self.get_parameters().items() if name not in exclude}
         self.policy.check_storable("policy.optimizer" in parameters)  # type: ignore[operator]

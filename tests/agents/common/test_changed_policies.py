@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -15,7 +16,7 @@ from driftrl import LipschitzMBPO, PolicyFlow
 from driftrl.agents.common import compiling
 from driftrl.agents.common.snapshot import Snapshot
 
-from .test_weights import both, critic_layer, learn, make, moved, values
+from .test_weights import STEPS, both, critic_layer, learn, make, moved, values
 
 
 def steps(agent: Any) -> set[float]:
@@ -154,12 +155,17 @@ def by_the_actors(agent: Any) -> None:
     agent.policy.optimizer = torch.optim.Adam(agent.policy.actor.parameters())
 
 
+def by_another_class(agent: Any) -> None:
+    agent.policy.optimizer = torch.optim.RMSprop(agent.policy._own_parameters().values())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (pruned, r"policy: got other parameters than a new agent has \(critic.2.weight, critic.2.weight_orig\)"),
-        (by_all_parameters, r"policy.optimizer: got one that does not hold just the policy's parameters"),
-        (by_the_actors, r"policy.optimizer: got one that does not hold just the policy's parameters"),
+        (by_all_parameters, r"policy.optimizer: got one of another class than optimizer_class"),
+        (by_the_actors, r"policy.optimizer: got one of another class than optimizer_class"),
+        (by_another_class, r"policy.optimizer: got one of another class than optimizer_class"),
     ],
 )
 def test_what_no_new_agent_could_take_over_is_not_saved(
@@ -214,6 +220,62 @@ def test_states_of_one_vector_become_those_of_its_parts(kind: type[Any], optimiz
     agent.policy.optimizer.step()
     torch.testing.assert_close(torch.cat([each.detach().flatten() for each in order]), vector.detach())
     assert len({state["step"].data_ptr() for state in agent.policy.optimizer.state.values()}) == len(parts)
+
+
+def test_weights_that_share_elements_are_refused_and_transposed_ones_train_alike() -> None:
+    agents = [make(PolicyFlow), make(PolicyFlow)]
+    for agent in agents:
+        learn(agent)
+        agent.policy.optimizer.register_step_post_hook(lambda *given: None)  # the way of single parameters
+    layer: Any = critic_layer(agents[1])
+    layer.weight.data = layer.weight.data.t().contiguous().t()
+    for agent in agents:
+        learn(agent)
+    for one, other in zip(values(agents[0]).values(), values(agents[1]).values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    layer.bias.data = torch.zeros(1).expand(8)
+    with pytest.raises(ValueError, match=r"weights: elements of critic.2.bias share their memory"):
+        learn(agents[1])
+
+
+@both
+def test_what_a_callback_replaces_learns_at_once(kind: type[Any]) -> None:
+    class Replace(BaseCallback):
+        def __init__(self, what: str) -> None:
+            super().__init__()
+            self.what = what
+            self.new: Any = None
+            self.start: Any = None
+
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            agent: Any = self.model
+            if self.new is None and agent.num_timesteps >= STEPS[kind] // 2:
+                if self.what == "policy":
+                    agent.policy = copy.deepcopy(agent.policy)
+                self.new = critic_layer(agent)
+                if self.what == "weight":
+                    self.new.weight = nn.Parameter(self.new.weight.detach().clone())
+                self.start = self.new.weight.detach().clone()
+
+    agents = {what: make(kind) for what in ("nothing", "policy", "weight")}
+    for what, agent in agents.items():
+        replace = Replace(what)
+        learn(agent, replace)
+        assert not torch.equal(replace.new.weight, replace.start)
+    for what in ("policy", "weight"):
+        for one, other in zip(values(agents["nothing"]).values(), values(agents[what]).values(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_of_another_shape_are_not_saved(tmp_path: Any) -> None:
+    agent = make(PolicyFlow)
+    agent.policy.critic[0], agent.policy.critic[2] = nn.Linear(4, 5), nn.Linear(5, 8)
+    learn(agent)
+    with pytest.raises(ValueError, match=r"policy: got critic.0.weight of shape \[5, 4\], a new agent has \[8, 4\]"):
+        agent.save(tmp_path / "agent")
 
 
 def test_a_snapshot_takes_the_moments_memory_once() -> None:

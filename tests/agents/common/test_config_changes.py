@@ -41,6 +41,8 @@ def test_another_config_is_used_or_refused(kind: type[Any]) -> None:
 def test_a_schedule_and_its_name_agree(kind: type[Any]) -> None:
     agent = make(kind, learning_rate=rate)
     assert agent.lr_schedule(0.5) == 5e-4
+    with pytest.raises(ValueError, match=r"learning_rate: got 0.0001, but lr_schedule is 'function'"):
+        agent.config = dataclasses.replace(agent.config, learning_rate=1e-4)
     agent.lr_schedule = "constant"
     assert (agent.lr_schedule(0.5), agent.config.lr_schedule) == (1e-3, "constant")
     message = "lr_schedule: got 'function', expected learning_rate to be one"
