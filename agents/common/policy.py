@@ -180,8 +180,8 @@ class BoxPolicy(BasePolicy):
         if optimizer and not same:
             raise ValueError(
                 "policy.optimizer: got one of another class than optimizer_class, or one that does not hold just the "
-                "policy's parameters in one group, as a new agent's does; save with exclude=['policy.optimizer'], which "
-                "restarts its moments when it is loaded"
+                "policy's parameters in one group, as a new agent's does; save with exclude=['policy.optimizer'], "
+                "which restarts its moments when it is loaded"
             )
 
     @abstractmethod
