@@ -65,11 +65,12 @@ class BatchVecEnv(VecEnv):
         return self._obs.copy()
 
     def step_async(self, actions: Array) -> None:
-        """Take the actions [N, D]; `step_wait` steps.
+        """Take the actions [N, D], an array or lists; `step_wait` steps.
 
         Raises:
             ValueError: if their shape is another.
         """
+        actions = np.asarray(actions)
         expected = (self.num_envs, *cast(tuple[int, ...], self.action_space.shape))
         if actions.shape != expected:
             raise ValueError(f"actions: got shape {actions.shape}, expected {expected}")

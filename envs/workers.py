@@ -76,6 +76,7 @@ class SupervisedVecEnv(SubprocVecEnv):
         results = [self._stepped(i, deadline) for i in range(self.num_envs)]
         self.waiting = False
         self._seen, rewards, ended, infos, self.reset_infos = map(list, zip(*results, strict=True))
+        rewards = [np.reshape(reward, ()) for reward in rewards]  # some environments give arrays of one element
         return self._stacked(), np.stack(rewards), np.stack(ended), infos
 
     def reset(self) -> VecEnvObs:

@@ -135,6 +135,39 @@ def test_a_worker_that_was_killed_between_steps_is_restarted(supervised: Callabl
         assert np.asarray(env.reset()).tolist() == [[0, 0], [1, 0]]
 
 
+class ArrayReward(gym.Wrapper[Any, Any, Any, Any]):
+    """Gives the reward as an array of one element."""
+
+    def step(self, action: Any) -> Any:
+        obs, reward, *rest = self.env.step(action)
+        return obs, np.array([reward], np.float32), *rest
+
+
+def array_reward() -> gym.Env[Any, Any]:
+    return ArrayReward(gym.make("Reacher-v5"))
+
+
+def test_rewards_that_are_arrays_of_one_element() -> None:
+    env = SupervisedVecEnv([array_reward, array_reward])
+    try:
+        env.reset()
+        assert np.asarray(env.step(np.zeros((2, 2), np.float32))[1]).shape == (2,)
+    finally:
+        env.close()
+
+
+@pytest.mark.parametrize("id", ["Reacher-v5", "driftrl/MultiGoal-v0"])
+def test_a_batch_takes_actions_as_lists(id: str) -> None:
+    steps: list[Any] = []
+    for actions in ([[0.1, -0.2], [0.3, 0.4]], np.array([[0.1, -0.2], [0.3, 0.4]])):
+        env = make_vec(id, 2, 0)
+        env.reset()
+        steps.append(env.step(actions)[0])  # type: ignore[arg-type]
+    assert np.array_equal(*steps)
+    with pytest.raises(ValueError, match=r"actions: got shape \(1, 2\), expected \(2, 2\)"):
+        env.step([[0.1, 0.2]])  # type: ignore[arg-type]
+
+
 def test_questions_to_a_dead_worker_are_errors_and_leave_no_answer_behind(
     supervised: Callable[..., SupervisedVecEnv],
 ) -> None:
