@@ -26,10 +26,9 @@ Before the redesign (commit 8470cbc, flat agents/; a copy of this file ran there
 files and 689 lines, 13 and 836 with the simulator; LipschitzMBPO 10 and 440, 12 and 587 with the simulator, 17 and 918
 with the model, too; all of learn 15 and 962, 17 and 1,017; 36 hops in a minibatch of either; 21 files to resume.
 
-The redesign was to bring resume to 12 files. It takes 26: an agent's file is checked and turned into data (storage
-4), the Config is checked against its ranges and its file's names (2), networks, optimizer, flow and noise are built
-(10), the environments are made and put to where they were (4), the run's folder, log and signals are read (4). Fewer
-files would have been longer ones of mixed concerns.
+The redesign was to bring resume to 12 files. It takes 26: the Config, networks, optimizer, flow and their checks
+(agents 10), a file that is checked and turned into data (storage 4), the environments, made and put to where they
+were (5), the run's folder, log and signals (4), the command and its errors (2), noise (1).
 """
 
 from __future__ import annotations
