@@ -213,11 +213,14 @@ class FiniteUpdates(LearningRate, FiniteTransitions):
 
     def _weights(self) -> Weights:
         """The policy's weights, ready for updates; a compiled gradient looks at them again if they are others."""
-        if self.policy.latest_weights is None or not self.policy.latest_weights.are_current(self.policy):
+        before = self.policy.latest_weights
+        if before is None or not before.are_current(self.policy):
             self._adopt_policy()  # a callback changed something
-        before, weights = self.policy.latest_weights, Weights.of(self.policy)
+        weights = self.policy.latest_weights
+        assert weights is not None
         if weights is not before and isinstance(self._gradient, Compiled):
             self._gradient.check_again()
+        weights.prepare()
         return weights
 
     def _before_updates(self) -> Snapshot | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...envs.make import check_spaces
 from .observations import RunningNorm, to_box
-from .update import Weights, in_order
+from .update import Weights, held_by, in_order
 
 
 class BoxPolicy(BasePolicy):
@@ -73,9 +73,6 @@ class BoxPolicy(BasePolicy):
         self._shapes = {name: each.shape for name, each in self._own_parameters().items()}
         self._learning = frozenset(name for name, each in self._own_parameters().items() if each.requires_grad)
 
-    def _held(self) -> list[nn.Parameter]:
-        return [each for group in self.optimizer.param_groups for each in group["params"]]
-
     @property
     def weights(self) -> Weights:
         """What an update reads and writes, ready for it; made anew if parameters or optimizer were changed."""
@@ -100,7 +97,7 @@ class BoxPolicy(BasePolicy):
                 f"weights: hooks of {', '.join(hooked)} that follow the accumulation of gradients would not be called; "
                 "use register_hook"
             )
-        held, kept = {id(each) for each in self._held()}, {id(each) for each in present.values()}
+        held, kept = {id(each) for each in held_by(self.optimizer)}, {id(each) for each in present.values()}
         for name, before in self._known.items():
             if name not in present or id(before) in kept or present[name] is before:
                 continue
@@ -112,7 +109,7 @@ class BoxPolicy(BasePolicy):
                 self.optimizer.state[present[name]] = moments
             self.latest_weights = None
         self._known = present
-        held = {id(each) for each in self._held()}
+        held = {id(each) for each in held_by(self.optimizer)}
         lost = [name for name, each in present.items() if each.requires_grad and id(each) not in held]
         if lost and self.optimizer is self._made:  # a user's own optimizer may leave out what it likes
             raise ValueError(
@@ -174,7 +171,7 @@ class BoxPolicy(BasePolicy):
                     f"policy: got {name} of shape {list(present[name].shape)}, a new agent has {list(shape)}"
                 )
         latest = {id(each): present.get(name, each) for name, each in self._known.items()}  # not adopted yet
-        held = [id(latest.get(id(each), each)) for each in self._held()]
+        held = [id(latest.get(id(each), each)) for each in held_by(self.optimizer)]
         own = [id(present[name]) for name in self._names]
         same = type(self.optimizer) is self.optimizer_class and len(self.optimizer.param_groups) == 1 and held == own
         if optimizer and not same:

@@ -103,7 +103,7 @@ class Weights:
     def __init__(self, policy: BoxPolicy) -> None:
         self.optimizer, self.rate = policy.optimizer, policy.averaging
         self._groups, self._state = self.optimizer.param_groups, self.optimizer.state
-        self._held = _held(self.optimizer)
+        self._held = held_by(self.optimizer)
         held = {id(parameter) for parameter in self._held}
         named = [(name, each) for name, each in policy.named_parameters() if each.requires_grad and id(each) in held]
         first, named = f"{policy.followed}.", in_order(policy, named)
@@ -158,7 +158,7 @@ class Weights:
             and optimizer.param_groups is self._groups
             and optimizer.state is self._state
             and self.rate == policy.averaging
-            and [*map(id, _held(optimizer))] == [*map(id, self._held)]
+            and [*map(id, held_by(optimizer))] == [*map(id, self._held)]
             and (self.vector is None or not _is_watched(optimizer))
             and all(
                 owner.get(name) is each and each.requires_grad == learns and each.data_ptr() == at
@@ -277,7 +277,7 @@ def in_order(policy: BoxPolicy, named: Iterable[tuple[str, nn.Parameter]]) -> li
     return sorted(named, key=lambda item: (not item[0].startswith(first), -item[1].numel()))
 
 
-def _held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+def held_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """The parameters of an optimizer, of all groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
