@@ -75,6 +75,18 @@ def sb3_zoo(run: Run) -> tuple[Any, dict[str, Any]]:
     return agent, settings | stated | {"n_envs": 1}
 
 
+def sb3_default(run: Run) -> tuple[Any, dict[str, Any]]:
+    """SB3's PPO as it comes, one environment, VecNormalize: what a user has without tuning."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    from driftrl.agents.registry import policy_alias
+
+    env = VecNormalize(make_vec_env(run.env, n_envs=1, seed=run.seed))
+    return PPO(policy_alias(env), env, seed=run.seed, device="cpu"), {"n_envs": 1}
+
+
 def preset(env_id: str, **overrides: Any) -> tuple[int, Any]:
     """Number of environments and Config that `train.py` uses for this environment."""
     from driftrl.agents.registry import AGENTS
@@ -207,6 +219,7 @@ ARMS: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "sb3-sac": sb3_sac,
     "sb3-preset": sb3_preset,
     "sb3-zoo": sb3_zoo,
+    "sb3-default": sb3_default,
 }
 POLICYFLOW_ARMS = ("policyflow:ratio=interpolation", "policyflow:ratio=endpoint", "sb3-preset", "sb3-zoo")
 LABELS = {
@@ -216,6 +229,7 @@ LABELS = {
     "sb3-sac": "SB3 SAC",
     "sb3-preset": "SB3 PPO, our preset's hyperparameters",
     "sb3-zoo": "SB3 PPO, rl_zoo3's tuned hyperparameters",
+    "sb3-default": "SB3 PPO, its defaults and VecNormalize",
 }
 
 
