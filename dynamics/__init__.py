@@ -38,7 +38,6 @@ __all__ = [
     "overdamped",
     "sdeint",
     "sdeint_path",
-    "spectral_bound_",
     "spectral_norms",
     "standard_normal_log_prob",
     "step_noise",
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
     from .fields import MLPField, VelocityField
     from .langevin import kinetic, mala, overdamped
     from .likelihood import flow_log_prob, standard_normal_log_prob
-    from .lipschitz import adversarial_states, spectral_bound_, spectral_norms
+    from .lipschitz import adversarial_states, spectral_norms
     from .neural_sde import LangevinSDE, interpolant_sde
     from .noise import step_noise
     from .ode import DOPRI5, odeint, odeint_path
@@ -59,7 +58,7 @@ if TYPE_CHECKING:
     from .reversible import odeint_reversible
     from .sde import SDE, sdeint, sdeint_path
     from .transition import GaussianTransition
-    from .transition_base import TransitionSettings
+    from .transition_settings import TransitionSettings
 else:  # out of a type checker's sight, for which a module-level __getattr__ would make every name valid
     _NAMES = {
         "adaptive": ("odeint_adaptive",),
@@ -67,7 +66,7 @@ else:  # out of a type checker's sight, for which a module-level __getattr__ wou
         "fields": ("MLPField", "VelocityField"),
         "langevin": ("kinetic", "mala", "overdamped"),
         "likelihood": ("flow_log_prob", "standard_normal_log_prob"),
-        "lipschitz": ("adversarial_states", "spectral_bound_", "spectral_norms"),
+        "lipschitz": ("adversarial_states", "spectral_norms"),
         "neural_sde": ("LangevinSDE", "interpolant_sde"),
         "noise": ("step_noise",),
         "ode": ("DOPRI5", "odeint", "odeint_path"),
@@ -76,7 +75,7 @@ else:  # out of a type checker's sight, for which a module-level __getattr__ wou
         "reversible": ("odeint_reversible",),
         "sde": ("SDE", "sdeint", "sdeint_path"),
         "transition": ("GaussianTransition",),
-        "transition_base": ("TransitionSettings",),
+        "transition_settings": ("TransitionSettings",),
     }
     _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -15,22 +15,37 @@ class Members(nn.Module):
     """Multilayer perceptrons side by side, [M, B, I] -> [M, B, O], one batched matrix product per layer.
 
     SiLU between the layers; initial weights truncated normal with standard deviation ``1 / (2 sqrt(inputs))`` (MBPO).
+
+    Args:
+        members: M, at least 1.
+        widths: of the input, the hidden layers and the output.
+        layer_norm: normalise what every layer but the first gets, without weights (DHMBPO, arXiv 2512.15439).
+            The first of these norms adds 1 to the variance, the others 0.1: inputs that hardly differ stay small.
     """
 
-    def __init__(self, members: int, widths: Sequence[int]) -> None:
+    def __init__(self, members: int, widths: Sequence[int], layer_norm: bool = False) -> None:
         super().__init__()
         if min(widths) < 1:
             raise ValueError(f"widths must be at least 1, got {tuple(widths)}")
+        self.layer_norm = layer_norm
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for i, o in pairwise(widths):
             std = 0.5 / math.sqrt(i)
             self.weights.append(nn.init.trunc_normal_(torch.empty(members, i, o), 0.0, std, -2 * std, 2 * std))
             self.biases.append(torch.zeros(members, 1, o))
 
-    def forward(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Outputs of all members, or of those whose indices are chosen."""
+    def forward(self, x: Tensor, chosen: Tensor | None = None, masks: Sequence[Tensor] = ()) -> Tensor:
+        """Outputs of all members, or of those whose indices are chosen.
+
+        Args:
+            x: inputs, [M, B, I].
+            chosen: indices of members.
+            masks: factors of the first layers' outputs, [M, B, width] each: dropout.
+        """
         for k, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = F.silu(x) if k else x
+            if k:
+                x = F.silu(x * masks[k - 1] if k <= len(masks) else x)
+                x = F.layer_norm(x, x.shape[-1:], eps=1.0 if k == 1 else 0.1) if self.layer_norm else x
             x = torch.baddbmm(bias, x, weight) if chosen is None else torch.baddbmm(bias[chosen], x, weight[chosen])
         return x
 

@@ -13,7 +13,8 @@ from .likelihood import flow_log_prob, standard_normal_log_prob
 from .ode import Tableau, odeint, time_grid
 from .paths import LINEAR, flow_matching_loss
 from .regularize import jacobian_penalty
-from .transition_base import TransitionModel, TransitionSettings, standard_normal
+from .transition_base import TransitionModel, standard_normal
+from .transition_settings import TransitionSettings
 
 
 class FlowTransition(TransitionModel):
@@ -92,13 +93,14 @@ class FlowTransition(TransitionModel):
         return self._matching(x, y, noise)
 
     def _predict(self, x: Tensor) -> Tensor:
-        return self._push(x[0], x.new_zeros(x.shape[1], 1 + self.obs_dim))[None]
+        return self._push(x[0], (x.new_zeros(x.shape[1], 1 + self.obs_dim),))[None]
 
-    def _sample(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        return self._push(x, standard_normal((len(x), 1 + self.obs_dim), generator))
+    def draw(self, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The flow's base, [B, T]."""
+        return (standard_normal((rows, 1 + self.obs_dim), generator),)
 
-    def _push(self, x: Tensor, z: Tensor) -> Tensor:
-        return odeint(self.field, z, steps=self.steps, solver=self.solver, cond=x)
+    def _push(self, x: Tensor, noise: tuple[Tensor, ...]) -> Tensor:
+        return odeint(self.field, noise[0], steps=self.steps, solver=self.solver, cond=x)
 
     def _log_density(self, x: Tensor, y: Tensor) -> Tensor:
         base, steps = standard_normal_log_prob, self.likelihood_steps

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .brownian import BrownianGrid
 from .fields import MLPField
 from .neural_sde import LangevinSDE
 from .ode import odeint
 from .sde import sdeint
-from .transition_base import TransitionModel, TransitionSettings, standard_normal
+from .transition_base import TransitionModel, standard_normal
+from .transition_settings import TransitionSettings
 
 
 class LangevinTransition(TransitionModel):
@@ -91,10 +93,14 @@ class LangevinTransition(TransitionModel):
     def _predict(self, x: Tensor) -> Tensor:
         return odeint(self.field, self._start(x[0]), steps=self.steps, solver="euler", cond=x[0])[None]
 
-    def _sample(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Brownian increments of the chain, [K, B, T]."""
+        return (standard_normal((self.steps, rows, 1 + self.obs_dim), generator) * self.steps**-0.5,)
+
+    def _push(self, x: Tensor, noise: tuple[Tensor, ...]) -> Tensor:
         scale = self.log_scale[0].exp()
         sde = LangevinSDE(self.field, lambda t: scale[round(t * self.steps)])
-        return sdeint(sde, self._start(x), steps=self.steps, generator=generator, cond=x)
+        return sdeint(sde, self._start(x), steps=self.steps, noise=BrownianGrid(1 / self.steps, noise[0]), cond=x)
 
     def _log_density(self, x: Tensor, y: Tensor) -> Tensor:
         # The same bridges for all rows: a row's density does not depend on its batch.

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .ensemble import Members
-from .transition_base import TransitionModel, TransitionSettings, standard_normal
+from .transition_base import TransitionModel, standard_normal
+from .transition_settings import TransitionSettings
+
+MIN_STD = 1e-3
+"""Of a homoscedastic model, in units of the normalised target."""
 
 
 class GaussianTransition(TransitionModel):
@@ -30,12 +34,19 @@ class GaussianTransition(TransitionModel):
         settings: None for the defaults of `TransitionSettings`.
         hidden: widths of the hidden layers.
         probabilistic: False for the mean alone, by squared error: no noise in ``sample`` and no ``log_prob``.
+        homoscedastic: one standard deviation of each output, whatever the input (DHMBPO, arXiv 2512.15439). The mean
+            is fitted by squared error: by likelihood, outputs without noise would outweigh all others. The deviation is
+            that of the hold-out, at least 1e-3 of the spread of the targets.
+        layer_norm: see `Members`.
+        dropout: share of the first layer's outputs left out in a fit, in [0, 1); falls linearly to 0 in the last layer.
         members: M, at least 1. With more than one, each has its own bootstrap sample of the rows.
         elites: the members that predict, those of least hold-out error; 1 to M.
 
     Raises:
         ValueError: on sizes out of range.
     """
+
+    log_std: Tensor | None
 
     def __init__(
         self,
@@ -45,19 +56,31 @@ class GaussianTransition(TransitionModel):
         *,
         hidden: Sequence[int] = (200, 200, 200, 200),
         probabilistic: bool = True,
+        homoscedastic: bool = False,
+        layer_norm: bool = False,
+        dropout: float = 0.0,
         members: int = 1,
         elites: int = 1,
     ) -> None:
         super().__init__(obs_dim, action_dim, settings, members, elites)
-        targets = 1 + obs_dim
-        self.net = Members(members, (obs_dim + action_dim, *hidden, (1 + probabilistic) * targets))
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        targets, varies = 1 + obs_dim, probabilistic and not homoscedastic
+        self.net = Members(members, (obs_dim + action_dim, *hidden, (1 + varies) * targets), layer_norm)
+        self.hidden, self.dropout = tuple(hidden), dropout
         self.bounds = None
-        if probabilistic:
+        self.register_buffer("log_std", torch.zeros(members, 1, targets) if homoscedastic else None)
+        if varies:
             self.bounds = nn.Parameter(torch.tensor([[[-10.0], [0.5]]]).repeat(members, 1, targets))
 
-    def _moments(self, x: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def _moments(
+        self, x: Tensor, chosen: Tensor | None = None, masks: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor | None]:
         """Mean and log-variance, each [M, B, T], of all members or those chosen."""
-        out: Tensor = self.net(x, chosen)
+        out: Tensor = self.net(x, chosen, masks)
+        if self.log_std is not None:
+            log_std = self.log_std if chosen is None else self.log_std[chosen]
+            return out, 2 * log_std.expand_as(out)
         if self.bounds is None:
             return out, None
         mean, log_var = out.chunk(2, -1)
@@ -65,31 +88,53 @@ class GaussianTransition(TransitionModel):
         log_var = high - F.softplus(high - log_var)
         return mean, low + F.softplus(log_var - low)
 
+    def _noise(self, x: Tensor, generator: torch.Generator) -> Sequence[Tensor]:
+        """Masks of dropout, of mean 1."""
+        if not self.dropout:
+            return ()
+        shares = (1 - self.dropout * (1 - k / len(self.hidden)) for k in range(len(self.hidden)))
+        return [
+            x.new_empty(*x.shape[:-1], width).bernoulli_(kept, generator=generator) / kept
+            for width, kept in zip(self.hidden, shares, strict=True)
+        ]
+
     def _loss(self, x: Tensor, y: Tensor, noise: Sequence[Tensor]) -> Tensor:
-        mean, log_var = self._moments(x)
+        mean, log_var = self._moments(x, masks=noise)
         square = (mean - y).square()
-        if log_var is None or self.bounds is None:
+        if log_var is None or self.log_std is not None:
             return square.mean((1, 2))
-        gap = self.bounds[:, 1] - self.bounds[:, 0]
-        return (square * torch.exp(-log_var) + log_var).mean((1, 2)) + 0.01 * gap.sum(1)
+        loss = (square * torch.exp(-log_var) + log_var).mean((1, 2))
+        return loss if self.bounds is None else loss + 0.01 * (self.bounds[:, 1] - self.bounds[:, 0]).sum(1)
+
+    def _finish(self, x: Tensor, y: Tensor) -> None:
+        if self.log_std is not None:
+            self.log_std.copy_((self._predict(x) - y).square().mean(1, keepdim=True).sqrt().clamp_min(MIN_STD).log())
 
     def _predict(self, x: Tensor) -> Tensor:
         return self._moments(x)[0]
 
-    def _sample(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Standard normals [elites, hand, T] where there is noise, and the rows' places in the elites' hands."""
         # Rows are dealt to the elites at random, as many to each: every row's elite is uniform, the shapes are fixed,
         # and the whole costs as much as one network.
-        rows, elites = len(x), len(self.elite_members)
+        elites = len(self.elite_members)
         hand = -(-rows // elites)
+        places = (self._permutation(hand * elites, generator)[:rows],) if elites > 1 else ()
+        if self.bounds is None and self.log_std is None:
+            return places
+        return (standard_normal((elites, hand, 1 + self.obs_dim), generator), *places)
+
+    def _push(self, x: Tensor, noise: tuple[Tensor, ...]) -> Tensor:
+        elites = len(self.elite_members)
+        hand = -(-len(x) // elites)
         if elites > 1:
-            place = self._permutation(hand * elites, generator)[:rows]
-            x = x.new_zeros(hand * elites, x.shape[1]).index_copy(0, place, x)
+            x = x.new_zeros(hand * elites, x.shape[1]).index_copy(0, noise[-1], x)
         chosen = None if elites == self.members else self.elite_members
         mean, log_var = self._moments(x.view(elites, hand, -1), chosen)
         if log_var is not None:
-            mean = torch.addcmul(mean, standard_normal(mean.shape, generator), torch.exp(0.5 * log_var))
+            mean = torch.addcmul(mean, noise[0], torch.exp(0.5 * log_var))
         y = mean.flatten(0, 1)
-        return y[place] if elites > 1 else y
+        return y[noise[-1]] if elites > 1 else y
 
     def _log_density(self, x: Tensor, y: Tensor) -> Tensor:
         mean, log_var = self._moments(x.expand(self.members, -1, -1))

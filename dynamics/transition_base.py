@@ -18,7 +18,6 @@ import copy
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -28,43 +27,7 @@ from torch.nn import functional as F
 
 from .ensemble import Members, Normalizer
 from .holdout import divide_rows
-
-
-@dataclass(frozen=True)
-class TransitionSettings:
-    """What all models share; defaults from MBPO (arXiv 1906.08253) but for ``normalize_targets``.
-
-    Args:
-        residual: predict next_obs - obs rather than next_obs.
-        normalize_targets: the targets, too. MBPO does not, and fails on badly scaled states.
-        terminal_head: learn which transitions terminate, for environments whose rule is unknown.
-        learning_rate: of Adam, > 0.
-        weight_decay: of the weight matrices, L2, >= 0. MBPO has 2.5e-5 in the first layer to 1e-4 in the last.
-        batch_size: rows per gradient step, >= 1.
-        patience: epochs without a gain after which a fit ends, >= 1.
-        min_gain: relative fall of the hold-out error that counts as a gain, in [0, 1).
-    """
-
-    residual: bool = True
-    normalize_targets: bool = True
-    terminal_head: bool = False
-    learning_rate: float = 1e-3
-    weight_decay: float = 5e-5
-    batch_size: int = 256
-    patience: int = 5
-    min_gain: float = 0.01
-
-    def __post_init__(self) -> None:
-        """Raise ValueError on values out of range."""
-        for name, holds, expected in (
-            ("learning_rate", self.learning_rate > 0, "> 0"),
-            ("weight_decay", self.weight_decay >= 0, ">= 0"),
-            ("batch_size", self.batch_size >= 1, ">= 1"),
-            ("patience", self.patience >= 1, ">= 1"),
-            ("min_gain", 0 <= self.min_gain < 1, "in [0, 1)"),
-        ):
-            if not holds:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected {expected}")
+from .transition_settings import TransitionSettings
 
 
 class _Data(NamedTuple):
@@ -139,13 +102,35 @@ class TransitionModel(nn.Module, abc.ABC):
         """What early stopping minimises, [M], positive: the mean square error of ``_predict``, or a subclass's own."""
         return (self._predict(x) - y).square().mean((1, 2))
 
+    def _finish(self, x: Tensor, y: Tensor) -> None:
+        """Take from the hold-out, [M, B, I] and [M, B, T], what a fit does not learn by its gradient."""
+
     @abc.abstractmethod
-    def _sample(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw y [B, T] for x [B, I]."""
+    def draw(self, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """What ``step`` needs of randomness for so many rows."""
+
+    @abc.abstractmethod
+    def _push(self, x: Tensor, noise: tuple[Tensor, ...]) -> Tensor:
+        """The sample y [B, T] that the noise leads to from x [B, I], differentiable in x."""
 
     @abc.abstractmethod
     def _log_density(self, x: Tensor, y: Tensor) -> Tensor:
         """Log density [B] of y [B, T] for x [B, I]."""
+
+    def step(self, obs: Tensor, action: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """As ``sample`` for given noise, differentiable in obs and action (reparameterised).
+
+        Clipped components have no gradient.
+
+        Args:
+            obs: [B, O].
+            action: [B, A].
+            noise: of ``draw``.
+
+        Raises:
+            ValueError: on other shapes.
+        """
+        return self._outcome(obs, self._push(self._x(obs, action), noise))
 
     @torch.no_grad()
     def sample(self, obs: Tensor, action: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -156,7 +141,7 @@ class TransitionModel(nn.Module, abc.ABC):
         Raises:
             ValueError: on other shapes.
         """
-        return self._outcome(obs, self._sample(self._x(obs, action), generator))
+        return self.step(obs, action, self.draw(len(obs), generator))
 
     @torch.no_grad()
     def predict(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,12 +169,8 @@ class TransitionModel(nn.Module, abc.ABC):
 
     @cached_property
     def optimizer(self) -> torch.optim.Adam:
-        """Adam in one kernel. Checkpoints need its state: it is not part of the module's ``state_dict``."""
-        groups = [
-            {"params": [p for name, p in self.named_parameters() if ("weight" in name) == decay], "weight_decay": rate}
-            for decay, rate in ((True, self.settings.weight_decay), (False, 0.0))
-        ]
-        return torch.optim.Adam(groups, self.settings.learning_rate, fused=True)
+        """Of all weights. Checkpoints need its state: it is not part of the module's ``state_dict``."""
+        return self.settings.optimizer(self.named_parameters())
 
     def fit(
         self,
@@ -269,13 +250,15 @@ class TransitionModel(nn.Module, abc.ABC):
             gained = scores[: self.members] < (1 - self.settings.min_gain) * reference
             reference = torch.where(gained, scores[: self.members], reference)
             stale = 0 if gained.any() else stale + 1
-            if stale == self.settings.patience or time.monotonic() > deadline:
+            waited = stale >= self.settings.patience and stale * len(batches) >= self.settings.patience_updates
+            if waited or time.monotonic() > deadline:
                 break
         with torch.no_grad():
             for p, value in weights.items():
                 p.copy_(value)
         self.elite_members.copy_(best[: self.members].argsort(stable=True)[: len(self.elite_members)])
         with torch.no_grad():
+            self._finish(data.x[held], data.y[held])
             mse = (self._predict(data.x[held]) - data.y[held]).square().mean((1, 2))[self.elite_members].mean()
         errors = {"model/holdout_mse": mse.item()}
         if self.terminal_net is not None:

@@ -7,12 +7,12 @@ needs no ensemble of models.
 
 Differences from the papers (docs/lipschitz_mbpo.md): SAC's networks step at the same time (sac.py); the model's targets
 are normalised and its predictions clipped to the range of the data; the radius is in units of each observation's
-running standard deviation; spectral norms are bounded by projection after an environment step's updates.
+running standard deviation; the last layer of critics with bounded spectral norms is free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -24,36 +24,36 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import update_learning_rate
 from torch import Tensor
 
-from ...dynamics.lipschitz import spectral_bound_
 from ...dynamics.transition import TRANSITIONS, GaussianTransition
-from ...dynamics.transition_base import TransitionModel, TransitionSettings
-from ...envs.known import known_task_of
-from ...envs.termination import termination_function
+from ...dynamics.transition_base import TransitionModel
+from ...dynamics.transition_settings import TransitionSettings
 from ..common.compiling import compiles, prepared
 from ..common.config import Configured, resolve
 from ..common.networks import activation_name
 from ..common.observations import FiniteReplay, FiniteUpdates
 from ..common.update import Gradient, Loss, Losses, rate_fields
-from .config import LipschitzMBPOConfig
+from .config import NETWORKS, LipschitzMBPOConfig
 from .critic_regularizers import draw_search, robust_penalty
 from .diagnostics import model_diagnostics, runs_away, value_diagnostics
+from .ends import check_rule, termination_rule
 from .replay import CheckpointedReplay, Minibatch, TensorReplay, TransitionRing
 from .sac import SACPolicy, sac_losses
-
-MAY_DISAGREE = 0.02
-"""Share of ends on which a termination rule and the environment may disagree: what rounding at its edge explains."""
+from .value_gradients import RANGE_RATE, Start, value_gradient_losses, value_range
 
 
 def losses(policy: SACPolicy, batch: Minibatch, config: LipschitzMBPOConfig, target_entropy: float) -> Losses:
     """The terms of the objective for a minibatch, with their weights: SAC's and the robust penalty of the critics."""
     terms, values = sac_losses(policy, batch, config.gamma, target_entropy)
     if config.regularizer == "robust":
-        terms.table["lipschitz/penalty"] = Loss(robust_penalty(policy, batch, values, config), config.robust_coef)
+        penalty = robust_penalty(policy, batch.obs, batch.action, values, batch.search, config)
+        terms.table["lipschitz/penalty"] = Loss(penalty, config.robust_coef)
     return terms
 
 
 _SB3_ARGUMENTS = ("buffer_size", "learning_starts", "batch_size", "tau", "gamma", "gradient_steps")
-_POLICY_FIELDS = ("tau", "temperature", "learn_temperature", "normalize_observation")
+_POLICY_FIELDS = (
+    "n_critics", "critic_layer_norm", "tau", "temperature", "learn_temperature", "normalize_observation"
+)  # fmt: skip
 """Fields of the Config that are arguments of `SACPolicy` under the same name."""
 
 
@@ -97,10 +97,15 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
     transition: TransitionModel | None
     config_class = LipschitzMBPOConfig
     _fixed = frozenset(
-        ("buffer_size", "actor_hidden", "critic_hidden", "activation", "model", "members", "elites", "model_hidden",
-         "model_rollouts", "model_retain", "termination", *_POLICY_FIELDS)
+        ("buffer_size", "actor_hidden", "critic_hidden", "activation", "value_gradient", "model", "members", "elites",
+         "model_hidden", "model_layer_norm", "model_dropout", "model_weight_decay", "model_batch_size",
+         "model_patience", "model_rollouts", "model_retain", "termination", "regularizer", "spectral_bound",
+         *_POLICY_FIELDS)
     )  # fmt: skip
-    _learned = frozenset(("actor_hidden", "critic_hidden", "temperature", "model", "members", "model_hidden"))
+    _learned = frozenset(
+        ("actor_hidden", "critic_hidden", "n_critics", "critic_layer_norm", "temperature", "model", "members",
+         "model_hidden", "model_layer_norm")
+    )  # fmt: skip
     _remade = ("model_buffer", "_gradient", "_terminated")
 
     def __init__(
@@ -116,7 +121,8 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         fields = rate_fields(learning_rate, resolve(config, fields)) | fields
         self.config = resolve(config, fields | _implied(policy_kwargs or {}))
         self.terminated = terminated
-        self._fitted_at = self._diagnosed_at = self._seen = 0  # environment steps, and rows of the replay buffer
+        self._fitted_at = self._imagined_at = self._diagnosed_at = 0  # environment steps
+        self._seen = 0  # rows of the replay buffer
         self._carry = 0.0  # real transitions owed by the minibatches so far
         super().__init__(
             policy, env,  # type: ignore[arg-type]
@@ -137,7 +143,9 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         self._convert_train_freq()
         defaults: dict[str, Any] = {
             "net_arch": {"pi": list(config.actor_hidden), "qf": list(config.critic_hidden)},
-            "activation_fn": config.activation, **{name: getattr(config, name) for name in _POLICY_FIELDS},
+            "activation_fn": config.activation,
+            "spectral_bound": config.spectral_bound if config.regularizer == "spectral" else None,
+            "bounded_values": config.value_gradient > 0, **{name: getattr(config, name) for name in _POLICY_FIELDS},
         }  # fmt: skip
         if "optimizer_class" not in self.policy_kwargs:
             defaults["optimizer_kwargs"] = {"fused": True}
@@ -151,7 +159,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
             )
         self.transition = None
         if config.model != "none":
-            rule = self._termination_rule()
+            rule = termination_rule(config.termination, self.terminated, self.env)
             self._learns_end = vars(self).get("_learns_end", rule is None)  # as it did when it was saved
             self._terminated = None if self._learns_end else rule
             self.transition = self._build_model().to(self.device)
@@ -161,47 +169,29 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
 
     def _config_changed(self) -> None:
         """Make anew what an update reads of the Config."""
-        terms = partial(losses, config=self.config, target_entropy=self.target_entropy)
+        terms: Any = partial(losses, config=self.config, target_entropy=self.target_entropy)
+        if self.transition is not None and self.config.value_gradient:
+            terms = partial(
+                value_gradient_losses, model=self.transition, ended=self._ended, config=self.config,
+                target_entropy=self.target_entropy,
+            )  # fmt: skip
         self._use_gradient(Gradient(self.policy, terms, None))
 
     def _build_model(self) -> TransitionModel:
         config, dims = self.config, (self.policy.obs_dim, self.policy.action_dim)
-        settings = TransitionSettings(terminal_head=self._learns_end)
+        settings = TransitionSettings(
+            terminal_head=self._learns_end, batch_size=config.model_batch_size, patience_updates=config.model_patience
+        )  # fmt: skip
+        if config.model_weight_decay is not None:
+            settings = replace(settings, weight_decay=config.model_weight_decay, decoupled=True)
         if config.model in ("flow", "langevin"):  # the spread of the data stays in their hold-out loss: gains are small
             return TRANSITIONS[config.model](*dims, replace(settings, min_gain=1e-3), hidden=config.model_hidden)
-        sizes = {"members": config.members, "elites": config.elites}
-        probabilistic = config.model == "probabilistic"
-        return GaussianTransition(*dims, settings, hidden=config.model_hidden, probabilistic=probabilistic, **sizes)
-
-    def _termination_rule(self) -> Callable[[Tensor], Tensor] | None:
-        """The rule that ends model rollouts; None: the model learns it."""
-        choice = self.config.termination
-        if choice == "learned":
-            return None
-        if choice == "never":
-            return lambda next_obs: torch.zeros(len(next_obs), dtype=torch.bool, device=next_obs.device)
-        rule = self.terminated
-        task = None if rule or self.env is None else known_task_of(self.env)
-        if task is not None:
-            rule = termination_function(*task)
-        if rule is None and choice == "task" and self.env is not None:
-            raise ValueError("termination: got task, but no rule of this environment is known; give one or use learned")
-        return rule
-
-    def _check_rule(self, rule: Callable[[Tensor], Tensor]) -> None:
-        """Compare the rule that ends model rollouts with how the environment's own transitions ended.
-
-        Raises:
-            ValueError: if they disagree more often than numbers at the edge of the rule explain.
-        """
-        seen = self._real.all()
-        found, expected = seen.terminated > 0, rule(seen.next_obs)
-        wrong, ends = int((found != expected).sum()), int((found | expected).sum())
-        if wrong > MAY_DISAGREE * ends + 2:
-            raise ValueError(
-                f"termination: got {self.config.termination}, whose rule disagrees with the environment on {wrong} of "
-                f"{len(found)} transitions ({int(found.sum())} ended, the rule ends {int(expected.sum())}); use learned"
-            )
+        assert config.model in NETWORKS
+        return GaussianTransition(
+            *dims, settings, hidden=config.model_hidden, probabilistic=config.model != "deterministic",
+            homoscedastic=config.model == "homoscedastic", layer_norm=config.model_layer_norm,
+            dropout=config.model_dropout, members=config.members, elites=config.elites,
+        )  # fmt: skip
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         names = ["policy", "policy.optimizer"]
@@ -231,28 +221,35 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
             return
         policy.set_training_mode(True)
         update_learning_rate(policy.optimizer, self._rate_at(self._current_progress_remaining))
-        if self._seen == 0 or self.num_timesteps - self._fitted_at >= config.model_interval:
+        if fits := self._seen == 0 or self.num_timesteps - self._fitted_at >= config.model_interval:
             self._fitted_at = self.num_timesteps
             self._learn_scales()
-            if self.transition is not None:
+        if self.transition is not None:
+            if fits:
                 self._fit_model(self.transition)
+            waited, interval = self.num_timesteps - self._imagined_at, config.rollout_interval
+            if fits or (interval and waited >= interval) or (config.value_gradient and not len(self.model_buffer)):
+                self._imagined_at = self.num_timesteps
                 self._imagine(self.transition, config.rollout_length(self.num_timesteps))
         weights, before, metrics = self._weights(), self._before_updates(), list[Tensor]()
-        for batch in self._minibatches(gradient_steps * self.n_envs, batch_size):
+        draw = self._starts if config.value_gradient else self._minibatches
+        for batch in draw(gradient_steps * self.n_envs, batch_size):
             gradient, scalars = self._gradient(batch)  # of the sum of `losses`
             if config.nonfinite == "skip" and self._refuses(scalars):
                 continue
             weights.update(gradient)  # the optimizer's step, then the slow critics follow
             metrics.append(torch.stack(list(scalars.values())))
+            if config.value_gradient:
+                low, high = scalars["value_gradient/lowest_value"], scalars["value_gradient/highest_value"]
+                policy.move_value_range(low, high, RANGE_RATE)
+            policy.power_iteration()
         self._record(self._settle(list(scalars), metrics, before))
         self._record_faults()
-        if config.regularizer == "spectral":
-            spectral_bound_(policy.critic, config.spectral_bound)
         self._n_updates += len(metrics)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if config.diagnostics_interval and self.num_timesteps - self._diagnosed_at >= config.diagnostics_interval:
             self._diagnosed_at = self.num_timesteps
-            self._diagnose(batch)
+            self._diagnose()
 
     # What SAC calls these.
     actor = property(attrgetter("policy.actor"))
@@ -303,8 +300,35 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
             if config.regularizer == "robust":
                 search = draw_search(obs, radius, config.adversary, config.adversary_steps, self._generator)
             transitions = (obs, drawn_now.action, next_obs, drawn_now.reward, drawn_now.terminated)
-            batches.append(Minibatch(*transitions, noise[i], next_noise[i], search))
+            batches.append(Minibatch(*transitions, noise[i], next_noise[i], search, self._pair()))
         return batches
+
+    def _pair(self) -> Tensor | None:
+        """Two critics drawn at random, [2], where there are more."""
+        if (critics := self.policy.critic.number) == 2:
+            return None
+        return torch.randperm(critics, generator=self._generator, device=self.device)[:2]
+
+    def _starts(self, count: int, size: int) -> Iterator[Start]:
+        """States of the model rollouts in which differentiated ones begin, with all noise that the losses need."""
+        config, policy, model, generator = self.config, self.policy, self.transition, self._generator
+        assert model is not None
+        horizon, radius = config.value_gradient, config.robust_radius * policy.obs_std()
+        for _ in range(count):
+            obs = self.model_buffer.unpack(self.model_buffer.draw(size, generator)).obs
+            noise = torch.randn(horizon + 1, size, policy.action_dim, generator=generator, device=obs.device)
+            search = None
+            if config.regularizer == "robust":
+                search = draw_search(obs, radius, config.adversary, config.adversary_steps, generator)
+            model_noise = tuple(model.draw(size, generator) for _ in range(horizon))
+            yield Start(obs, noise, model_noise, self._pair(), search)
+
+    def _ended(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        """Whether a transition of the model terminates, bool [B]."""
+        if self._terminated is not None:
+            return self._terminated(next_obs)
+        assert self.transition is not None
+        return self.transition.terminal(obs, action, next_obs)
 
     def _learn_scales(self) -> None:
         """Let the observation statistics see what is new."""
@@ -315,26 +339,30 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
     def _fit_model(self, model: TransitionModel) -> None:
         """Go on with the model's fit on all that was seen, which must have ended as the rule says."""
         if self._terminated is not None and self.config.termination != "never":
-            self._check_rule(self._terminated)
+            check_rule(self._terminated, self._real, self.config.termination)
         seen = self._real.all()
         fitted = model.fit(
             seen.obs, seen.action, seen.reward, seen.next_obs, seen.terminated > 0 if self._learns_end else None,
             generator=self._generator, max_epochs=self.config.model_epochs,
         )  # fmt: skip
         self._record(fitted)
+        if self.config.value_gradient and not self._n_updates:
+            low, high = value_range(seen.reward, self.config.gamma)
+            self.policy.move_value_range(low.clamp(max=-1), high.clamp(min=1), 1.0)
 
     @torch.no_grad()
     def _imagine(self, model: TransitionModel, horizon: int) -> None:
         """Begin model rollouts in states that were seen and follow the present policy, at most `horizon` steps."""
         config, policy, real = self.config, self.policy, self._real
         self.model_buffer.resize(config.model_rollouts * config.model_retain * horizon)
-        obs = real.unpack(real.draw(config.model_rollouts * config.model_interval, self._generator)).obs
-        begun, rule = len(obs), self._terminated
+        interval = config.rollout_interval or config.model_interval
+        obs = real.unpack(real.draw(config.model_rollouts * interval, self._generator)).obs
+        begun = len(obs)
         for _ in range(horizon):
             noise = torch.randn(len(obs), policy.action_dim, generator=self._generator, device=obs.device)
             action = policy.actor.sample(policy.obs_norm(obs), noise).action
             next_obs, reward = model.sample(obs, action, self._generator)
-            terminated = model.terminal(obs, action, next_obs) if rule is None else rule(next_obs)
+            terminated = self._ended(obs, action, next_obs)
             self.model_buffer.append(obs, action, next_obs, reward, terminated)
             obs = next_obs[~terminated]
             if not len(obs):
@@ -342,9 +370,9 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         self.logger.record("model/horizon", horizon)
         self.logger.record("model/terminated_share", 1 - len(obs) / begun)
 
-    def _diagnose(self, batch: Minibatch) -> None:
+    def _diagnose(self) -> None:
         """Log what model and value are worth; warn of critics that run away."""
-        found = value_diagnostics(self.policy, batch, self.config.robust_radius)
+        found = value_diagnostics(self.policy, self._real, self.config.robust_radius)
         if self.transition is not None:
             found |= model_diagnostics(self.transition, self.policy, self._real, self.n_envs)
         runaway = runs_away(found["lipschitz/largest_value"], self._real, self.config.gamma)

@@ -8,6 +8,9 @@ from typing import Any, Literal
 from ..common.config import require, validate
 from ..storage.values import storable
 
+NETWORKS = ("deterministic", "probabilistic", "homoscedastic")
+"""Models that are networks of a mean, alone or as an ensemble."""
+
 
 @storable(upgrade=lambda fields: upgraded(fields))
 @dataclass(frozen=True)
@@ -48,22 +51,40 @@ class LipschitzMBPOConfig:
     """Activation of actor and critics."""
     normalize_observation: bool = False
     """Standardise what actor and critics see with running statistics kept in the policy."""
-    model: Literal["none", "deterministic", "probabilistic", "flow", "langevin"] = "probabilistic"
-    """Transition model; none: SAC alone."""
+    n_critics: int = 2
+    """Critics, >= 2; of more than two a pair drawn at random makes the target."""
+    critic_layer_norm: bool = False
+    """Normalise the inputs of the critics' layers but the first."""
+    value_gradient: int = 0
+    """Steps of rollouts that actor and critics learn from by differentiating through the model, >= 0; 0: by SAC."""
+    model: Literal["none", "deterministic", "probabilistic", "homoscedastic", "flow", "langevin"] = "probabilistic"
+    """Transition model; none: SAC alone. homoscedastic: a Gaussian of the same noise everywhere."""
     members: int = 1
-    """Networks of a deterministic or probabilistic model, >= 1; MBPO's ensemble has 7."""
+    """Networks of a Gaussian or deterministic model, >= 1; MBPO's ensemble has 7."""
     elites: int = 1
     """Members that predict, those of least hold-out error, 1 .. members; MBPO has 5."""
     model_hidden: tuple[int, ...] = (200, 200, 200, 200)
     """Widths of the model's hidden layers."""
+    model_layer_norm: bool = False
+    """Normalise the inputs of a Gaussian or deterministic model's layers but the first."""
+    model_dropout: float = 0.0
+    """Share of its first layer's outputs left out in a fit, in [0, 1); falls linearly to 0 in the last layer."""
+    model_weight_decay: float | None = None
+    """AdamW's, in the model's last layer; less in earlier ones, >= 0; None: MBPO's L2 of 5e-5."""
+    model_batch_size: int = 256
+    """Transitions per update of the model, >= 1."""
     model_epochs: int = 100
     """Passes of a fit at most, >= 1; it ends when the hold-out error stops falling."""
+    model_patience: int = 0
+    """Updates without a gain after which a fit may end, >= 0; five epochs at least."""
     model_interval: int = 250
     """Environment steps from one fit to the next, >= 1."""
+    rollout_interval: int | None = None
+    """Environment steps from one batch of model rollouts to the next, >= 1; None: one after each fit."""
     model_rollouts: int = 400
-    """Model rollouts begun per environment step, >= 1 (all of an interval's at once, after the fit)."""
+    """Model rollouts begun per environment step, >= 1 (all of an interval's at once)."""
     model_retain: int = 1000
-    """Environment steps whose model rollouts are kept, >= model_interval."""
+    """Environment steps whose model rollouts are kept, at least the interval."""
     rollout_min: int = 1
     """Length of model rollouts up to environment step rollout_start, >= 1."""
     rollout_max: int = 15
@@ -106,21 +127,27 @@ class LipschitzMBPOConfig:
                 "a number above 0": "temperature robust_radius adversary_temperature spectral_bound",
                 "a number of at least 0": "learning_rate robust_coef",
                 "a number, or None": "target_entropy",
+                "a number of at least 0, or None": "model_weight_decay",
                 "a number in [0, 1]": "tau gamma real_ratio",
+                "a number in [0, 1)": "model_dropout",
                 "an integer of at least 1": "buffer_size learning_starts batch_size gradient_steps members elites "
-                "model_epochs model_interval model_rollouts model_retain rollout_min rollout_max adversary_steps",
-                "an integer of at least 0": "diagnostics_interval rollout_start",
+                "model_epochs model_batch_size model_interval model_rollouts model_retain rollout_min rollout_max "
+                "adversary_steps",
+                "an integer of at least 0": "diagnostics_interval rollout_start value_gradient model_patience",
+                "an integer of at least 1, or None": "rollout_interval",
+                "an integer of at least 2": "n_critics",
                 "positive integers, at least one": "actor_hidden critic_hidden model_hidden",
-                "True or False": "learn_temperature normalize_observation",
+                "True or False": "learn_temperature normalize_observation critic_layer_norm model_layer_norm",
             },
         )
         later = f"at least rollout_start = {self.rollout_start}"
         require(self, "rollout_end", self.rollout_end >= self.rollout_start, later)
         require(self, "elites", self.elites <= self.members, f"at most members = {self.members}")
-        gaussian = self.model in ("deterministic", "probabilistic")
-        require(self, "members", gaussian or self.members == 1, f"1 for the model {self.model}")
-        kept = self.model == "none" or self.model_retain >= self.model_interval
-        require(self, "model_retain", kept, f"at least model_interval = {self.model_interval}")
+        require(self, "members", self.model in NETWORKS or self.members == 1, f"1 for the model {self.model}")
+        require(self, "value_gradient", self.model != "none" or not self.value_gradient, "0 without a model")
+        interval = self.rollout_interval or self.model_interval
+        kept = self.model == "none" or self.model_retain >= interval
+        require(self, "model_retain", kept, f"at least the interval of rollouts, {interval}")
 
     def rollout_length(self, step: int) -> int:
         """Length of model rollouts at an environment step."""
@@ -134,10 +161,14 @@ class LipschitzMBPOConfig:
             off["target_entropy"] = "learn_temperature"
         if self.model == "none":
             names = (
-                "model_hidden model_epochs model_rollouts model_retain rollout_min rollout_max "
-                "rollout_start rollout_end real_ratio termination"
+                "model_hidden model_epochs model_patience model_batch_size model_weight_decay rollout_interval "
+                "model_rollouts model_retain rollout_min rollout_max rollout_start rollout_end real_ratio termination"
             )
             off |= dict.fromkeys(names.split(), "a model")
+        if self.model not in NETWORKS:
+            off |= dict.fromkeys(("model_layer_norm", "model_dropout"), "a Gaussian or deterministic model")
+        if self.value_gradient:
+            off["real_ratio"] = "value_gradient 0"
         if self.rollout_min == self.rollout_max:
             off |= dict.fromkeys(("rollout_start", "rollout_end"), "rollout_min other than rollout_max")
         if self.regularizer != "robust" or self.robust_coef == 0:
@@ -168,11 +199,14 @@ def upgraded(fields: dict[str, Any]) -> dict[str, Any]:
 GROUPS: dict[str, tuple[str, ...]] = {
     "basics": (
         "learning_rate", "lr_schedule", "buffer_size", "learning_starts", "batch_size", "gradient_steps", "tau",
-        "gamma", "normalize_observation", "actor_hidden", "critic_hidden", "activation",
+        "gamma", "normalize_observation", "actor_hidden", "critic_hidden", "activation", "n_critics",
+        "critic_layer_norm", "value_gradient",
     ),
     "model": (
-        "model", "model_interval", "model_epochs", "model_hidden", "members", "elites", "model_rollouts",
-        "model_retain", "rollout_min", "rollout_max", "rollout_start", "rollout_end", "real_ratio", "termination",
+        "model", "model_interval", "model_epochs", "model_patience", "model_hidden", "model_layer_norm",
+        "model_dropout", "model_weight_decay", "model_batch_size", "members", "elites", "rollout_interval",
+        "model_rollouts", "model_retain", "rollout_min", "rollout_max", "rollout_start", "rollout_end", "real_ratio",
+        "termination",
     ),
     "critic regularizer": (
         "regularizer", "robust_coef", "robust_radius", "robust_actions", "adversary", "adversary_steps",

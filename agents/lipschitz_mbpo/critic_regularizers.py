@@ -10,41 +10,48 @@ from torch import Tensor
 
 from ...dynamics.lipschitz import adversarial_states
 from .config import LipschitzMBPOConfig
-from .replay import Minibatch, Search
+from .replay import Search
 from .sac import SACPolicy
 
 
-def robust_penalty(policy: SACPolicy, batch: Minibatch, values: Tensor, config: LipschitzMBPOConfig) -> Tensor:
+def robust_penalty(
+    policy: SACPolicy, obs: Tensor, action: Tensor, values: Tensor, search: Search | None, config: LipschitzMBPOConfig
+) -> Tensor:
     """``mean max_s~ (Q(s~, pi(s~)) - Q(s, a))^2`` over states s~ within the radius of s, a scalar (arXiv 2302.01244).
 
     Args:
         policy: with actor and critics.
-        batch: with states s and actions a, and the noise of the search.
-        values: Q(s, a), [2, B].
+        obs: states s, [B, O].
+        action: a, [B, D].
+        values: Q(s, a), [C, B].
+        search: its noise.
         config: hyperparameters.
     """
-    assert batch.search is not None
-    gap = value_gap(policy, batch, values, config.robust_actions)
+    assert search is not None
+    gap = value_gap(policy, obs, action, values, config.robust_actions)
     method, steps, temperature = config.adversary, config.adversary_steps, config.adversary_temperature
-    return gap(adversary(gap, batch.obs, batch.search, method, steps, temperature)).mean()
+    return gap(adversary(gap, obs, search, method, steps, temperature)).mean()
 
 
-def value_gap(policy: SACPolicy, batch: Minibatch, values: Tensor, actions: str) -> Callable[[Tensor], Tensor]:
-    """``states [B, O] -> (Q(s~, a~) - Q(s, a))^2`` [B], summed over both critics; the actor gets no gradient.
+def value_gap(
+    policy: SACPolicy, obs: Tensor, action: Tensor, values: Tensor, actions: str
+) -> Callable[[Tensor], Tensor]:
+    """``states [B, O] -> (Q(s~, a~) - Q(s, a))^2`` [B], summed over the critics; the actor gets no gradient.
 
     The two actions are (pi(s~), a), (a, a) or (pi(s~), pi(s)); pi is the deterministic action.
 
     Args:
         policy: with actor and critics.
-        batch: with states s and actions a.
-        values: Q(s, a), [2, B].
+        obs: states s, [B, O].
+        action: a, [B, D].
+        values: Q(s, a), [C, B].
         actions: "paper", "same_action" or "policy".
     """
-    here = policy.values_of_policy(batch.obs) if actions == "policy" else values
+    here = policy.values_of_policy(obs) if actions == "policy" else values
 
     def gap(states: Tensor) -> Tensor:
         same = actions == "same_action"
-        there = policy.critic(states, batch.action) if same else policy.values_of_policy(states)
+        there = policy.critic(states, action) if same else policy.values_of_policy(states)
         change: Tensor = there - here
         return change.square().sum(0)
 

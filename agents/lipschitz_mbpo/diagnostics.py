@@ -5,46 +5,57 @@ from __future__ import annotations
 import warnings
 
 import torch
+from torch import Tensor
 
 from ...dynamics.lipschitz import spectral_norms
 from ...dynamics.transition_base import TransitionModel
 from .critic_regularizers import adversary, value_gap
-from .replay import Minibatch, Search, TransitionRing
-from .sac import SACPolicy
+from .replay import Search, TransitionRing
+from .sac import Critics, SACPolicy, StackedLinear
 
 SAMPLES = 256
 MODEL_STEPS = 5
 
 
-def value_diagnostics(policy: SACPolicy, batch: Minibatch, radius: float) -> dict[str, float]:
-    """How smooth the critics are, at the same action.
+def value_diagnostics(policy: SACPolicy, real: TransitionRing, radius: float) -> dict[str, float]:
+    """How smooth the critics are at the newest transitions, at the same action.
 
     Args:
         policy: with the critics.
-        batch: a minibatch, of which states and actions are taken.
+        real: transitions of the environment.
         radius: of the changes of a state, in running standard deviations of each observation.
 
     Returns:
-        lipschitz/slope: E|Q(s~, a) - Q(s, a)| / radius at random s~ in the ball, mean over both critics.
+        lipschitz/slope: E|Q(s~, a) - Q(s, a)| / radius at random s~ in the ball, mean over all critics.
         lipschitz/adversarial_gain: mean squared change at FGSM's states over that at random ones.
-        lipschitz/spectral_product: product of the spectral norms of a critic's layers, the larger of both: with ReLU
+        lipschitz/spectral_product: product of the spectral norms of a critic's layers, the largest of all: with ReLU
             a bound of its Lipschitz constant.
-        lipschitz/largest_value: largest |Q(s, a)| of the batch.
+        lipschitz/largest_value: largest |Q(s, a)| of them.
     """
-    obs, action, reach = batch.obs, batch.action, radius * policy.obs_std()
+    newest = real.unpack(real.newest(SAMPLES))
+    obs, action, reach = policy.obs_norm(newest.obs), newest.action, radius * policy.obs_std()
     generator = torch.Generator(obs.device).manual_seed(0)  # its own: measuring must not change training
     search = Search(reach, torch.empty_like(obs).uniform_(-1, 1, generator=generator))
     with torch.no_grad():
         values = policy.critic(obs, action)
         nearby = obs + reach * search.start
-        gap = value_gap(policy, batch, values, "same_action")
+        gap = value_gap(policy, obs, action, values, "same_action")
         gain = gap(adversary(gap, obs, search, "fgsm")).mean() / gap(nearby).mean().clamp_min(1e-12)
         return {
             "lipschitz/slope": ((policy.critic(nearby, action) - values).abs().mean() / radius).item(),
             "lipschitz/adversarial_gain": gain.item(),
-            "lipschitz/spectral_product": torch.stack([*spectral_norms(policy.critic).values()]).prod(0).amax().item(),
+            "lipschitz/spectral_product": spectral_product(policy.critic).amax().item(),
             "lipschitz/largest_value": values.abs().amax().item(),
         }
+
+
+def spectral_product(critics: Critics) -> Tensor:
+    """Product of the spectral norms of each critic's layers as they are applied, [C]."""
+    layers = [layer for layer in critics.layers if isinstance(layer, StackedLinear)]
+    norms = [norm for layer in layers for norm in spectral_norms(layer).values()]
+    return torch.stack([norm.clamp(max=layer.spectral_bound) for layer, norm in zip(layers, norms, strict=True)]).prod(
+        0
+    )
 
 
 def runs_away(largest: float, real: TransitionRing, gamma: float) -> bool:

@@ -52,6 +52,7 @@ class Minibatch(NamedTuple):
     noise: Tensor  # standard normals of the action chosen in obs, [B, D]
     next_noise: Tensor  # of the one in next_obs, [B, D]
     search: Search | None = None  # where critics are made robust
+    pair: Tensor | None = None  # the critics of the target where there are more than two, [2]
 
 
 class TransitionRing:

@@ -1,4 +1,4 @@
-"""Soft actor-critic (Haarnoja et al. 2018, arXiv 1812.05905): networks and losses, twin critics as one network.
+"""Soft actor-critic (Haarnoja et al. 2018, arXiv 1812.05905): networks and losses, all critics as one network.
 
 Given an observation s::
 
@@ -34,6 +34,8 @@ from ..storage.values import storable
 from .replay import Minibatch
 
 LOG_STD_RANGE = (-20.0, 2.0)
+POWER_ITERATIONS = 20
+"""Of new weights; later there is one for each of their changes."""
 
 
 class SquashedSample(NamedTuple):
@@ -73,40 +75,95 @@ class SquashedActor(nn.Module):
         return mean.tanh()
 
 
-class TwinLinear(nn.Module):
-    """Two linear layers of equal shape in one: weight [2, fan_in, fan_out], bias [2, 1, fan_out]."""
+class StackedLinear(nn.Module):
+    """Linear layers of equal shape in one: weight [C, fan_in, fan_out], bias [C, 1, fan_out].
 
-    def __init__(self, fan_in: int, fan_out: int) -> None:
+    Args:
+        number: C, of layers.
+        fan_in: inputs of each.
+        fan_out: outputs of each.
+        spectral_bound: largest spectral norm of each layer, by ``W / max(1, sigma / bound)`` in the forward pass, with
+            sigma by power iteration (Miyato et al. 2018, arXiv 1802.05957); None: as it is.
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, number: int, fan_in: int, fan_out: int, spectral_bound: float | None = None) -> None:
         super().__init__()
         bound = fan_in**-0.5  # as nn.Linear's
-        self.weight = nn.Parameter(torch.empty(2, fan_in, fan_out).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(2, 1, fan_out).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(number, fan_in, fan_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(number, 1, fan_out).uniform_(-bound, bound))
+        self.spectral_bound = spectral_bound
+        if spectral_bound is not None:
+            self.register_buffer("u", F.normalize(torch.randn(number, fan_in), dim=1))
+            self.register_buffer("v", F.normalize(torch.randn(number, fan_out), dim=1))
+            for _ in range(POWER_ITERATIONS):
+                self.power_iteration()
+
+    @torch.no_grad()
+    def power_iteration(self) -> None:
+        """Turn u [C, fan_in] and v [C, fan_out] once towards the first singular vectors."""
+        self.v.copy_(F.normalize(torch.einsum("ci,cio->co", self.u, self.weight), dim=1))
+        self.u.copy_(F.normalize(torch.einsum("cio,co->ci", self.weight, self.v), dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs [2, B, fan_out] of inputs [2, B, fan_in]."""
-        return torch.baddbmm(self.bias, x, self.weight)
+        """Outputs [C, B, fan_out] of inputs [C, B, fan_in]."""
+        if self.spectral_bound is None:
+            return torch.baddbmm(self.bias, x, self.weight)
+        sigma = torch.einsum("ci,cio,co->c", self.u, self.weight, self.v)
+        return torch.baddbmm(self.bias, x, self.weight / (sigma / self.spectral_bound).clamp_min(1.0)[:, None, None])
 
 
-class TwinCritic(nn.Module):
-    """Two action-value networks of equal shape, evaluated together.
+class Critics(nn.Module):
+    """Action-value networks of equal shape, evaluated together.
 
     Args:
         inputs: length of observation and action vectors together.
         hidden: widths of the hidden layers.
         activation: a key of `ACTIVATIONS`.
+        number: C, of networks.
+        layer_norm: normalise the inputs of all layers but the first, without weights.
+        spectral_bound: of the hidden layers (`StackedLinear`). The last layer is free: returns can be large.
+        bounded: values are ``center + half_width * network``, where the last layer starts at 0.
     """
 
-    def __init__(self, inputs: int, hidden: tuple[int, ...], activation: str) -> None:
+    center: Tensor
+    half_width: Tensor
+
+    def __init__(
+        self, inputs: int, hidden: tuple[int, ...], activation: str, number: int = 2, layer_norm: bool = False,
+        spectral_bound: float | None = None, bounded: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        layers: list[nn.Module] = [TwinLinear(inputs, hidden[0])]
-        for fan_in, fan_out in pairwise((*hidden, 1)):
-            layers += [ACTIVATIONS[activation](), TwinLinear(fan_in, fan_out)]
-        self.layers = nn.Sequential(*layers)
+        layers: list[nn.Module] = [StackedLinear(number, inputs, hidden[0], spectral_bound)]
+        for i, (fan_in, fan_out) in enumerate(pairwise((*hidden, 1)), 1):
+            layers.append(ACTIVATIONS[activation]())
+            if layer_norm:
+                layers.append(nn.LayerNorm(fan_in, elementwise_affine=False))
+            layers.append(StackedLinear(number, fan_in, fan_out, None if i == len(hidden) else spectral_bound))
+        self.layers, self.number, self.bounded = nn.Sequential(*layers), number, bounded
+        if bounded:
+            self.register_buffer("center", torch.zeros(()))
+            self.register_buffer("half_width", torch.ones(()))
+            for parameter in layers[-1].parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Values [2, B] of obs [B, O] and action [B, D]."""
-        values: Tensor = self.layers(torch.cat([obs, action], -1).expand(2, -1, -1))
-        return values.squeeze(-1)
+        """Values [C, B] of obs [B, O] and action [B, D]."""
+        values: Tensor = self.layers(torch.cat([obs, action], -1).expand(self.number, -1, -1)).squeeze(-1)
+        return self.center + self.half_width * values if self.bounded else values
+
+    def power_iteration(self) -> None:
+        """One more towards the spectral norms, where they are bounded; after each change of the weights."""
+        for layer in self.layers:
+            if isinstance(layer, StackedLinear) and layer.spectral_bound is not None:
+                layer.power_iteration()
+
+
+def lower(values: Tensor, pair: Tensor | None) -> Tensor:
+    """The lower [B] of two critics' values [C, B]; with more than two, of the pair drawn (REDQ, arXiv 2101.05982)."""
+    return (values if pair is None else values[pair]).amin(0)
 
 
 def frozen(module: nn.Module, *arguments: Tensor) -> Tensor:
@@ -118,7 +175,7 @@ def frozen(module: nn.Module, *arguments: Tensor) -> Tensor:
 
 @storable
 class SACPolicy(BoxPolicy):
-    """Actor, twin critics with their slow copy, temperature and observation statistics as a Stable-Baselines3 policy.
+    """Actor, critics with their slow copy, temperature and observation statistics as a Stable-Baselines3 policy.
 
     Args:
         observation_space: Box, or Dict of Boxes; no images.
@@ -126,6 +183,10 @@ class SACPolicy(BoxPolicy):
         lr_schedule: progress remaining (1 to 0) -> learning rate.
         net_arch: widths of the hidden layers, one list for all networks or {"pi": [...], "qf": [...]}.
         activation_fn: a key of `ACTIVATIONS` or one of its torch modules.
+        n_critics: number of critics, at least 2.
+        critic_layer_norm: see `Critics`.
+        spectral_bound: see `Critics`.
+        bounded_values: see `Critics`; `move_value_range` tells the range.
         tau: weight of the critics in their slow copy, per update.
         temperature: initial entropy temperature alpha.
         learn_temperature: whether alpha learns.
@@ -143,7 +204,8 @@ class SACPolicy(BoxPolicy):
     def __init__(
         self, observation_space: spaces.Space, action_space: spaces.Space,  # type: ignore[type-arg]
         lr_schedule: Schedule, *, net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: str | type[nn.Module] = "relu", tau: float = 0.005, temperature: float = 1.0,
+        activation_fn: str | type[nn.Module] = "relu", n_critics: int = 2, critic_layer_norm: bool = False,
+        spectral_bound: float | None = None, bounded_values: bool = False, tau: float = 0.005, temperature: float = 1.0,
         learn_temperature: bool = True, normalize_observation: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
@@ -153,13 +215,18 @@ class SACPolicy(BoxPolicy):
             net_arch = dict.fromkeys(("pi", "qf"), [256, 256] if net_arch is None else net_arch)
         activation = activation_name(activation_fn)
         self._arguments = {
-            "net_arch": net_arch, "activation_fn": activation, "tau": tau, "temperature": temperature,
-            "learn_temperature": learn_temperature, "normalize_observation": normalize_observation,
-            "optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs,
+            "net_arch": net_arch, "activation_fn": activation, "n_critics": n_critics,
+            "critic_layer_norm": critic_layer_norm, "spectral_bound": spectral_bound, "bounded_values": bounded_values,
+            "tau": tau, "temperature": temperature, "learn_temperature": learn_temperature,
+            "normalize_observation": normalize_observation, "optimizer_class": optimizer_class,
+            "optimizer_kwargs": optimizer_kwargs,
         }  # fmt: skip
         self.obs_norm = RunningNorm(self.obs_dim, enabled=normalize_observation)
         self.actor = SquashedActor(self.obs_dim, self.action_dim, tuple(net_arch["pi"]), activation)
-        self.critic = TwinCritic(self.obs_dim + self.action_dim, tuple(net_arch["qf"]), activation)
+        self.critic = Critics(
+            self.obs_dim + self.action_dim, tuple(net_arch["qf"]), activation, n_critics, critic_layer_norm,
+            spectral_bound, bounded_values,
+        )  # fmt: skip
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor([math.log(temperature)]), requires_grad=learn_temperature)
         self.averaging = tau
@@ -169,8 +236,19 @@ class SACPolicy(BoxPolicy):
         """Running standard deviation of each observation, [O], in the units that the networks see."""
         return torch.ones_like(self.obs_norm.scale) if self.obs_norm.enabled else 1 / self.obs_norm.scale
 
+    def power_iteration(self) -> None:
+        """See `Critics`; of the slow copy, too."""
+        self.critic.power_iteration()
+        self.target_critic.power_iteration()
+
+    def move_value_range(self, low: Tensor, high: Tensor, rate: float) -> None:
+        """Move the range of bounded values by a share of the way towards [low, high]."""
+        for critics in (self.critic, self.target_critic):
+            critics.center.lerp_((low + high) / 2, rate)
+            critics.half_width.lerp_((high - low) / 2, rate)
+
     def values_of_policy(self, obs: Tensor) -> Tensor:
-        """Both critics' Q(s, pi(s)) at the deterministic action, [2, B]; the actor gets no gradient."""
+        """All critics' Q(s, pi(s)) at the deterministic action, [C, B]; the actor gets no gradient."""
         values: Tensor = self.critic(obs, frozen(self.actor, obs))
         return values
 
@@ -195,7 +273,7 @@ class SACPolicy(BoxPolicy):
 
 
 def sac_losses(policy: SACPolicy, batch: Minibatch, gamma: float, target_entropy: float) -> tuple[Losses, Tensor]:
-    """The losses of critics, actor and temperature, each of which reaches only its own network; Q(s, a) [2, B].
+    """The losses of critics, actor and temperature, each of which reaches only its own network; Q(s, a) [C, B].
 
     Args:
         policy: the networks.
@@ -206,7 +284,8 @@ def sac_losses(policy: SACPolicy, batch: Minibatch, gamma: float, target_entropy
     values, alpha = policy.critic(batch.obs, batch.action), policy.log_alpha.exp().detach()
     with torch.no_grad():
         following = policy.actor.sample(batch.next_obs, batch.next_noise)
-        next_value = policy.target_critic(batch.next_obs, following.action).amin(0) - alpha * following.log_prob
+        following_value = lower(policy.target_critic(batch.next_obs, following.action), batch.pair)
+        next_value = following_value - alpha * following.log_prob
         target = batch.reward + gamma * (1 - batch.terminated) * next_value
     critic_loss = 0.5 * (values - target).square().mean(1).sum()
 

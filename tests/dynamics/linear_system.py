@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from driftrl.dynamics.transition import GaussianTransition
-from driftrl.dynamics.transition_base import TransitionSettings
+from driftrl.dynamics.transition_settings import TransitionSettings
 
 MATRIX = torch.tensor([[0.9, 0.1], [-0.2, 0.8]])
 NOISE = torch.tensor([0.3, 0.1])

@@ -33,10 +33,19 @@ def test_gaussian_model_and_adversary_load_neither_flows_nor_sdes() -> None:
     """The default path of LipschitzMBPO."""
     code = (
         "from driftrl.dynamics.transition import TRANSITIONS, GaussianTransition\n"
-        "from driftrl.dynamics.lipschitz import adversarial_states, spectral_bound_, spectral_norms\n"
+        "from driftrl.dynamics.lipschitz import adversarial_states, spectral_norms\n"
         "assert TRANSITIONS['gaussian'] is GaussianTransition"
     )
-    light = {"activations", "ensemble", "fields", "holdout", "lipschitz", "transition", "transition_base"}
+    light = {
+        "activations",
+        "ensemble",
+        "fields",
+        "holdout",
+        "lipschitz",
+        "transition",
+        "transition_base",
+        "transition_settings",
+    }
     assert loaded_by(code) == light
     assert "sde" in loaded_by(code + "\nTRANSITIONS['langevin']")
 

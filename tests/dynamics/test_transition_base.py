@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from driftrl.dynamics.transition import GaussianTransition
-from driftrl.dynamics.transition_base import TransitionModel, TransitionSettings
+from driftrl.dynamics.transition_base import TransitionModel
+from driftrl.dynamics.transition_settings import TransitionSettings
 
 from .linear_system import MATRIX, gaussian, generator, linear_system
 
@@ -38,7 +39,10 @@ class Scripted(TransitionModel):
         now = self.epoch[:, 0, 0].round().long()
         return self.errors.gather(0, now[None])[0].view(-1, 1, 1).expand(-1, x.shape[1], 3)
 
-    def _sample(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return ()
+
+    def _push(self, x: Tensor, noise: tuple[Tensor, ...]) -> Tensor:
         return self._predict(x[None])[0]
 
     def _log_density(self, x: Tensor, y: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from driftrl.dynamics.fields import Time, VelocityField
 from driftrl.dynamics.flow_transition import FlowTransition
 from driftrl.dynamics.langevin_transition import LangevinTransition
-from driftrl.dynamics.transition import TRANSITIONS
-from driftrl.dynamics.transition_base import TransitionModel, TransitionSettings
+from driftrl.dynamics.transition import TRANSITIONS, GaussianTransition
+from driftrl.dynamics.transition_base import TransitionModel
+from driftrl.dynamics.transition_settings import TransitionSettings
 
 from .linear_system import MATRIX, NOISE, REWARD_NOISE, gaussian, generator, linear_system
 
@@ -209,3 +211,65 @@ def test_loss_is_traced_as_one_graph(kind: str) -> None:
     noise = model._noise(x, generator())
     compiled = torch.compile(model._loss, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, y, noise), model._loss(x, y, noise))
+
+
+@pytest.mark.parametrize("kind", ["ensemble", "homoscedastic", *TRANSITIONS])
+def test_a_step_is_the_sample_of_its_noise_and_its_gradient_that_of_finite_differences(kind: str) -> None:
+    special: dict[str, dict[str, Any]] = {
+        "ensemble": {"members": 4, "elites": 3},
+        "homoscedastic": {"homoscedastic": True, "layer_norm": True},
+    }
+    if kind in special:
+        torch.manual_seed(0)
+        model: TransitionModel = TRANSITIONS["gaussian"](2, 1, hidden=(32, 32), **special[kind])
+    else:
+        model = build(kind)
+    model.fit(*linear_system(400), generator=generator(), max_epochs=3)
+    obs, action = (part[:7] for part in linear_system(400)[:2])
+    noise = model.draw(7, generator(3))
+    for ours, theirs in zip(model.step(obs, action, noise), model.sample(obs, action, generator(3)), strict=True):
+        assert torch.equal(ours, theirs)
+    model.double()
+    noise = tuple(each.double() if each.is_floating_point() else each for each in noise)
+    obs, action = obs.double().requires_grad_(), action.double().requires_grad_()
+    model.low.fill_(-math.inf)  # a clipped component has no gradient
+    model.high.fill_(math.inf)
+    assert torch.autograd.gradcheck(lambda s, a: model.step(s, a, noise), (obs, action))
+
+
+def test_a_homoscedastic_model_finds_the_noise_of_each_output() -> None:
+    torch.manual_seed(0)
+    model = TRANSITIONS["gaussian"](2, 1, hidden=(32, 32), homoscedastic=True, layer_norm=True)
+    data = linear_system(4000)
+    model.fit(*data, generator=generator(), max_epochs=60)
+    state, act = torch.tensor([[0.3, -0.2]]).expand(4000, -1), torch.zeros(4000, 1)
+    next_obs, reward = model.sample(state, act, generator(5))
+    torch.testing.assert_close(next_obs.std(0), NOISE, rtol=0.1, atol=0.0)
+    assert reward.std().item() == pytest.approx(REWARD_NOISE, rel=0.1)
+
+
+def test_dropout_falls_to_zero_over_the_layers_and_leaves_the_mean() -> None:
+    model = GaussianTransition(2, 1, hidden=(64, 64), dropout=0.4)
+    first, second = model._noise(torch.zeros(1, 2000, 3), generator())
+    for mask, share in ((first, 0.4), (second, 0.2)):
+        assert (mask == 0).double().mean().item() == pytest.approx(share, abs=0.01)
+        assert mask.mean().item() == pytest.approx(1.0, abs=0.01)
+    x = torch.randn(1, 5, 3)
+    torch.testing.assert_close(model.net(x, masks=[torch.ones(1, 5, 64)] * 2), model.net(x))
+    assert not torch.equal(model.net(x, masks=[first[:, :5], second[:, :5]]), model.net(x))
+    with pytest.raises(ValueError, match="dropout must be in"):
+        GaussianTransition(2, 1, dropout=1.0)
+
+
+def test_decoupled_decay_rises_from_layer_to_layer_and_spares_biases() -> None:
+    settings = TransitionSettings(weight_decay=0.4, decoupled=True, learning_rate=0.5)
+    model = GaussianTransition(2, 1, settings, hidden=(4, 4, 4))
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    for each in model.parameters():
+        each.grad = torch.zeros_like(each)  # Adam's step is 0 then: what moves is the decay
+    model.optimizer.step()
+    assert isinstance(model.optimizer, torch.optim.AdamW)
+    for k in range(4):
+        after = dict(model.named_parameters())[f"net.weights.{k}"]
+        torch.testing.assert_close(after.detach(), before[f"net.weights.{k}"] * (1 - 0.5 * 0.4 * (k + 1) / 4))
+    assert all(torch.equal(each, before[name]) for name, each in model.named_parameters() if "weight" not in name)

@@ -14,6 +14,7 @@ from gymnasium.wrappers import FrameStackObservation, NormalizeObservation, Reco
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor
 
 from driftrl import LipschitzMBPO
+from driftrl.agents.lipschitz_mbpo.ends import termination_rule
 from driftrl.agents.registry import AGENTS
 from driftrl.envs import make_vec
 from driftrl.envs.known import TASK_CLASSES, full_id, known_task, known_task_of, known_task_of_id, task_name
@@ -112,7 +113,7 @@ def test_known_rules_agree_with_their_environments(task: str) -> None:
 
 def test_a_rule_that_disagrees_with_the_data_is_an_error() -> None:
     env = DummyVecEnv([lambda: gym.wrappers.TimeLimit(Sooner(), 1000)])
-    rule = agent(make_vec("Hopper-v5", 1, 0))._termination_rule()
+    rule = termination_rule("auto", None, make_vec("Hopper-v5", 1, 0))
     options: dict[str, Any] = {"learning_starts": 200, "model_interval": 200, "seed": 0, "device": "cpu"}
     learner = LipschitzMBPO("MlpPolicy", env, terminated=rule, **options)
     with pytest.raises(ValueError, match=r"termination: got auto, whose rule disagrees .* transitions .*; use learned"):

@@ -16,7 +16,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import Tensor, distributions, nn
 
 from driftrl.agents.lipschitz_mbpo.replay import Minibatch
-from driftrl.agents.lipschitz_mbpo.sac import SACPolicy, SquashedActor, TwinCritic, sac_losses
+from driftrl.agents.lipschitz_mbpo.sac import Critics, SACPolicy, SquashedActor, sac_losses
 
 
 def make_policy(obs_dim: int = 3, action_dim: int = 2, **options: object) -> SACPolicy:
@@ -56,7 +56,7 @@ def test_log_prob_stays_finite_where_tanh_saturates() -> None:
 
 def test_twin_critics_are_two_networks() -> None:
     torch.manual_seed(0)
-    critic, obs, action = TwinCritic(5, (8, 8), "relu"), torch.randn(20, 3), torch.randn(20, 2)
+    critic, obs, action = Critics(5, (8, 8), "relu"), torch.randn(20, 3), torch.randn(20, 2)
     values = critic(obs, action)
     for i in range(2):
         single = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))

@@ -1,0 +1,65 @@
+"""How model rollouts end: by the rule of the task where the environment is known to follow it, or by a learned one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+from ...envs.known import known_task_of
+from ...envs.termination import termination_function
+from .replay import TransitionRing
+
+Rule: TypeAlias = Callable[[Tensor], Tensor]
+"""Next observations [B, O] -> whether the episode terminates there, bool [B]."""
+
+MAY_DISAGREE = 0.02
+"""Share of ends on which a termination rule and the environment may disagree: what rounding at its edge explains."""
+
+
+def termination_rule(choice: str, given: Rule | None, env: VecEnv | None) -> Rule | None:
+    """The rule that ends model rollouts; None: the model learns it.
+
+    Args:
+        choice: the Config's termination.
+        given: the user's own rule, which is used where the task is not known.
+        env: the environment, if there is one.
+
+    Raises:
+        ValueError: if the task's rule is asked for and not known.
+    """
+    if choice == "learned":
+        return None
+    if choice == "never":
+        return lambda next_obs: torch.zeros(len(next_obs), dtype=torch.bool, device=next_obs.device)
+    rule = given
+    task = None if rule or env is None else known_task_of(env)
+    if task is not None:
+        rule = termination_function(*task)
+    if rule is None and choice == "task" and env is not None:
+        raise ValueError("termination: got task, but no rule of this environment is known; give one or use learned")
+    return rule
+
+
+def check_rule(rule: Rule, real: TransitionRing, choice: str) -> None:
+    """Compare the rule that ends model rollouts with how the environment's own transitions ended.
+
+    Args:
+        rule: the rule.
+        real: transitions of the environment.
+        choice: the Config's termination.
+
+    Raises:
+        ValueError: if they disagree more often than numbers at the edge of the rule explain.
+    """
+    seen = real.all()
+    found, expected = seen.terminated > 0, rule(seen.next_obs)
+    wrong, ends = int((found != expected).sum()), int((found | expected).sum())
+    if wrong > MAY_DISAGREE * ends + 2:
+        raise ValueError(
+            f"termination: got {choice}, whose rule disagrees with the environment on {wrong} of {len(found)} "
+            f"transitions ({int(found.sum())} ended, the rule ends {int(expected.sum())}); use learned"
+        )

@@ -1,0 +1,67 @@
+"""What all models of an environment's step share: targets, optimizer, early stopping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class TransitionSettings:
+    """What all models share; defaults from MBPO (arXiv 1906.08253) but for ``normalize_targets``.
+
+    Args:
+        residual: predict next_obs - obs rather than next_obs.
+        normalize_targets: the targets, too. MBPO does not, and fails on badly scaled states.
+        terminal_head: learn which transitions terminate, for environments whose rule is unknown.
+        learning_rate: of Adam, > 0.
+        weight_decay: of the weight matrices, >= 0. MBPO has L2 of 2.5e-5 in the first layer to 1e-4 in the last.
+        decoupled: AdamW's decay in place of L2, from 1/K of weight_decay in the first of K layers to all of it in the
+            last; DHMBPO (arXiv 2512.15439) has 1e-3 there.
+        batch_size: rows per gradient step, >= 1.
+        patience: epochs without a gain after which a fit ends, >= 1;
+        patience_updates: if they are this many updates at least, >= 0: epochs of few rows are short.
+        min_gain: relative fall of the hold-out error that counts as a gain, in [0, 1).
+    """
+
+    residual: bool = True
+    normalize_targets: bool = True
+    terminal_head: bool = False
+    learning_rate: float = 1e-3
+    weight_decay: float = 5e-5
+    decoupled: bool = False
+    batch_size: int = 256
+    patience: int = 5
+    patience_updates: int = 0
+    min_gain: float = 0.01
+
+    def optimizer(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Adam:
+        """Adam in one kernel, of named parameters; only matrices decay."""
+        named = list(named)
+        matrices = {name: each for name, each in named if "weight" in name}
+        groups = [{"params": [each for name, each in named if name not in matrices], "weight_decay": 0.0}]
+        if not self.decoupled:
+            groups.insert(0, {"params": [*matrices.values()], "weight_decay": self.weight_decay})
+            return torch.optim.Adam(groups, self.learning_rate, fused=True)
+        layers = {name: int(name.rpartition(".")[2]) for name in matrices if name.rpartition(".")[2].isdigit()}
+        count = 1 + max(layers.values(), default=0)
+        for name, each in matrices.items():
+            share = (1 + layers.get(name, count - 1)) / count
+            groups.append({"params": [each], "weight_decay": share * self.weight_decay})
+        return torch.optim.AdamW(groups, self.learning_rate, fused=True)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError on values out of range."""
+        for name, holds, expected in (
+            ("learning_rate", self.learning_rate > 0, "> 0"),
+            ("weight_decay", self.weight_decay >= 0, ">= 0"),
+            ("batch_size", self.batch_size >= 1, ">= 1"),
+            ("patience", self.patience >= 1, ">= 1"),
+            ("patience_updates", self.patience_updates >= 0, ">= 0"),
+            ("min_gain", 0 <= self.min_gain < 1, "in [0, 1)"),
+        ):
+            if not holds:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected {expected}")

@@ -1,0 +1,192 @@
+"""The losses of value gradients against rollouts written out by hand, their gradients, and what they learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import Env, spaces
+from torch import Tensor
+
+from driftrl import LipschitzMBPO
+from driftrl.agents.lipschitz_mbpo.config import LipschitzMBPOConfig
+from driftrl.agents.lipschitz_mbpo.sac import SACPolicy
+from driftrl.agents.lipschitz_mbpo.value_gradients import Start, value_gradient_losses, value_range
+from driftrl.envs import make_vec
+
+GAMMA, ALPHA, HORIZON, ROWS = 0.9, 0.3, 4, 16
+
+
+class KnownModel:
+    """``s' = s + 0.5 a + noise``, ``r = -s_0^2 + a``; ends where the first coordinate exceeds 1."""
+
+    def step(self, obs: Tensor, action: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return obs + 0.5 * action + noise[0], action[:, 0] - obs[:, 0].square()
+
+    @staticmethod
+    def ended(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        return next_obs[:, 0] > 1
+
+
+def setting(critics: int = 3) -> tuple[SACPolicy, Start, LipschitzMBPOConfig]:
+    torch.manual_seed(0)
+    box = spaces.Box(-np.inf, np.inf, (2,)), spaces.Box(-1.0, 1.0, (1,))
+    policy = SACPolicy(
+        *box, lambda _: 1e-3, net_arch=[8], activation_fn="silu", n_critics=critics, temperature=ALPHA,
+        bounded_values=True, critic_layer_norm=True,
+    ).double()  # fmt: skip
+    low, high = torch.tensor([-3.0, 5.0], dtype=torch.float64)
+    policy.move_value_range(low, high, 1.0)
+    for parameter in policy.critic.layers[-1].parameters():
+        torch.nn.init.normal_(parameter)
+    policy.target_critic.load_state_dict(policy.critic.state_dict())
+    draw: dict[str, Any] = {"dtype": torch.float64}
+    start = Start(
+        torch.randn(ROWS, 2, **draw), torch.randn(HORIZON + 1, ROWS, 1, **draw),
+        tuple((0.3 * torch.randn(ROWS, 2, **draw),) for _ in range(HORIZON)), torch.tensor([2, 0]), None,
+    )  # fmt: skip
+    config = LipschitzMBPOConfig(value_gradient=HORIZON, gamma=GAMMA, regularizer="none", n_critics=critics)
+    return policy, start, config
+
+
+def losses(policy: SACPolicy, start: Start, config: LipschitzMBPOConfig) -> dict[str, Tensor]:
+    found = value_gradient_losses(policy, start, KnownModel(), KnownModel.ended, config, -1.0)  # type: ignore[arg-type]
+    return {name.split("/")[1]: loss.value for name, loss in found.table.items()} | found.metrics
+
+
+def by_hand(policy: SACPolicy, start: Start) -> tuple[list[float], list[float]]:
+    """Target of each row's first state, and what the actor maximises, one row and one step after the other."""
+    targets, objectives, alpha = [], [], policy.log_alpha.exp().item()
+    for row in range(ROWS):
+        state, collected, first_bonus, step = start.obs[row], 0.0, 0.0, 0
+        while step < HORIZON and not (step and state[0] > 1):
+            action, log_prob = policy.actor.sample(state[None], start.noise[step, row][None])
+            if step == 0:
+                first_bonus = alpha * log_prob.item()
+            reward = action.item() - state[0].item() ** 2
+            collected += GAMMA**step * (reward - alpha * log_prob.item())
+            state = state + 0.5 * action[0] + start.model_noise[step][0][row]
+            step += 1
+        target, objective = collected + first_bonus, collected
+        if not state[0] > 1:
+            action, log_prob = policy.actor.sample(state[None], start.noise[HORIZON, row][None])
+            each = policy.critic(state[None], action)[:, 0]
+            target += GAMMA**HORIZON * (each[[2, 0]].min().clamp(-3, 5) - alpha * log_prob).item()
+            objective += GAMMA**HORIZON * (each.mean() - alpha * log_prob).item()
+        targets.append(target)
+        objectives.append(objective)
+    return targets, objectives
+
+
+def test_losses_are_those_of_rollouts_written_out_row_by_row() -> None:
+    policy, start, config = setting()
+    targets, objectives = by_hand(policy, start)
+    found = losses(policy, start, config)
+    action = policy.actor.sample(start.obs, start.noise[0]).action
+    values = policy.critic(start.obs, action)
+    error = 0.5 * (values - torch.tensor(targets, dtype=torch.float64)).square().mean(1).sum()
+    assert found["critic_loss"].item() == pytest.approx(error.item(), rel=1e-12)
+    assert found["actor_loss"].item() == pytest.approx(-np.mean(objectives), rel=1e-12)
+    ends = 1 - found["value_gradient/alive_share"].item()
+    assert 0.1 < ends < 0.9  # both kinds of rows are looked at
+
+
+def test_the_actors_gradient_is_that_of_finite_differences_through_the_model() -> None:
+    policy, start, config = setting()
+    weight = dict(policy.actor.named_parameters())["body.0.weight"]
+    (gradient,) = torch.autograd.grad(losses(policy, start, config)["actor_loss"], weight)
+    for index in ((0, 0), (3, 1), (7, 0)):
+        difference = 0.0
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight[index] += sign * 1e-6
+            difference += sign * -float(np.mean(by_hand(policy, start)[1])) / 2e-6
+            with torch.no_grad():
+                weight[index] -= sign * 1e-6
+        assert gradient[index].item() == pytest.approx(difference, rel=1e-5, abs=1e-7)
+
+
+def test_each_loss_reaches_only_its_own_network() -> None:
+    policy, start, config = setting()
+    found = losses(policy, start, config)
+    for loss, network in (("critic_loss", "critic"), ("actor_loss", "actor"), ("ent_coef_loss", "log_alpha")):
+        learning = {name: each for name, each in policy.named_parameters() if each.requires_grad}
+        gradients = torch.autograd.grad(found[loss], [*learning.values()], allow_unused=True, retain_graph=True)
+        pairs: list[tuple[str, Tensor | None]] = list(zip(learning, gradients, strict=True))
+        reached = {name.split(".")[0] for name, gradient in pairs if gradient is not None}
+        assert reached == {network}, loss
+
+
+def test_values_go_on_for_ever_between_the_rarest_rewards() -> None:
+    low, high = value_range(torch.linspace(-1, 3, 401), 0.9)
+    assert (low.item(), high.item()) == pytest.approx((-9.6, 29.6), rel=1e-5)
+
+
+FIELDS: dict[str, Any] = {
+    "value_gradient": 3, "model_hidden": (32, 32), "model_rollouts": 13, "rollout_interval": 20,
+    "model_retain": 200, "rollout_min": 10, "rollout_max": 10, "actor_hidden": (32, 32), "critic_hidden": (32, 32),
+    "activation": "silu", "learning_starts": 100, "gradient_steps": 1, "batch_size": 64, "temperature": 0.1,
+    "normalize_observation": True, "seed": 0, "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": "homoscedastic", "model_layer_norm": True, "model_dropout": 0.01, "n_critics": 3},
+        {"model": "flow"}, {"model": "langevin"}, {"members": 3, "elites": 2}, {"regularizer": "spectral"},
+        {"termination": "learned", "regularizer": "none", "critic_layer_norm": True},
+    ],
+)  # fmt: skip
+def test_every_model_and_regularizer_trains_and_is_saved_with_all_it_has(fields: dict[str, Any], tmp_path: Any) -> None:
+    learner = LipschitzMBPO("MlpPolicy", make_vec("InvertedPendulum-v5", 1, 0), **(FIELDS | fields))
+    first = torch.nn.utils.parameters_to_vector(learner.policy.actor.parameters()).detach()
+    learner.learn(115)
+    learner.save(tmp_path / "agent")
+    again = LipschitzMBPO.load(tmp_path / "agent", make_vec("InvertedPendulum-v5", 1, 0), device="cpu")
+    assert again.config == learner.config and again.transition is not None and learner.transition is not None
+    for ours, theirs in ((learner.policy, again.policy), (learner.transition, again.transition)):
+        for one, other in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+            assert torch.equal(one, other)
+    again.learn(120, reset_num_timesteps=False)  # without the replay buffer it sees something first
+    moved = torch.nn.utils.parameters_to_vector(again.policy.actor.parameters())
+    assert moved.isfinite().all() and not torch.equal(moved, first)
+
+
+class Point(Env[np.ndarray, np.ndarray]):
+    """A point to be brought to 0 by its velocity: the best return of 20 steps from +-1 is about -1.9."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = spaces.Box(-0.5, 0.5, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.at, self.step_count = float(self.np_random.choice([-1.0, 1.0])), 0
+        return np.array([self.at], np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.at += float(np.clip(action, -0.5, 0.5)[0])
+        self.step_count += 1
+        return np.array([self.at], np.float32), -abs(self.at), False, self.step_count == 20, {}
+
+
+def test_a_point_is_brought_to_its_place_within_a_few_hundred_steps() -> None:
+    fields = FIELDS | {"gamma": 0.9, "learning_rate": 3e-3, "target_entropy": -3.0, "model_interval": 100}
+    learner = LipschitzMBPO("MlpPolicy", Point(), **fields, model="homoscedastic", model_patience=100)
+    learner.learn(500)
+    env, returns = Point(), []
+    for seed in range(4):
+        obs, total = env.reset(seed=seed)[0], 0.0
+        for _ in range(20):
+            obs, reward, *_ = env.step(learner.predict(obs, deterministic=True)[0])
+            total += reward
+        returns.append(total)
+    assert np.mean(returns) > -2.0, returns
+
+
+def test_value_gradients_need_a_model_and_no_real_ratio() -> None:
+    with pytest.raises(ValueError, match="value_gradient: got 3, expected 0 without a model"):
+        LipschitzMBPOConfig(value_gradient=3, model="none")
+    assert "real_ratio" in LipschitzMBPOConfig(value_gradient=3).switched_off()
