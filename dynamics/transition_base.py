@@ -149,6 +149,13 @@ class TransitionModel(nn.Module, abc.ABC):
         x = self._x(obs, action).expand(self.members, -1, -1)
         return self._outcome(obs, self._predict(x)[self.elite_members].mean(0))
 
+    @torch.no_grad()
+    def disagreement(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Deviations [elites, B, O] of what each elite predicts for next_obs from their mean, without the clipping."""
+        each = self._predict(self._x(obs, action).expand(self.members, -1, -1))[self.elite_members]
+        moves = self.targets.inverse(each)[..., 1:]
+        return moves - moves.mean(0)
+
     def log_prob(self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor) -> Tensor:
         """Log density [B] of reward [B] and next_obs [B, O], in nats and the data's units, without the clipping.
 

@@ -34,7 +34,7 @@ from ..common.observations import FiniteReplay, FiniteUpdates
 from ..common.update import Gradient, Loss, Losses, rate_fields
 from .config import NETWORKS, LipschitzMBPOConfig
 from .critic_regularizers import draw_search, robust_penalty
-from .diagnostics import model_diagnostics, runs_away, value_diagnostics
+from .diagnostics import GRADIENTS, gradient_diagnostics, model_diagnostics, runs_away, value_diagnostics
 from .ends import check_rule, termination_rule
 from .replay import CheckpointedReplay, Minibatch, TensorReplay, TransitionRing
 from .sac import SACPolicy, sac_losses
@@ -300,18 +300,19 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
             if config.regularizer == "robust":
                 search = draw_search(obs, radius, config.adversary, config.adversary_steps, self._generator)
             transitions = (obs, drawn_now.action, next_obs, drawn_now.reward, drawn_now.terminated)
-            batches.append(Minibatch(*transitions, noise[i], next_noise[i], search, self._pair()))
+            batches.append(Minibatch(*transitions, noise[i], next_noise[i], search, self._pair(self._generator)))
         return batches
 
-    def _pair(self) -> Tensor | None:
+    def _pair(self, generator: torch.Generator) -> Tensor | None:
         """Two critics drawn at random, [2], where there are more."""
         if (critics := self.policy.critic.number) == 2:
             return None
-        return torch.randperm(critics, generator=self._generator, device=self.device)[:2]
+        return torch.randperm(critics, generator=generator, device=self.device)[:2]
 
-    def _starts(self, count: int, size: int) -> Iterator[Start]:
+    def _starts(self, count: int, size: int, generator: torch.Generator | None = None) -> Iterator[Start]:
         """States of the model rollouts in which differentiated ones begin, with all noise that the losses need."""
-        config, policy, model, generator = self.config, self.policy, self.transition, self._generator
+        config, policy, model = self.config, self.policy, self.transition
+        generator = generator or self._generator
         assert model is not None
         horizon, radius = config.value_gradient, config.robust_radius * policy.obs_std()
         for _ in range(count):
@@ -321,7 +322,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
             if config.regularizer == "robust":
                 search = draw_search(obs, radius, config.adversary, config.adversary_steps, generator)
             model_noise = tuple(model.draw(size, generator) for _ in range(horizon))
-            yield Start(obs, noise, model_noise, self._pair(), search)
+            yield Start(obs, noise, model_noise, self._pair(generator), search)
 
     def _ended(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
         """Whether a transition of the model terminates, bool [B]."""
@@ -375,6 +376,10 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         found = value_diagnostics(self.policy, self._real, self.config.robust_radius)
         if self.transition is not None:
             found |= model_diagnostics(self.transition, self.policy, self._real, self.n_envs)
+        if self.config.value_gradient:
+            generator = torch.Generator(self.device).manual_seed(0)  # its own: measuring must not change training
+            starts = self._starts(GRADIENTS, self.batch_size, generator)
+            found |= gradient_diagnostics(self.policy, (self._gradient(start)[0] for start in starts), self._real)
         runaway = runs_away(found["lipschitz/largest_value"], self._real, self.config.gamma)
         found["lipschitz/runaway"] = float(runaway)
         self._record(found)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...dynamics.lipschitz import spectral_norms
 from ...dynamics.transition_base import TransitionModel
 from .critic_regularizers import adversary, value_gap
-from .replay import Search, TransitionRing
-from .sac import Critics, SACPolicy, StackedLinear
+from .replay import Search, TransitionRing, Transitions
+from .sac import SACPolicy
 
 SAMPLES = 256
-MODEL_STEPS = 5
+MODEL_STEPS = {1: "model/rollout_error_1", 5: "model/rollout_error", 20: "model/rollout_error_20"}
+"""Steps of the model after which its error is logged, and its name."""
+EIGENVALUES = 32
+"""States of which they are computed."""
+GRADIENTS = 4
+"""Minibatches whose gradients are compared."""
 
 
 def value_diagnostics(policy: SACPolicy, real: TransitionRing, radius: float) -> dict[str, float]:
@@ -49,13 +55,13 @@ def value_diagnostics(policy: SACPolicy, real: TransitionRing, radius: float) ->
         }
 
 
-def spectral_product(critics: Critics) -> Tensor:
+def spectral_product(critics: nn.Module) -> Tensor:
     """Product of the spectral norms of each critic's layers as they are applied, [C]."""
-    layers = [layer for layer in critics.layers if isinstance(layer, StackedLinear)]
-    norms = [norm for layer in layers for norm in spectral_norms(layer).values()]
-    return torch.stack([norm.clamp(max=layer.spectral_bound) for layer, norm in zip(layers, norms, strict=True)]).prod(
-        0
-    )
+    norms = []
+    for name, norm in spectral_norms(critics).items():
+        bound = getattr(critics.get_submodule(name.rpartition(".")[0]), "spectral_bound", None)
+        norms.append(norm if bound is None else norm.clamp(max=bound))
+    return torch.stack(norms).prod(0)
 
 
 def runs_away(largest: float, real: TransitionRing, gamma: float) -> bool:
@@ -80,8 +86,15 @@ def model_diagnostics(model: TransitionModel, policy: SACPolicy, real: Transitio
     Returns:
         model/value_error: value-aware error E[(V(s'_hat) - V(s'))^2], which bounds the error of the Bellman operator
             (arXiv 2302.01244, equation 4).
-        model/rollout_error: root mean square error of the states after `MODEL_STEPS` steps of the model's prediction
-            along the actions really taken, in running standard deviations; NaN if no such stretch is whole.
+        model/rollout_error: root mean square error of the states after 5 steps of the model's prediction along the
+            actions really taken, in running standard deviations; after 1 and 20 steps with that number in its name.
+            Left out if no such stretch is whole.
+        model/exploitation: mean reward that 20 steps of the model's prediction along these actions promise, minus the
+            real one: above 0 where the policy has learned to live on the model's errors.
+        model/disagreement: of the predictions of an ensemble, root mean square deviation from their mean, in running
+            standard deviations.
+        model/spectral_radius: mean over these states of the largest absolute eigenvalue of d next_obs / d obs; above 1
+            errors of the state grow along a rollout.
     """
     generator = torch.Generator(real.rows.device).manual_seed(0)
     batch = real.unpack(real.newest(SAMPLES * stride))
@@ -89,13 +102,63 @@ def model_diagnostics(model: TransitionModel, policy: SACPolicy, real: Transitio
     there, value = policy.obs_norm(batch.next_obs), policy.obs_norm(predicted)
     error = (policy.value(value) - policy.value(there)).square().mean()
 
+    found = {"model/value_error": error.item(), "model/spectral_radius": spectral_radius(model, batch).item()}
+    if len(model.elite_members) > 1:
+        spread = model.disagreement(batch.obs, batch.action) * policy.obs_norm.scale
+        found["model/disagreement"] = spread.square().mean().sqrt().item()
+
     obs, next_obs, action = batch.obs, batch.next_obs, batch.action
     state, whole = obs, torch.ones(len(obs), dtype=torch.bool, device=obs.device)
-    for step in range(MODEL_STEPS):
+    promised = real_reward = torch.zeros_like(batch.reward)
+    for step in range(max(MODEL_STEPS)):
         if step:
             whole = whole[:-stride] & (obs[step * stride :] == next_obs[(step - 1) * stride : -stride]).all(1)
-            state = state[:-stride]
-        state, _ = model.predict(state, action[step * stride :])
-    last = next_obs[(MODEL_STEPS - 1) * stride :]
-    misses = ((state - last) * policy.obs_norm.scale)[whole]
-    return {"model/value_error": error.item(), "model/rollout_error": misses.square().mean().sqrt().item()}
+            state, promised, real_reward = (each[:-stride] for each in (state, promised, real_reward))
+        state, reward = model.predict(state, action[step * stride :])
+        promised, real_reward = promised + reward, real_reward + batch.reward[step * stride :]
+        if not whole.any():
+            return found
+        if name := MODEL_STEPS.get(step + 1):
+            misses = ((state - next_obs[step * stride :]) * policy.obs_norm.scale)[whole]
+            found[name] = misses.square().mean().sqrt().item()
+    gain = (promised - real_reward)[whole] / max(MODEL_STEPS)
+    return found | {"model/exploitation": gain.mean().item()}
+
+
+def spectral_radius(model: TransitionModel, batch: Transitions) -> Tensor:
+    """Mean largest absolute eigenvalue of d next_obs / d obs of the model's samples, noise held at 0, a scalar."""
+    obs, action = batch.obs[:EIGENVALUES], batch.action[:EIGENVALUES]
+    drawn = model.draw(len(obs), torch.Generator(obs.device).manual_seed(0))
+    noise = tuple(torch.zeros_like(each) if each.is_floating_point() else each for each in drawn)
+
+    def total(state: Tensor) -> Tensor:
+        return model.step(state, action, noise)[0].sum(0)  # rows do not depend on each other
+
+    jacobian = torch.autograd.functional.jacobian(total, obs, vectorize=True)  # [O, B, O]
+    radius: Tensor = torch.linalg.eigvals(jacobian.transpose(0, 1)).abs().amax(1).mean()
+    return radius
+
+
+def gradient_diagnostics(policy: SACPolicy, gradients: Iterable[Tensor], real: TransitionRing) -> dict[str, float]:
+    """What value gradients are worth.
+
+    Args:
+        policy: the networks.
+        gradients: of all weights, one vector for each of several minibatches.
+        real: transitions of the environment.
+
+    Returns:
+        value_gradient/critic_slope: E|dQ/ds| at the newest of them, by the observations as the critics see them, mean
+            over the critics.
+        value_gradient/actor_noise: variance of a minibatch's gradient of the actor over its squared mean.
+    """
+    newest = real.unpack(real.newest(SAMPLES))
+    obs = policy.obs_norm(newest.obs).detach().requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(policy.critic(obs, newest.action).mean(0).sum(), obs)
+    weights = policy.weights
+    sizes = torch.tensor([each.numel() for each in weights.parameters], device=obs.device)
+    of_actor = torch.tensor([name.startswith("actor.") for name in weights.names], device=obs.device)
+    each = torch.stack([gradient[of_actor.repeat_interleave(sizes)] for gradient in gradients])
+    noise = each.var(0).sum() / each.mean(0).square().sum().clamp_min(1e-12)
+    return {"value_gradient/critic_slope": slope.norm(dim=1).mean().item(), "value_gradient/actor_noise": noise.item()}

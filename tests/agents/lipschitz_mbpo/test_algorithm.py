@@ -205,9 +205,14 @@ def test_diagnostics_of_a_perfect_model_and_a_linear_value() -> None:
         known = [table.get(tuple(row.tolist()), (row, torch.tensor(0.0))) for row in obs]
         return torch.stack([n for n, _ in known]), torch.stack([r for _, r in known])
 
-    perfect: Any = SimpleNamespace(sample=replayed, predict=replayed)
+    perfect: Any = SimpleNamespace(
+        sample=replayed, predict=replayed, elite_members=[0], draw=lambda *_: (),
+        step=lambda obs, action, noise: (0.5 * obs, action[:, 0]),
+    )  # fmt: skip
     found = model_diagnostics(perfect, learner.policy, real, 1)
-    assert found == {"model/value_error": 0.0, "model/rollout_error": 0.0}
+    assert found.pop("model/spectral_radius") == pytest.approx(0.5)
+    assert found.keys() >= {"model/value_error", "model/rollout_error_1", "model/rollout_error"}
+    assert set(found.values()) == {0.0}
     critic = Linear(4).float()
     learner.policy.critic = critic  # type: ignore[assignment]
     slope = value_diagnostics(learner.policy, real, 0.1)["lipschitz/slope"]

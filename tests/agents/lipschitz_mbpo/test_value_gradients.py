@@ -12,6 +12,8 @@ from torch import Tensor
 
 from driftrl import LipschitzMBPO
 from driftrl.agents.lipschitz_mbpo.config import LipschitzMBPOConfig
+from driftrl.agents.lipschitz_mbpo.diagnostics import spectral_radius
+from driftrl.agents.lipschitz_mbpo.replay import Transitions
 from driftrl.agents.lipschitz_mbpo.sac import SACPolicy
 from driftrl.agents.lipschitz_mbpo.value_gradients import Start, value_gradient_losses, value_range
 from driftrl.envs import make_vec
@@ -190,3 +192,31 @@ def test_value_gradients_need_a_model_and_no_real_ratio() -> None:
     with pytest.raises(ValueError, match="value_gradient: got 3, expected 0 without a model"):
         LipschitzMBPOConfig(value_gradient=3, model="none")
     assert "real_ratio" in LipschitzMBPOConfig(value_gradient=3).switched_off()
+
+
+def test_diagnostics_change_nothing_and_tell_the_model_from_the_truth() -> None:
+    vectors, logs = [], []
+    for interval in (40, 0):
+        fields = FIELDS | {"model": "homoscedastic", "model_interval": 50, "diagnostics_interval": interval}
+        learner = LipschitzMBPO("MlpPolicy", Point(), **fields).learn(180, log_interval=10**6)
+        vectors.append(torch.nn.utils.parameters_to_vector(learner.policy.actor.parameters()))
+        logs.append(dict(learner.logger.name_to_value))
+    assert torch.equal(*vectors)
+    logged = logs[0]
+    assert logged["value_gradient/actor_noise"] > 0 and logged["value_gradient/critic_slope"] > 0
+    assert logged["model/rollout_error_1"] < logged["model/rollout_error_20"]
+    assert np.isfinite(logged["model/exploitation"])
+
+
+def test_spectral_radius_is_that_of_a_linear_system() -> None:
+    matrix = torch.tensor([[0.9, 0.4], [-0.4, 0.9]])  # a rotation that shrinks: |eigenvalue|^2 = 0.81 + 0.16
+
+    class Linear:
+        def draw(self, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+            return (torch.randn(rows, 2, generator=generator),)
+
+        def step(self, obs: Tensor, action: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+            return obs @ matrix.T + noise[0], action[:, 0]
+
+    rows = Transitions(torch.randn(50, 2), torch.zeros(50, 1), torch.zeros(50, 2), torch.zeros(50), torch.zeros(50))
+    assert spectral_radius(Linear(), rows).item() == pytest.approx(0.97**0.5, rel=1e-5)  # type: ignore[arg-type]
