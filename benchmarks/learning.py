@@ -6,7 +6,8 @@ r"""Learning side by side: PolicyFlow with both ratios against Stable-Baselines3
         --arms policyflow:solver_steps=1 policyflow:solver=midpoint,solver_steps=10
 
 Every run is a process of its own with one thread. Its result, good or bad, is kept in
-`benchmarks/results/learning/<env>-<thousand steps>k/<arm>/s<seed>.json`; a run whose file exists is not repeated.
+`benchmarks/results/learning/<env>-<thousand steps>k/<arm>/s<seed>.json`; a run whose file exists is not repeated. A
+run of our agents that was interrupted goes on from its last checkpoint, `s<seed>.run` beside the result.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,6 +32,8 @@ from learning_arms import LABELS, POLICYFLOW_ARMS, Run, build, result_folder
 
 EVALUATION_EPISODES = 20
 CURVE_POINTS = 100
+CHECKPOINT_SECONDS = 300
+"""Processor time from one checkpoint to the next."""
 LOGGED = (
     "flow/ratio_correlation", "flow/ratio_error", "flow/ratio_bias", "flow/exact_clip_fraction", "flow/jacobian_norm",
     "flow/entropy", "train/clip_fraction", "train/approx_kl",
@@ -46,9 +50,14 @@ def execute(run: Run) -> None:
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.evaluation import evaluate_policy
+    from stable_baselines3.common.logger import Logger
     from stable_baselines3.common.vec_env import VecNormalize
 
+    from driftrl.agents.storage.saving import Checkpointed, restore
     from driftrl.analysis.multimodality import has_several_solutions, multimodality
+    from driftrl.runs.folder import checkpoints, load_newest, save_checkpoint
+
+    unfinished = run.path.with_suffix(".run")
 
     class Curve(BaseCallback):
         """Mean return of the last training episodes, 100 at most, at CURVE_POINTS times; and what LOGGED names."""
@@ -57,6 +66,7 @@ def execute(run: Run) -> None:
             super().__init__()
             self.points: list[list[float]] = []
             self.logged: dict[str, list[list[float]]] = {}
+            self.seconds = self.cpu_seconds = self.saved_at = 0.0
 
         def _on_step(self) -> bool:
             buffer = self.model.ep_info_buffer
@@ -64,20 +74,44 @@ def execute(run: Run) -> None:
                 self.points.append([self.num_timesteps, sum(e["r"] for e in buffer) / len(buffer)])
             return True
 
-        def _on_rollout_start(self) -> None:  # what the last update recorded waits for the log here
+        def _on_training_start(self) -> None:
+            self.begun = time.perf_counter() - self.seconds, time.process_time() - self.cpu_seconds
+            self.saved_at = self.cpu_seconds
+
+        def measure(self) -> None:
+            self.seconds, self.cpu_seconds = time.perf_counter() - self.begun[0], time.process_time() - self.begun[1]
+
+        def _on_rollout_start(self) -> None:
+            self.read_log()
+            self.measure()
+            if isinstance(self.model, Checkpointed) and self.cpu_seconds - self.saved_at > CHECKPOINT_SECONDS:
+                self.saved_at = self.cpu_seconds
+                names = ("points", "logged", "seconds", "cpu_seconds")
+                save_checkpoint(self.model, unfinished, 1, {name: getattr(self, name) for name in names})
+
+        def read_log(self) -> None:  # what the last update recorded waits for the log here
             found = self.logger.name_to_value
             if LOGGED[0] in found:
                 for name in LOGGED:
                     self.logged.setdefault(name, []).append([self.num_timesteps, found[name]])
 
-        _on_training_end = _on_rollout_start
+        def _on_training_end(self) -> None:
+            self.read_log()
+            self.measure()
 
     torch.set_num_threads(1)
     agent, settings = build(run)
-    curve = Curve()
-    start, cpu_start = time.perf_counter(), time.process_time()
-    agent.learn(run.total_timesteps, callback=curve)
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    curve, done = Curve(), 0
+    env = agent.get_env()
+    if isinstance(agent, Checkpointed) and env and checkpoints(unfinished):
+        found = load_newest(unfinished, "cpu", env)
+        assert found.state is not None
+        agent, done = found.agent, found.agent.num_timesteps
+        agent.set_logger(Logger(None, []))
+        restore(agent, found.state)
+        vars(curve).update(found.state["progress"])
+    agent.learn(run.total_timesteps - done, callback=curve, reset_num_timesteps=not done)
+    seconds, cpu_seconds = curve.seconds, curve.cpu_seconds
 
     evaluation: dict[str, dict[str, Any]] = {}
     for mode, deterministic in (("deterministic", True), ("sampled", False)):
@@ -108,6 +142,7 @@ def execute(run: Run) -> None:
     partial = run.path.with_suffix(".part")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(run.path)
+    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def run_missing(runs: Sequence[Run], jobs: int) -> None:
