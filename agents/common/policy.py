@@ -40,6 +40,8 @@ class BoxPolicy(BasePolicy):
     """Name of the module that the weight average follows."""
     follower: ClassVar[str]
     """Name of the module that holds the average, or of None."""
+    followers: ClassVar[tuple[str, ...]] = ()
+    """Further modules whose weights are averages and do not learn."""
 
     def __init__(
         self, observation_space: spaces.Space, action_space: spaces.Space,  # type: ignore[type-arg]
@@ -61,8 +63,9 @@ class BoxPolicy(BasePolicy):
         """`weights` as they were when last asked for."""
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
-        """All but those of the average, by name."""
-        return {name: each for name, each in self.named_parameters() if not name.startswith(f"{self.follower}.")}
+        """All but those of averages, by name."""
+        averages = {self.follower, *self.followers}
+        return {name: each for name, each in self.named_parameters() if name.partition(".")[0] not in averages}
 
     def _make_optimizer(self, lr_schedule: Schedule) -> None:
         if "lr" in self.optimizer_kwargs:

@@ -52,7 +52,7 @@ def losses(policy: SACPolicy, batch: Minibatch, config: LipschitzMBPOConfig, tar
 
 _SB3_ARGUMENTS = ("buffer_size", "learning_starts", "batch_size", "tau", "gamma", "gradient_steps")
 _POLICY_FIELDS = (
-    "n_critics", "critic_layer_norm", "tau", "temperature", "learn_temperature", "normalize_observation"
+    "n_critics", "critic_layer_norm", "tau", "ema_decay", "temperature", "learn_temperature", "normalize_observation"
 )  # fmt: skip
 """Fields of the Config that are arguments of `SACPolicy` under the same name."""
 
@@ -243,6 +243,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
                 low, high = scalars["value_gradient/lowest_value"], scalars["value_gradient/highest_value"]
                 policy.move_value_range(low, high, RANGE_RATE)
             policy.power_iteration()
+            policy.average_actor()
         self._record(self._settle(list(scalars), metrics, before))
         self._record_faults()
         self._n_updates += len(metrics)

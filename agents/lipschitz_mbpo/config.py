@@ -35,6 +35,8 @@ class LipschitzMBPOConfig:
     """Updates per environment step, >= 1."""
     tau: float = 0.005
     """Weight of the critics in their slow copy, per update, in [0, 1]."""
+    ema_decay: float = 0.0
+    """Decay, per update, of the average of the actor's weights that acts deterministically, in [0, 1); 0: none."""
     gamma: float = 0.99
     """Discount factor, in [0, 1]."""
     temperature: float = 1.0
@@ -129,7 +131,7 @@ class LipschitzMBPOConfig:
                 "a number, or None": "target_entropy",
                 "a number of at least 0, or None": "model_weight_decay",
                 "a number in [0, 1]": "tau gamma real_ratio",
-                "a number in [0, 1)": "model_dropout",
+                "a number in [0, 1)": "model_dropout ema_decay",
                 "an integer of at least 1": "buffer_size learning_starts batch_size gradient_steps members elites "
                 "model_epochs model_batch_size model_interval model_rollouts model_retain rollout_min rollout_max "
                 "adversary_steps",
@@ -199,7 +201,7 @@ def upgraded(fields: dict[str, Any]) -> dict[str, Any]:
 GROUPS: dict[str, tuple[str, ...]] = {
     "basics": (
         "learning_rate", "lr_schedule", "buffer_size", "learning_starts", "batch_size", "gradient_steps", "tau",
-        "gamma", "normalize_observation", "actor_hidden", "critic_hidden", "activation", "n_critics",
+        "ema_decay", "gamma", "normalize_observation", "actor_hidden", "critic_hidden", "activation", "n_critics",
         "critic_layer_norm", "value_gradient",
     ),
     "model": (

@@ -188,6 +188,7 @@ class SACPolicy(BoxPolicy):
         spectral_bound: see `Critics`.
         bounded_values: see `Critics`; `move_value_range` tells the range.
         tau: weight of the critics in their slow copy, per update.
+        ema_decay: of the average of the actor's weights that acts deterministically, per update; 0: no average.
         temperature: initial entropy temperature alpha.
         learn_temperature: whether alpha learns.
         normalize_observation: standardise observations with running statistics.
@@ -198,14 +199,15 @@ class SACPolicy(BoxPolicy):
         ValueError: if a space or an argument is not supported.
     """
 
-    followed, follower = "critic", "target_critic"
+    followed, follower, followers = "critic", "target_critic", ("averaged_actor",)
     draws = 1
 
     def __init__(
         self, observation_space: spaces.Space, action_space: spaces.Space,  # type: ignore[type-arg]
         lr_schedule: Schedule, *, net_arch: list[int] | dict[str, list[int]] | None = None,
         activation_fn: str | type[nn.Module] = "relu", n_critics: int = 2, critic_layer_norm: bool = False,
-        spectral_bound: float | None = None, bounded_values: bool = False, tau: float = 0.005, temperature: float = 1.0,
+        spectral_bound: float | None = None, bounded_values: bool = False, tau: float = 0.005, ema_decay: float = 0.0,
+        temperature: float = 1.0,
         learn_temperature: bool = True, normalize_observation: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
@@ -217,7 +219,7 @@ class SACPolicy(BoxPolicy):
         self._arguments = {
             "net_arch": net_arch, "activation_fn": activation, "n_critics": n_critics,
             "critic_layer_norm": critic_layer_norm, "spectral_bound": spectral_bound, "bounded_values": bounded_values,
-            "tau": tau, "temperature": temperature, "learn_temperature": learn_temperature,
+            "tau": tau, "ema_decay": ema_decay, "temperature": temperature, "learn_temperature": learn_temperature,
             "normalize_observation": normalize_observation, "optimizer_class": optimizer_class,
             "optimizer_kwargs": optimizer_kwargs,
         }  # fmt: skip
@@ -228,6 +230,8 @@ class SACPolicy(BoxPolicy):
             spectral_bound, bounded_values,
         )  # fmt: skip
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.averaged_actor = copy.deepcopy(self.actor).requires_grad_(False) if ema_decay else None
+        self.ema_decay = ema_decay
         self.log_alpha = nn.Parameter(torch.tensor([math.log(temperature)]), requires_grad=learn_temperature)
         self.averaging = tau
         self._make_optimizer(lr_schedule)
@@ -240,6 +244,14 @@ class SACPolicy(BoxPolicy):
         """See `Critics`; of the slow copy, too."""
         self.critic.power_iteration()
         self.target_critic.power_iteration()
+
+    @torch.no_grad()
+    def average_actor(self) -> None:
+        """Let the average follow the actor, where there is one; after each update."""
+        if self.averaged_actor is not None:
+            means, latest = ([*each.parameters()] for each in (self.averaged_actor, self.actor))
+            for mean, weight in zip(means, latest, strict=True):
+                mean.lerp_(weight, 1 - self.ema_decay)
 
     def move_value_range(self, low: Tensor, high: Tensor, rate: float) -> None:
         """Move the range of bounded values by a share of the way towards [low, high]."""
@@ -264,7 +276,9 @@ class SACPolicy(BoxPolicy):
     def decide(self, features: Tensor, noise: Tensor | None) -> Tensor:
         """As in `BoxPolicy`."""
         obs = self.obs_norm(features)
-        action: Tensor = self.actor(obs) if noise is None else self.actor.sample(obs, noise[0]).action
+        if noise is not None:
+            return self.actor.sample(obs, noise[0]).action
+        action: Tensor = (self.averaged_actor or self.actor)(obs)
         return action
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

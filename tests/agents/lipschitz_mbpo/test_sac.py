@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
@@ -167,3 +168,22 @@ def test_the_slow_critics_follow_and_predictions_keep_their_shape() -> None:
             assert action.shape == (*obs.shape[:-1], 2) and (np.abs(action) <= 2).all()
     with pytest.raises(ValueError, match="unknown activation: got 'step', expected one of silu"):
         make_policy(activation_fn="step")
+
+
+def test_the_averaged_actor_acts_deterministically_and_follows_geometrically() -> None:
+    box = spaces.Box(-1.0, 1.0, (2,)), spaces.Box(-1.0, 1.0, (1,))
+    policy = SACPolicy(*box, lambda _: 1e-3, net_arch=[4], ema_decay=0.75)
+    assert policy.averaged_actor is not None
+    first = {name: each.detach().clone() for name, each in policy.actor.named_parameters()}
+    with torch.no_grad():
+        for each in policy.actor.parameters():
+            each.add_(1.0)
+    for _ in range(3):
+        policy.average_actor()
+    for name, mean in policy.averaged_actor.named_parameters():
+        torch.testing.assert_close(mean, first[name] + 1 - 0.75**3)
+    obs = torch.randn(5, 2)
+    assert torch.equal(policy.decide(obs, None), policy.averaged_actor(obs))
+    noise = torch.randn(1, 5, 1)
+    assert torch.equal(policy.decide(obs, noise), policy.actor.sample(obs, noise[0]).action)
+    assert not [name for name in policy._own_parameters() if name.startswith("averaged_actor")]
