@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from .ensemble import Members
-from .transition_base import TransitionModel, standard_normal
+from .transition_base import FitData, TransitionModel, standard_normal
 from .transition_settings import TransitionSettings
 
+SNAPSHOT_UPDATES, SCALE_DRAWS = 25, 8
+"""Updates from one snapshot to the next; minibatches that scale the steps of each weight."""
 MIN_STD = 1e-3
 """Of a homoscedastic model, in units of the normalised target."""
 
@@ -38,6 +41,8 @@ class GaussianTransition(TransitionModel):
             is fitted by squared error: by likelihood, outputs without noise would outweigh all others. The deviation is
             that of the hold-out, at least 1e-3 of the spread of the targets.
         layer_norm: see `Members`.
+        snapshots: weights along a Langevin path after each fit that take turns in ``sample`` as the members of an
+            ensemble would (`weight_snapshots`); 0 for the fitted weights alone. For one member with noise.
         dropout: share of the first layer's outputs left out in a fit, in [0, 1); falls linearly to 0 in the last layer.
         members: M, at least 1. With more than one, each has its own bootstrap sample of the rows.
         elites: the members that predict, those of least hold-out error; 1 to M.
@@ -59,14 +64,19 @@ class GaussianTransition(TransitionModel):
         homoscedastic: bool = False,
         layer_norm: bool = False,
         dropout: float = 0.0,
+        snapshots: int = 0,
         members: int = 1,
         elites: int = 1,
     ) -> None:
         super().__init__(obs_dim, action_dim, settings, members, elites)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if snapshots < 0 or (snapshots and (members > 1 or not (probabilistic or homoscedastic))):
+            raise ValueError(f"snapshots must be at least 0, and 0 without noise or with members, got {snapshots}")
         targets, varies = 1 + obs_dim, probabilistic and not homoscedastic
-        self.net = Members(members, (obs_dim + action_dim, *hidden, (1 + varies) * targets), layer_norm)
+        widths = (obs_dim + action_dim, *hidden, (1 + varies) * targets)
+        self.net = Members(members, widths, layer_norm)
+        self.posterior = Members(snapshots, widths, layer_norm).requires_grad_(False) if snapshots else None
         self.hidden, self.dropout = tuple(hidden), dropout
         self.bounds = None
         self.register_buffer("log_std", torch.zeros(members, 1, targets) if homoscedastic else None)
@@ -77,7 +87,9 @@ class GaussianTransition(TransitionModel):
         self, x: Tensor, chosen: Tensor | None = None, masks: Sequence[Tensor] = ()
     ) -> tuple[Tensor, Tensor | None]:
         """Mean and log-variance, each [M, B, T], of all members or those chosen."""
-        out: Tensor = self.net(x, chosen, masks)
+        return self._noise_of(self.net(x, chosen, masks), chosen)
+
+    def _noise_of(self, out: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.log_std is not None:
             log_std = self.log_std if chosen is None else self.log_std[chosen]
             return out, 2 * log_std.expand_as(out)
@@ -106,18 +118,59 @@ class GaussianTransition(TransitionModel):
         loss = (square * torch.exp(-log_var) + log_var).mean((1, 2))
         return loss if self.bounds is None else loss + 0.01 * (self.bounds[:, 1] - self.bounds[:, 0]).sum(1)
 
-    def _finish(self, x: Tensor, y: Tensor) -> None:
+    def _finish(self, data: FitData, generator: torch.Generator) -> None:
         if self.log_std is not None:
-            self.log_std.copy_((self._predict(x) - y).square().mean(1, keepdim=True).sqrt().clamp_min(MIN_STD).log())
+            held = self.holdout_rows.expand(self.members, -1)
+            error = self._predict(data.x[held]) - data.y[held]
+            self.log_std.copy_(error.square().mean(1, keepdim=True).sqrt().clamp_min(MIN_STD).log())
+        if self.posterior is not None:
+            self._take_snapshots(self.posterior, data, generator)
+
+    def _take_snapshots(self, posterior: Members, data: FitData, generator: torch.Generator) -> None:
+        from .snapshots import weight_snapshots  # loads the Langevin samplers
+
+        rows, named = self.member_rows[0], dict(self.net.named_parameters())
+        sizes = [each.numel() for each in named.values()]
+
+        def by_name(vector: Tensor) -> dict[str, Tensor]:
+            parts = zip(named.items(), vector.split(sizes), strict=True)
+            return {name: part.view_as(each) for (name, each), part in parts}
+
+        def potential(vector: Tensor) -> Tensor:  # minus the log-likelihood of all rows, by those of a minibatch
+            drawn = rows[torch.randint(len(rows), (self.settings.batch_size,), generator=generator, device=rows.device)]
+            mean, log_var = self._noise_of(functional_call(self.net, by_name(vector), data.x[drawn][None]), None)
+            assert log_var is not None
+            square = (mean - data.y[drawn]).square()
+            return 0.5 * len(rows) * (square * torch.exp(-log_var) + log_var).sum(-1).mean()
+
+        gradient = torch.func.grad(potential)
+        vector = torch.cat([each.detach().flatten() for each in named.values()])
+        scale = torch.stack([gradient(vector).square() for _ in range(SCALE_DRAWS)]).mean(0).sqrt()
+        snapshots = weight_snapshots(
+            gradient, vector, count=len(posterior.weights[0]), every=SNAPSHOT_UPDATES, step=self.settings.learning_rate,
+            preconditioner=1 / (scale + 1e-3 * scale.mean()), generator=generator,
+        )  # fmt: skip
+        for name, each in posterior.named_parameters():
+            each.copy_(torch.cat([by_name(vector)[name] for vector in snapshots]))
+
+    @property
+    def _hands(self) -> int:
+        """Networks among which rows are dealt."""
+        return len(self.elite_members if self.posterior is None else self.posterior.weights[0])
 
     def _predict(self, x: Tensor) -> Tensor:
         return self._moments(x)[0]
+
+    def _predictions(self, x: Tensor) -> Tensor:
+        if self.posterior is None:
+            return super()._predictions(x)
+        return self._noise_of(self.posterior(x.expand(self._hands, -1, -1)), None)[0]
 
     def draw(self, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Standard normals [elites, hand, T] where there is noise, and the rows' places in the elites' hands."""
         # Rows are dealt to the elites at random, as many to each: every row's elite is uniform, the shapes are fixed,
         # and the whole costs as much as one network.
-        elites = len(self.elite_members)
+        elites = self._hands
         hand = -(-rows // elites)
         places = (self._permutation(hand * elites, generator)[:rows],) if elites > 1 else ()
         if self.bounds is None and self.log_std is None:
@@ -125,12 +178,15 @@ class GaussianTransition(TransitionModel):
         return (standard_normal((elites, hand, 1 + self.obs_dim), generator), *places)
 
     def _push(self, x: Tensor, noise: tuple[Tensor, ...]) -> Tensor:
-        elites = len(self.elite_members)
+        elites = self._hands
         hand = -(-len(x) // elites)
         if elites > 1:
             x = x.new_zeros(hand * elites, x.shape[1]).index_copy(0, noise[-1], x)
-        chosen = None if elites == self.members else self.elite_members
-        mean, log_var = self._moments(x.view(elites, hand, -1), chosen)
+        dealt = x.view(elites, hand, -1)
+        if self.posterior is not None:
+            mean, log_var = self._noise_of(self.posterior(dealt), None)
+        else:
+            mean, log_var = self._moments(dealt, None if elites == self.members else self.elite_members)
         if log_var is not None:
             mean = torch.addcmul(mean, noise[0], torch.exp(0.5 * log_var))
         y = mean.flatten(0, 1)

@@ -30,7 +30,7 @@ from .holdout import divide_rows
 from .transition_settings import TransitionSettings
 
 
-class _Data(NamedTuple):
+class FitData(NamedTuple):
     """The rows of a fit: x [N, I], y [N, T]; for a terminal head the normalised next_obs [N, O] and 0 or 1 [N]."""
 
     x: Tensor
@@ -102,8 +102,12 @@ class TransitionModel(nn.Module, abc.ABC):
         """What early stopping minimises, [M], positive: the mean square error of ``_predict``, or a subclass's own."""
         return (self._predict(x) - y).square().mean((1, 2))
 
-    def _finish(self, x: Tensor, y: Tensor) -> None:
-        """Take from the hold-out, [M, B, I] and [M, B, T], what a fit does not learn by its gradient."""
+    def _finish(self, data: FitData, generator: torch.Generator) -> None:
+        """Find what a fit does not learn by its gradient."""
+
+    def _predictions(self, x: Tensor) -> Tensor:
+        """What each network that is used predicts without noise, [.., B, T], for x [B, I]."""
+        return self._predict(x.expand(self.members, -1, -1))[self.elite_members]
 
     @abc.abstractmethod
     def draw(self, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -146,14 +150,12 @@ class TransitionModel(nn.Module, abc.ABC):
     @torch.no_grad()
     def predict(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """``sample`` without noise: what the elites predict, averaged."""
-        x = self._x(obs, action).expand(self.members, -1, -1)
-        return self._outcome(obs, self._predict(x)[self.elite_members].mean(0))
+        return self._outcome(obs, self._predictions(self._x(obs, action)).mean(0))
 
     @torch.no_grad()
     def disagreement(self, obs: Tensor, action: Tensor) -> Tensor:
         """Deviations [elites, B, O] of what each elite predicts for next_obs from their mean, without the clipping."""
-        each = self._predict(self._x(obs, action).expand(self.members, -1, -1))[self.elite_members]
-        moves = self.targets.inverse(each)[..., 1:]
+        moves = self.targets.inverse(self._predictions(self._x(obs, action)))[..., 1:]
         return moves - moves.mean(0)
 
     def log_prob(self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ class TransitionModel(nn.Module, abc.ABC):
     @cached_property
     def optimizer(self) -> torch.optim.Adam:
         """Of all weights. Checkpoints need its state: it is not part of the module's ``state_dict``."""
-        return self.settings.optimizer(self.named_parameters())
+        return self.settings.optimizer((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def fit(
         self,
@@ -228,8 +230,8 @@ class TransitionModel(nn.Module, abc.ABC):
             self.optimizer.load_state_dict(before[1])
             raise
 
-    def _train(self, data: _Data, generator: torch.Generator, max_epochs: int, deadline: float) -> dict[str, float]:
-        parts = {p: slice(None, self.members) for p in self.parameters()}  # of the scores, for each parameter
+    def _train(self, data: FitData, generator: torch.Generator, max_epochs: int, deadline: float) -> dict[str, float]:
+        parts = {p: slice(None, self.members) for p in self.parameters() if p.requires_grad}  # of the scores
         if self.terminal_net is not None:
             parts |= {p: slice(self.members, None) for p in self.terminal_net.parameters()}
         held = self.holdout_rows.expand(self.members, -1)
@@ -265,14 +267,14 @@ class TransitionModel(nn.Module, abc.ABC):
                 p.copy_(value)
         self.elite_members.copy_(best[: self.members].argsort(stable=True)[: len(self.elite_members)])
         with torch.no_grad():
-            self._finish(data.x[held], data.y[held])
+            self._finish(data, generator)
             mse = (self._predict(data.x[held]) - data.y[held]).square().mean((1, 2))[self.elite_members].mean()
         errors = {"model/holdout_mse": mse.item()}
         if self.terminal_net is not None:
             errors["model/terminal_loss"] = best[-1].item()
         return {"model/train_loss": train_loss, "model/epochs": float(epoch)} | errors
 
-    def _step(self, data: _Data, rows: Tensor, generator: torch.Generator) -> Tensor:
+    def _step(self, data: FitData, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Gradient step on rows [M, B]; returns the members' mean loss, a tensor."""
         x, y = data.x[rows], data.y[rows]
         losses = self._loss(x, y, self._noise(x, generator))
@@ -285,7 +287,7 @@ class TransitionModel(nn.Module, abc.ABC):
         return losses.detach().mean()
 
     @torch.no_grad()
-    def _scores(self, data: _Data, noise: Sequence[Tensor]) -> Tensor:
+    def _scores(self, data: FitData, noise: Sequence[Tensor]) -> Tensor:
         """Errors on the hold-out: each member's [M], then that of a terminal head."""
         rows = self.holdout_rows.expand(self.members, -1)
         scores = self._score(data.x[rows], data.y[rows], noise)
@@ -293,7 +295,7 @@ class TransitionModel(nn.Module, abc.ABC):
             return scores
         return torch.cat([scores, self._terminal_loss(data, self.holdout_rows).view(1)])
 
-    def _terminal_loss(self, data: _Data, rows: Tensor) -> Tensor:
+    def _terminal_loss(self, data: FitData, rows: Tensor) -> Tensor:
         assert data.terminated is not None
         logit = self._terminal_logit(data.x[rows], data.after[rows])
         return F.binary_cross_entropy_with_logits(logit, data.terminated[rows])
@@ -312,7 +314,7 @@ class TransitionModel(nn.Module, abc.ABC):
         next_obs: Tensor,
         terminated: Tensor | None,
         generator: torch.Generator,
-    ) -> _Data:
+    ) -> FitData:
         """Check the data, divide its rows, and fit normalisers and ranges."""
         if (terminated is not None) != (self.terminal_net is not None):
             got, expected = ("None", "bool [N]") if terminated is None else (list(terminated.shape), "None")
@@ -335,7 +337,7 @@ class TransitionModel(nn.Module, abc.ABC):
         self.low.copy_(seen.amin(0))
         self.high.copy_(seen.amax(0))
         flags = None if terminated is None else terminated.to(self.low)
-        return _Data(self.inputs(inputs), self.targets(target), self._after(next_obs, n), flags)
+        return FitData(self.inputs(inputs), self.targets(target), self._after(next_obs, n), flags)
 
     def _permutation(self, n: int, generator: torch.Generator) -> Tensor:
         return torch.randperm(n, generator=generator, device=self.low.device)

@@ -99,12 +99,12 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
     _fixed = frozenset(
         ("buffer_size", "actor_hidden", "critic_hidden", "activation", "value_gradient", "model", "members", "elites",
          "model_hidden", "model_layer_norm", "model_dropout", "model_weight_decay", "model_batch_size",
-         "model_patience", "model_rollouts", "model_retain", "termination", "regularizer", "spectral_bound",
-         *_POLICY_FIELDS)
+         "model_patience", "snapshots", "model_rollouts", "model_retain", "termination", "regularizer",
+         "spectral_bound", *_POLICY_FIELDS)
     )  # fmt: skip
     _learned = frozenset(
         ("actor_hidden", "critic_hidden", "n_critics", "critic_layer_norm", "temperature", "model", "members",
-         "model_hidden", "model_layer_norm")
+         "snapshots", "model_hidden", "model_layer_norm")
     )  # fmt: skip
     _remade = ("model_buffer", "_gradient", "_terminated")
 
@@ -190,7 +190,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         return GaussianTransition(
             *dims, settings, hidden=config.model_hidden, probabilistic=config.model != "deterministic",
             homoscedastic=config.model == "homoscedastic", layer_norm=config.model_layer_norm,
-            dropout=config.model_dropout, members=config.members, elites=config.elites,
+            dropout=config.model_dropout, snapshots=config.snapshots, members=config.members, elites=config.elites,
         )  # fmt: skip
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

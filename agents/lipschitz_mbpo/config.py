@@ -73,6 +73,8 @@ class LipschitzMBPOConfig:
     """Share of its first layer's outputs left out in a fit, in [0, 1); falls linearly to 0 in the last layer."""
     model_weight_decay: float | None = None
     """AdamW's, in the model's last layer; less in earlier ones, >= 0; None: MBPO's L2 of 5e-5."""
+    snapshots: int = 0
+    """Networks along a Langevin path after each fit that take turns as an ensemble's members do; 0: none."""
     model_batch_size: int = 256
     """Transitions per update of the model, >= 1."""
     model_epochs: int = 100
@@ -135,7 +137,8 @@ class LipschitzMBPOConfig:
                 "an integer of at least 1": "buffer_size learning_starts batch_size gradient_steps members elites "
                 "model_epochs model_batch_size model_interval model_rollouts model_retain rollout_min rollout_max "
                 "adversary_steps",
-                "an integer of at least 0": "diagnostics_interval rollout_start value_gradient model_patience",
+                "an integer of at least 0": "diagnostics_interval rollout_start value_gradient model_patience "
+                "snapshots",
                 "an integer of at least 1, or None": "rollout_interval",
                 "an integer of at least 2": "n_critics",
                 "positive integers, at least one": "actor_hidden critic_hidden model_hidden",
@@ -146,6 +149,8 @@ class LipschitzMBPOConfig:
         require(self, "rollout_end", self.rollout_end >= self.rollout_start, later)
         require(self, "elites", self.elites <= self.members, f"at most members = {self.members}")
         require(self, "members", self.model in NETWORKS or self.members == 1, f"1 for the model {self.model}")
+        single = self.members == 1 and self.model in ("probabilistic", "homoscedastic")
+        require(self, "snapshots", single or not self.snapshots, "0 without one Gaussian network")
         require(self, "value_gradient", self.model != "none" or not self.value_gradient, "0 without a model")
         interval = self.rollout_interval or self.model_interval
         kept = self.model == "none" or self.model_retain >= interval
@@ -206,7 +211,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "model": (
         "model", "model_interval", "model_epochs", "model_patience", "model_hidden", "model_layer_norm",
-        "model_dropout", "model_weight_decay", "model_batch_size", "members", "elites", "rollout_interval",
+        "model_dropout", "model_weight_decay", "model_batch_size", "members", "elites", "snapshots", "rollout_interval",
         "model_rollouts", "model_retain", "rollout_min", "rollout_max", "rollout_start", "rollout_end", "real_ratio",
         "termination",
     ),

@@ -138,6 +138,7 @@ FIELDS: dict[str, Any] = {
     "fields",
     [
         {"model": "homoscedastic", "model_layer_norm": True, "model_dropout": 0.01, "n_critics": 3, "ema_decay": 0.9},
+        {"model": "homoscedastic", "snapshots": 4},
         {"model": "flow"}, {"model": "langevin"}, {"members": 3, "elites": 2}, {"regularizer": "spectral"},
         {"termination": "learned", "regularizer": "none", "critic_layer_norm": True},
     ],
