@@ -64,6 +64,21 @@ def _rollouts(first: int, last: int, start: int, end: int) -> dict[str, Any]:
     return {"rollout_min": first, "rollout_max": last, "rollout_start": start, "rollout_end": end}
 
 
+# Value gradients, after DHMBPO (arXiv 2512.15439), with one model: one preset for all tasks (docs/lipschitz_mbpo.md).
+# Start states are those of the last ten batches of 260 model rollouts of 20 steps.
+VALUE_GRADIENT: dict[str, Any] = {
+    "n_envs": 1, "total_timesteps": 100_000, "learning_starts": 2500, "gradient_steps": 1, "value_gradient": 5,
+    "gamma": 0.995, "temperature": 0.1, "normalize_observation": True, "ema_decay": 0.999, "activation": "silu",
+    "actor_hidden": (256, 256, 256), "critic_hidden": (256, 256, 256), "n_critics": 3, "critic_layer_norm": True,
+    "model": "homoscedastic", "model_hidden": (256, 256, 256), "model_layer_norm": True, "model_dropout": 0.0075,
+    "model_weight_decay": 1e-3, "model_patience": 125, "regularizer": "none",
+    "rollout_interval": 20, "model_rollouts": 13, "model_retain": 200, "rollout_min": 20, "rollout_max": 20,
+}  # fmt: skip
+VALUE_GRADIENTS: dict[str, dict[str, Any]] = {
+    "Hopper-v5": VALUE_GRADIENT | {"total_timesteps": 30_000},
+    "InvertedPendulum-v5": VALUE_GRADIENT | {"total_timesteps": 5000, "learning_starts": 300},
+}
+
 # MBPO's schedules (jannerm/mbpo, examples/config), for one environment and hours of training.
 MBPO_DEFAULT: dict[str, Any] = {"n_envs": 1, "total_timesteps": 300_000, "rollout_min": 1, "rollout_max": 1}
 LONG: dict[str, dict[str, Any]] = {

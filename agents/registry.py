@@ -89,12 +89,16 @@ AGENTS: dict[str, AgentSpec] = {
         default_env="HalfCheetah-v5",
     ),
     "mbpo": AgentSpec(
-        summary="model-based SAC: one learned model, Lipschitz-regularized critics",
+        summary="model-based: value gradients or SAC on one learned model, Lipschitz-regularized critics",
         agent=LipschitzMBPO,
         config=LipschitzMBPOConfig,
         groups=LIPSCHITZ_MBPO_GROUPS,
-        presets={"standard": presets.MBPO, "fast": presets.MBPO_FAST},
-        default_presets={"standard": presets.MBPO_DEFAULT, "fast": presets.MBPO_FAST_DEFAULT},
+        presets={"standard": presets.VALUE_GRADIENTS, "mbpo": presets.MBPO, "fast": presets.MBPO_FAST},
+        default_presets={
+            "standard": presets.VALUE_GRADIENT,
+            "mbpo": presets.MBPO_DEFAULT,
+            "fast": presets.MBPO_FAST_DEFAULT,
+        },
         default_env="Hopper-v5",
     ),
 }

@@ -115,7 +115,9 @@ def execute(run: Run) -> None:
 
     evaluation: dict[str, dict[str, Any]] = {}
     for mode, deterministic in (("deterministic", True), ("sampled", False)):
-        env = make_vec_env(run.env, n_envs=EVALUATION_EPISODES, seed=10_000 + run.seed)  # one episode in each
+        env = make_vec_env(  # one episode in each
+            run.env, n_envs=EVALUATION_EPISODES, seed=10_000 + run.seed, env_kwargs=settings.get("env_kwargs")
+        )
         normalizer = agent.get_vec_normalize_env()
         if normalizer is not None:
             env = VecNormalize(env, training=False, norm_reward=False)

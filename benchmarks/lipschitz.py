@@ -1,10 +1,12 @@
-"""The comparison of arXiv 2302.01244: models of the environment x regularizers of the critics, and SAC alone.
+"""Models of the environment x regularizers of the critics x steps of value gradients, and SAC alone.
 
     python benchmarks/lipschitz.py --seeds 0 1 2 3 4                        # everything, what is missing of it
-    python benchmarks/lipschitz.py --models none probabilistic ensemble --regularizers none robust --seeds 0 1 2
+    python benchmarks/lipschitz.py --models single --regularizers none robust --horizons 5 --seeds 0 1 2 3 4
+    python benchmarks/lipschitz.py --horizons --seeds 0 1 2                 # arXiv 2302.01244: SAC on model rollouts
 
-Presets "fast", runs and results as in `benchmarks/learning.py`: a run whose file exists is not repeated. The table goes
-into docs/lipschitz_mbpo.md, the learning curves into a figure beside it.
+Presets "standard" (value gradients; 0 steps: SAC on the same rollouts) and "fast" (MBPO). Runs and results as in
+`benchmarks/learning.py`: a run whose file exists is not repeated, one that was interrupted goes on. The tables go into
+docs/lipschitz_mbpo.md, the learning curves into figures beside it.
 """
 
 from __future__ import annotations
@@ -29,6 +31,31 @@ MODELS = {
     "ensemble": "model=probabilistic,members=7,elites=5",
 }
 REGULARIZERS = ("none", "robust", "spectral")
+VALUE_GRADIENT_MODELS = {
+    "single": "",
+    "3 members": "members=3,elites=3",
+    "8 members": "members=8,elites=8",
+    "8 snapshots": "snapshots=8",
+    "flow": "model=flow",
+    "langevin": "model=langevin",
+}
+HORIZONS = (0, 1, 3, 5)
+
+
+def value_gradient_arms(
+    models: tuple[str, ...], regularizers: tuple[str, ...], horizons: tuple[int, ...]
+) -> dict[str, str]:
+    """Arms of `learning` and what they are called; the preset itself has no settings in its name."""
+    labels = {}
+    for horizon in horizons:
+        for model in models:
+            for regularizer in regularizers:
+                given = [f"value_gradient={horizon}"] * (horizon != 5) + [VALUE_GRADIENT_MODELS[model]]
+                given += [f"regularizer={regularizer}"] * (regularizer != "none")
+                settings = ",".join(each for each in given if each)
+                arm = f"value-gradient:{settings}" if settings else "value-gradient"
+                labels[arm] = f"H = {horizon}, {model}, {regularizer}"
+    return labels
 
 
 def arms(models: tuple[str, ...], regularizers: tuple[str, ...], gradient_steps: int) -> dict[str, str]:
@@ -68,9 +95,10 @@ def table(env: str, labels: Mapping[str, str], total_timesteps: int) -> str:
 
 def main(
     envs: tuple[str, ...] = ("Hopper-v5",),
-    models: tuple[str, ...] = tuple(MODELS),
+    models: tuple[str, ...] = (),
     regularizers: tuple[str, ...] = REGULARIZERS,
     seeds: tuple[int, ...] = (0, 1, 2),
+    horizons: tuple[int, ...] = HORIZONS,
     total_timesteps: int = 30_000,
     gradient_steps: int = 10,
     jobs: int = 2,
@@ -82,25 +110,32 @@ def main(
 
     Args:
         envs: environment ids.
-        models: of MODELS; none is SAC alone, which is run without a regularizer only.
+        models: of VALUE_GRADIENT_MODELS, or without horizons of MODELS; none is SAC alone, which is run without a
+            regularizer only. By default all of them.
         regularizers: of REGULARIZERS.
         seeds: one run each; the table shows all that are kept.
+        horizons: steps of value gradients; none: SAC on model rollouts by the preset fast.
         total_timesteps: length of a run, in environment steps.
-        gradient_steps: updates per environment step.
+        gradient_steps: updates per environment step, by the preset fast.
         jobs: runs at a time, one thread each.
         table_only: only read the kept results.
         page: whose marked part is replaced.
         figure: where the learning curves are drawn.
     """
-    labels = arms(models, regularizers, gradient_steps)
+    labels = (
+        value_gradient_arms(models or tuple(VALUE_GRADIENT_MODELS), regularizers, horizons)
+        if horizons
+        else arms(models or tuple(MODELS), regularizers, gradient_steps)
+    )
     if not table_only:
         runs = [learning_arms.Run(env, arm, seed, total_timesteps) for seed in seeds for env in envs for arm in labels]
         learning.run_missing(runs, jobs)
     text = "\n".join(table(env, labels, total_timesteps) for env in envs)
     print(text)
-    learning.write_between(page, "models", text)
+    learning.write_between(page, "value gradients" if horizons else "models", text)
     learning_arms.LABELS |= labels
-    learning.plot(envs, tuple(labels), total_timesteps, figure)
+    name = figure.with_stem("value_gradients") if horizons else figure
+    learning.plot(envs, tuple(labels), total_timesteps, name)
 
 
 if __name__ == "__main__":
