@@ -39,6 +39,7 @@ RANGES: dict[str, Callable[[Any], bool]] = {
     "a number, or None": lambda x: x is None or _number(x),
     "two numbers, or None": lambda x: x is None or (isinstance(x, Collection) and len(x) == 2 and all(map(_number, x))),
     "an integer of at least 1": lambda x: _count(x) and x >= 1,
+    "an integer of at least 1, or -1": lambda x: _count(x) and (x >= 1 or x == -1),
     "an integer of at least 0": lambda x: _count(x) and x >= 0,
     "an integer of 1 .. 2**31 - 1": lambda x: _count(x) and 1 <= x < 2**31,
     "an integer of 0 .. 2**31 - 1": lambda x: _count(x) and 0 <= x < 2**31,

@@ -29,6 +29,7 @@ from ...dynamics.transition import TRANSITIONS, GaussianTransition
 from ...dynamics.transition_base import TransitionModel, TransitionSettings
 from ...envs.known import known_task_of
 from ...envs.termination import termination_function
+from ..common.arguments import without_neutral
 from ..common.compiling import compiles, prepared
 from ..common.config import Configured, resolve
 from ..common.networks import activation_name
@@ -39,6 +40,7 @@ from .critic_regularizers import draw_search, robust_penalty
 from .diagnostics import model_diagnostics, runs_away, value_diagnostics
 from .replay import CheckpointedReplay, Minibatch, TensorReplay, TransitionRing
 from .sac import SACPolicy, sac_losses
+from .sac_arguments import POLICY_ARGUMENTS, own_fields
 
 MAY_DISAGREE = 0.02
 """Share of ends on which a termination rule and the environment may disagree: what rounding at its edge explains."""
@@ -82,9 +84,11 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         learning_rate: in place of config.learning_rate; may be a function of the remaining progress (1 to 0).
         config: hyperparameters.
         terminated: rule of the task, next_obs [B, O] -> bool [B], in place of the known ones.
+        train_freq: steps per environment between calls of `train`, or (number, "step" or "episode").
         policy_kwargs: arguments of `SACPolicy` that take precedence over the config.
         stats_window_size, tensorboard_log, verbose, seed, device, _init_setup_model: as Stable-Baselines3's.
-        **fields: fields of `LipschitzMBPOConfig` by keyword, which take precedence over config.
+        **fields: fields of `LipschitzMBPOConfig` by keyword, which take precedence over config. SAC's arguments are
+            understood, or refused by the name of ours (`sac_arguments`).
 
     Raises:
         TypeError: if a keyword is no field of the config.
@@ -106,15 +110,17 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
     def __init__(
         self, policy: str | type[SACPolicy] = "MlpPolicy", env: GymEnv | str | None = None,
         learning_rate: float | Schedule | None = None, *, config: LipschitzMBPOConfig | None = None,
-        terminated: Callable[[Tensor], Tensor] | None = None, policy_kwargs: dict[str, Any] | None = None,
+        terminated: Callable[[Tensor], Tensor] | None = None, train_freq: int | tuple[int, str] = 1,
+        policy_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100, tensorboard_log: str | None = None, verbose: int = 0, seed: int | None = None,
         device: torch.device | str = "auto", _init_setup_model: bool = True, **fields: Any,
     ) -> None:  # fmt: skip
         if env is None and _init_setup_model:
             raise ValueError("env: got None, expected an environment, a vectorised environment or a registered id")
-        config = config or LipschitzMBPOConfig()
+        config, fields = config or LipschitzMBPOConfig(), own_fields(fields)
+        policy_kwargs = without_neutral(policy_kwargs or {}, POLICY_ARGUMENTS)
         fields = rate_fields(learning_rate, resolve(config, fields)) | fields
-        self.config = resolve(config, fields | _implied(policy_kwargs or {}))
+        self.config = resolve(config, fields | _implied(policy_kwargs))
         self.terminated = terminated
         self._fitted_at = self._diagnosed_at = self._seen = 0  # environment steps, and rows of the replay buffer
         self._carry = 0.0  # real transitions owed by the minibatches so far
@@ -122,8 +128,9 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
             policy, env,  # type: ignore[arg-type]
             learning_rate=learning_rate if callable(learning_rate) else self.config.learning_rate,
             **{name: getattr(self.config, name) for name in _SB3_ARGUMENTS}, replay_buffer_class=TensorReplay,
-            policy_kwargs=policy_kwargs, stats_window_size=stats_window_size, tensorboard_log=tensorboard_log,
-            verbose=verbose, device=device, support_multi_env=True, seed=seed, sde_support=False,
+            train_freq=train_freq, policy_kwargs=policy_kwargs, stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log, verbose=verbose, device=device, support_multi_env=True, seed=seed,
+            sde_support=False,
         )  # fmt: skip
         if _init_setup_model:
             self._setup_model()
@@ -219,16 +226,18 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         """
         self._adopt_policy()
         done = 0 if reset_num_timesteps else self.num_timesteps  # a run that goes on is compiled as the whole would be
-        updates, device = (done + total_timesteps) * self.config.gradient_steps, torch.device(self.device)
+        updates, device = (done + total_timesteps) * abs(self.config.gradient_steps), torch.device(self.device)
         compiled = compiles(self.policy, self.config.compile, updates, device)
         self._gradient = prepared(self._gradient, compiled, device)
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
-        """Learn from what was seen and imagined: gradient_steps updates per environment."""
+        """Learn from what was seen and imagined: gradient_steps updates per environment, or as many as it saw if -1."""
         config, policy = self.config, self.policy
-        if len(self._real) < config.learning_starts:  # loaded without its replay buffer: see something first
+        fewest = 1 if self.transition is None else 2  # one to fit the model to, one to hold out
+        if len(self._real) < max(config.learning_starts, fewest):  # also loaded without its replay buffer
             return
+        updates = gradient_steps * (self.n_envs if config.gradient_steps > 0 else 1)
         policy.set_training_mode(True)
         update_learning_rate(policy.optimizer, self._rate_at(self._current_progress_remaining))
         if self._seen == 0 or self.num_timesteps - self._fitted_at >= config.model_interval:
@@ -238,7 +247,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
                 self._fit_model(self.transition)
                 self._imagine(self.transition, config.rollout_length(self.num_timesteps))
         weights, before, metrics = self._weights(), self._before_updates(), list[Tensor]()
-        for batch in self._minibatches(gradient_steps * self.n_envs, batch_size):
+        for batch in self._minibatches(updates, batch_size):
             gradient, scalars = self._gradient(batch)  # of the sum of `losses`
             if config.nonfinite == "skip" and self._refuses(scalars):
                 continue

@@ -25,11 +25,11 @@ class LipschitzMBPOConfig:
     buffer_size: int = 1_000_000
     """Transitions of the environment that are kept, >= 1."""
     learning_starts: int = 5000
-    """Steps of uniformly random actions before learning, >= 1."""
+    """Steps of uniformly random actions before learning, >= 0."""
     batch_size: int = 256
     """Transitions per update, >= 1."""
     gradient_steps: int = 20
-    """Updates per environment step, >= 1."""
+    """Updates per environment step (per train_freq steps), >= 1; -1: as many as transitions were added."""
     tau: float = 0.005
     """Weight of the critics in their slow copy, per update, in [0, 1]."""
     gamma: float = 0.99
@@ -107,10 +107,12 @@ class LipschitzMBPOConfig:
                 "a number of at least 0": "learning_rate robust_coef",
                 "a number, or None": "target_entropy",
                 "a number in [0, 1]": "tau gamma real_ratio",
-                "an integer of at least 1": "buffer_size learning_starts batch_size gradient_steps members elites "
+                "an integer of at least 1, or -1": "gradient_steps",
+                "an integer of at least 1": "buffer_size batch_size members elites "
                 "model_epochs model_interval model_rollouts model_retain rollout_min rollout_max adversary_steps",
-                "an integer of at least 0": "diagnostics_interval rollout_start",
-                "positive integers, at least one": "actor_hidden critic_hidden model_hidden",
+                "an integer of at least 0": "learning_starts diagnostics_interval rollout_start",
+                "positive integers": "actor_hidden critic_hidden",
+                "positive integers, at least one": "model_hidden",
                 "True or False": "learn_temperature normalize_observation",
             },
         )

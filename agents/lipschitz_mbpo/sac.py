@@ -98,10 +98,10 @@ class TwinCritic(nn.Module):
 
     def __init__(self, inputs: int, hidden: tuple[int, ...], activation: str) -> None:
         super().__init__()
-        layers: list[nn.Module] = [TwinLinear(inputs, hidden[0])]
-        for fan_in, fan_out in pairwise((*hidden, 1)):
-            layers += [ACTIVATIONS[activation](), TwinLinear(fan_in, fan_out)]
-        self.layers = nn.Sequential(*layers)
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in pairwise((inputs, *hidden, 1)):
+            layers += [TwinLinear(fan_in, fan_out), ACTIVATIONS[activation]()]
+        self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """Values [2, B] of obs [B, O] and action [B, D]."""
@@ -151,6 +151,7 @@ class SACPolicy(BoxPolicy):
         super().__init__(observation_space, action_space, optimizer_class, optimizer_kwargs)
         if not isinstance(net_arch, dict):
             net_arch = dict.fromkeys(("pi", "qf"), [256, 256] if net_arch is None else net_arch)
+        self.net_arch = net_arch
         activation = activation_name(activation_fn)
         self._arguments = {
             "net_arch": net_arch, "activation_fn": activation, "tau": tau, "temperature": temperature,
