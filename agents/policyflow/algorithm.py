@@ -261,7 +261,7 @@ class PolicyFlow(FlowRollouts):
         if passes:
             self._report(passes, epoch)
         if self._iteration > 0:  # the first rollout's are known already
-            policy.obs_norm.update(self.rollout_buffer.features[:-1].flatten(0, 1))
+            policy.obs_norm.update(self.storage.features[:-1].flatten(0, 1))
         self._iteration += 1
 
     def _report(self, passes: list[dict[str, float]], epoch: Samples) -> None:

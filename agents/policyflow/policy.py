@@ -259,6 +259,23 @@ class FlowPolicy(BoxPolicy):
         """Values [B, 1] of a batch of observations, in units of normalised returns."""
         return self.value(self.obs_norm(self.features(obs))).unsqueeze(-1)
 
+    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor, latents: int = 64) -> tuple[Tensor, Tensor, None]:
+        """Values [B, 1], estimates of the log-density of actions [B], and None: the entropy has no closed form.
+
+        The density is that of unclipped actions in the environment's units, averaged over the latents, see
+        `marginal_log_prob`; all differentiable, so that the policy can be fitted to demonstrations.
+
+        Args:
+            obs: batch of observations.
+            actions: [B, ...], in the environment's units, as those of `PolicyFlow.rollout_buffer`.
+            latents: points that the latents are averaged over, at least 1.
+        """
+        from .density import marginal_log_prob  # it is made of this module's actor
+
+        vector, normalised = self.obs_norm(self.features(obs)), self.to_normalised(actions.flatten(1))
+        log_prob = marginal_log_prob(self.actor, vector, normalised, latents) - self.log_half_ranges()
+        return self.value(vector).unsqueeze(-1), log_prob, None
+
     def decide(self, features: Tensor, noise: Tensor | None) -> Tensor:
         """As in `BoxPolicy`, by the averaged actor where there is one."""
         obs, actor = self.obs_norm(features), self.actor if self.averaged_actor is None else self.averaged_actor

@@ -367,7 +367,7 @@ def test_policy_arguments_take_precedence() -> None:
 def test_training_on_cuda_keeps_everything_there(ratio: str, compile: str) -> None:
     fields = SMALL | {"device": "cuda", "ratio": ratio, "ema_decay": 0.9, "compile": compile}
     agent = PolicyFlow("MlpPolicy", pendulum(), **fields).learn(96)
-    tensors = [*agent.policy.state_dict().values(), *tensors_in((agent.rollout_buffer, agent.samples))]
+    tensors = [*agent.policy.state_dict().values(), *tensors_in((agent.storage, agent.samples))]
     assert all(tensor.is_cuda for tensor in tensors)
     again = PolicyFlow("MlpPolicy", pendulum(), **fields).learn(96)
     assert equal(weights(agent), weights(again))
