@@ -10,7 +10,9 @@ from numbers import Integral, Real
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
 
 from .update import no_function
 
@@ -155,6 +157,20 @@ class Configured(BaseAlgorithm):
             value = tuple(value)
         if value != now:
             agent.config = dataclasses.replace(agent.config, **{name: constant(name, value)})
+
+    @staticmethod
+    def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        """As Stable-Baselines3, which takes Gymnasium's vector environments for single ones.
+
+        Raises:
+            ValueError: if it is one of Gymnasium's vector environments.
+        """
+        if isinstance(env, VectorEnv):
+            raise ValueError(
+                f"env: got Gymnasium's {type(env).__name__}, expected a VecEnv of Stable-Baselines3; use "
+                "driftrl.envs.make_vec(id, n_envs, seed)"
+            )
+        return BaseAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def _assign_config(self, config: Any) -> None:
         if type(config) is not self.config_class:
