@@ -267,7 +267,16 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
     actor = property(attrgetter("policy.actor"))
     critic = property(attrgetter("policy.critic"))
     critic_target = property(attrgetter("policy.target_critic"))
-    log_ent_coef = property(attrgetter("policy.log_alpha"))
+
+    @property
+    def log_ent_coef(self) -> Tensor | None:
+        """Log of the entropy temperature where it is learned, else None."""
+        return self.policy.log_alpha if self.config.learn_temperature else None
+
+    @property
+    def ent_coef_tensor(self) -> Tensor:
+        """The present entropy temperature."""
+        return self.policy.log_alpha.detach().exp().squeeze()
 
     @property
     def ent_coef(self) -> float | str:
