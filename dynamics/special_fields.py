@@ -1,9 +1,9 @@
-"""Velocity fields of special form: linear, a known part plus a learned one, and the gradient of a potential."""
+"""Velocity fields of special form: linear, affine, a known part plus a learned one, and the gradient of a potential."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,30 @@ class LinearField(VelocityField):
     def jacobian_embedded(self, t: Time, x: Tensor, embedded: None) -> tuple[Tensor, Tensor]:
         """Velocity [B, D] and A, [B, D, D]."""
         return self.forward(t, x), self.matrix.expand(x.shape[0], -1, -1)
+
+
+class AffineField(VelocityField):
+    """``v = A x + C cond + b`` with parameters that learn, zero at first: an ``MLPField`` without hidden layers.
+
+    Args:
+        dim: D, size of the state.
+        cond_dim: C, size of the conditioning, 0 for none.
+    """
+
+    def __init__(self, dim: int, cond_dim: int = 0) -> None:
+        super().__init__(dim, cond_dim)
+        self.layers = cast("Sequence[nn.Linear]", nn.ModuleList())
+        self.output = nn.Linear(dim + cond_dim, dim)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Velocity [B, D] at state x [B, D] and conditioning cond [B, C] or [1, C]."""
+        self.check_state(t, x)
+        self.check_cond(cond)
+        inputs = x if cond is None else torch.cat([x, cond.expand(x.shape[0], -1)], 1)
+        v: Tensor = self.output(inputs)
+        return v
 
 
 class ResidualField(VelocityField):

@@ -10,7 +10,9 @@ from numbers import Integral, Real
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
 
 from .update import no_function
 
@@ -41,7 +43,7 @@ RANGES: dict[str, Callable[[Any], bool]] = {
     "two numbers, or None": lambda x: x is None or (isinstance(x, Collection) and len(x) == 2 and all(map(_number, x))),
     "an integer of at least 1": lambda x: _count(x) and x >= 1,
     "an integer of at least 1, or None": lambda x: x is None or (_count(x) and x >= 1),
-    "an integer of at least 2": lambda x: _count(x) and x >= 2,
+    "an integer of at least 1, or -1": lambda x: _count(x) and (x >= 1 or x == -1),
     "an integer of at least 0": lambda x: _count(x) and x >= 0,
     "an integer of 1 .. 2**31 - 1": lambda x: _count(x) and 1 <= x < 2**31,
     "an integer of 0 .. 2**31 - 1": lambda x: _count(x) and 0 <= x < 2**31,
@@ -157,6 +159,20 @@ class Configured(BaseAlgorithm):
             value = tuple(value)
         if value != now:
             agent.config = dataclasses.replace(agent.config, **{name: constant(name, value)})
+
+    @staticmethod
+    def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        """As Stable-Baselines3, which takes Gymnasium's vector environments for single ones.
+
+        Raises:
+            ValueError: if it is one of Gymnasium's vector environments.
+        """
+        if isinstance(env, VectorEnv):
+            raise ValueError(
+                f"env: got Gymnasium's {type(env).__name__}, expected a VecEnv of Stable-Baselines3; use "
+                "driftrl.envs.make_vec(id, n_envs, seed)"
+            )
+        return BaseAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def _assign_config(self, config: Any) -> None:
         if type(config) is not self.config_class:

@@ -54,6 +54,19 @@ def observation_vectors(obs: Any, space: spaces.Space[Any]) -> np.ndarray:
     return vectors
 
 
+def split_vectors(vectors: np.ndarray, space: spaces.Space[Any]) -> np.ndarray | dict[str, np.ndarray]:
+    """Vectors [..., O] as observations of their space: the inverse of `observation_vectors`."""
+    if isinstance(space, spaces.Dict):
+        sizes = [int(np.prod(part.shape or ())) for part in space.spaces.values()]
+        parts = np.split(vectors, np.cumsum(sizes)[:-1], axis=-1)
+        shaped = (
+            part.reshape(*part.shape[:-1], *(each.shape or ()))
+            for part, each in zip(parts, space.values(), strict=True)
+        )
+        return dict(zip(space.spaces, shaped, strict=True))
+    return vectors.reshape(*vectors.shape[:-1], *(space.shape or ()))
+
+
 def row_of(obs: Any, i: int) -> Any:
     """Observation i of a batch."""
     return {key: part[i] for key, part in obs.items()} if isinstance(obs, dict) else obs[i]

@@ -210,6 +210,26 @@ class BoxPolicy(BasePolicy):
         """Actions in [-1, 1] to the Box, to the last bit within it."""
         return to_box(scaled_action, self.action_space)
 
+    def to_units(self, scaled: Tensor) -> Tensor:
+        """Normalised actions [..., D] to the units of the environment, not clipped."""
+        middle, half = self._middle_and_half(scaled)
+        return middle + half * scaled
+
+    def to_normalised(self, action: Tensor) -> Tensor:
+        """Actions [..., D] in the units of the environment to normalised ones; 0 in a dimension of zero width."""
+        middle, half = self._middle_and_half(action)
+        return (action - middle) / torch.where(half > 0, half, 1.0)
+
+    def log_half_ranges(self) -> float:
+        """Sum of the logs of half the ranges: log-densities in normalised units exceed the environment's by it."""
+        half = self._middle_and_half(torch.empty(0, dtype=torch.float64))[1]
+        return float(half[half > 0].log().sum())
+
+    def _middle_and_half(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        box: Any = self.action_space
+        low, high = torch.as_tensor(np.stack([box.low.ravel(), box.high.ravel()])).to(like)
+        return (low + high) / 2, (high - low) / 2
+
     def features(self, obs: PyTorchObs) -> Tensor:
         """Flatten a batch of observations to raw vectors [B, O] (Dict entries in the order of their space)."""
         encoded = preprocess_obs(obs, self.observation_space, normalize_images=False)

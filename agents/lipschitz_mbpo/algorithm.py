@@ -13,7 +13,6 @@ running standard deviation; the last layer of critics with bounded spectral norm
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -24,20 +23,20 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import update_learning_rate
 from torch import Tensor
 
-from ...dynamics.transition import TRANSITIONS, GaussianTransition
 from ...dynamics.transition_base import TransitionModel
-from ...dynamics.transition_settings import TransitionSettings
+from ..common.arguments import without_neutral
 from ..common.compiling import compiles, prepared
 from ..common.config import Configured, resolve
 from ..common.networks import activation_name
 from ..common.observations import FiniteReplay, FiniteUpdates
 from ..common.update import Gradient, Loss, Losses, rate_fields
-from .config import NETWORKS, LipschitzMBPOConfig
+from .config import LipschitzMBPOConfig
 from .critic_regularizers import draw_search, robust_penalty
 from .diagnostics import GRADIENTS, gradient_diagnostics, model_diagnostics, runs_away, value_diagnostics
-from .ends import check_rule, termination_rule
+from .model import build_model, check_rule, termination_rule
 from .replay import CheckpointedReplay, Minibatch, TensorReplay, TransitionRing
 from .sac import SACPolicy, sac_losses
+from .sac_arguments import POLICY_ARGUMENTS, own_fields
 from .value_gradients import RANGE_RATE, Start, value_gradient_losses, value_range
 
 
@@ -82,9 +81,11 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         learning_rate: in place of config.learning_rate; may be a function of the remaining progress (1 to 0).
         config: hyperparameters.
         terminated: rule of the task, next_obs [B, O] -> bool [B], in place of the known ones.
+        train_freq: steps per environment between calls of `train`, or (number, "step" or "episode").
         policy_kwargs: arguments of `SACPolicy` that take precedence over the config.
         stats_window_size, tensorboard_log, verbose, seed, device, _init_setup_model: as Stable-Baselines3's.
-        **fields: fields of `LipschitzMBPOConfig` by keyword, which take precedence over config.
+        **fields: fields of `LipschitzMBPOConfig` by keyword, which take precedence over config. SAC's arguments are
+            understood, or refused by the name of ours (`sac_arguments`).
 
     Raises:
         TypeError: if a keyword is no field of the config.
@@ -111,15 +112,17 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
     def __init__(
         self, policy: str | type[SACPolicy] = "MlpPolicy", env: GymEnv | str | None = None,
         learning_rate: float | Schedule | None = None, *, config: LipschitzMBPOConfig | None = None,
-        terminated: Callable[[Tensor], Tensor] | None = None, policy_kwargs: dict[str, Any] | None = None,
+        terminated: Callable[[Tensor], Tensor] | None = None, train_freq: int | tuple[int, str] = 1,
+        policy_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100, tensorboard_log: str | None = None, verbose: int = 0, seed: int | None = None,
         device: torch.device | str = "auto", _init_setup_model: bool = True, **fields: Any,
     ) -> None:  # fmt: skip
         if env is None and _init_setup_model:
             raise ValueError("env: got None, expected an environment, a vectorised environment or a registered id")
-        config = config or LipschitzMBPOConfig()
+        config, fields = config or LipschitzMBPOConfig(), own_fields(fields)
+        policy_kwargs = without_neutral(policy_kwargs or {}, POLICY_ARGUMENTS)
         fields = rate_fields(learning_rate, resolve(config, fields)) | fields
-        self.config = resolve(config, fields | _implied(policy_kwargs or {}))
+        self.config = resolve(config, fields | _implied(policy_kwargs))
         self.terminated = terminated
         self._fitted_at = self._imagined_at = self._diagnosed_at = 0  # environment steps
         self._seen = 0  # rows of the replay buffer
@@ -128,8 +131,9 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
             policy, env,  # type: ignore[arg-type]
             learning_rate=learning_rate if callable(learning_rate) else self.config.learning_rate,
             **{name: getattr(self.config, name) for name in _SB3_ARGUMENTS}, replay_buffer_class=TensorReplay,
-            policy_kwargs=policy_kwargs, stats_window_size=stats_window_size, tensorboard_log=tensorboard_log,
-            verbose=verbose, device=device, support_multi_env=True, seed=seed, sde_support=False,
+            train_freq=train_freq, policy_kwargs=policy_kwargs, stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log, verbose=verbose, device=device, support_multi_env=True, seed=seed,
+            sde_support=False,
         )  # fmt: skip
         if _init_setup_model:
             self._setup_model()
@@ -162,7 +166,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
             rule = termination_rule(config.termination, self.terminated, self.env)
             self._learns_end = vars(self).get("_learns_end", rule is None)  # as it did when it was saved
             self._terminated = None if self._learns_end else rule
-            self.transition = self._build_model().to(self.device)
+            self.transition = build_model(config, policy.obs_dim, policy.action_dim, self._learns_end).to(self.device)
             rollouts = config.model_rollouts * config.model_retain
             self.model_buffer = TransitionRing(rollouts, policy.obs_dim, policy.action_dim, policy.device)
         self._config_changed()
@@ -176,22 +180,6 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
                 target_entropy=self.target_entropy,
             )  # fmt: skip
         self._use_gradient(Gradient(self.policy, terms, None))
-
-    def _build_model(self) -> TransitionModel:
-        config, dims = self.config, (self.policy.obs_dim, self.policy.action_dim)
-        settings = TransitionSettings(
-            terminal_head=self._learns_end, batch_size=config.model_batch_size, patience_updates=config.model_patience
-        )  # fmt: skip
-        if config.model_weight_decay is not None:
-            settings = replace(settings, weight_decay=config.model_weight_decay, decoupled=True)
-        if config.model in ("flow", "langevin"):  # the spread of the data stays in their hold-out loss: gains are small
-            return TRANSITIONS[config.model](*dims, replace(settings, min_gain=1e-3), hidden=config.model_hidden)
-        assert config.model in NETWORKS
-        return GaussianTransition(
-            *dims, settings, hidden=config.model_hidden, probabilistic=config.model != "deterministic",
-            homoscedastic=config.model == "homoscedastic", layer_norm=config.model_layer_norm,
-            dropout=config.model_dropout, snapshots=config.snapshots, members=config.members, elites=config.elites,
-        )  # fmt: skip
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         names = ["policy", "policy.optimizer"]
@@ -209,16 +197,18 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         """
         self._adopt_policy()
         done = 0 if reset_num_timesteps else self.num_timesteps  # a run that goes on is compiled as the whole would be
-        updates, device = (done + total_timesteps) * self.config.gradient_steps, torch.device(self.device)
+        updates, device = (done + total_timesteps) * abs(self.config.gradient_steps), torch.device(self.device)
         compiled = compiles(self.policy, self.config.compile, updates, device)
         self._gradient = prepared(self._gradient, compiled, device)
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
-        """Learn from what was seen and imagined: gradient_steps updates per environment."""
+        """Learn from what was seen and imagined: gradient_steps updates per environment, or as many as it saw if -1."""
         config, policy = self.config, self.policy
-        if len(self._real) < config.learning_starts:  # loaded without its replay buffer: see something first
+        fewest = 1 if self.transition is None else 2  # one to fit the model to, one to hold out
+        if len(self._real) < max(config.learning_starts, fewest):  # also loaded without its replay buffer
             return
+        updates = gradient_steps * (self.n_envs if config.gradient_steps > 0 else 1)
         policy.set_training_mode(True)
         update_learning_rate(policy.optimizer, self._rate_at(self._current_progress_remaining))
         if fits := self._seen == 0 or self.num_timesteps - self._fitted_at >= config.model_interval:
@@ -233,7 +223,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
                 self._imagine(self.transition, config.rollout_length(self.num_timesteps))
         weights, before, metrics = self._weights(), self._before_updates(), list[Tensor]()
         draw = self._starts if config.value_gradient else self._minibatches
-        for batch in draw(gradient_steps * self.n_envs, batch_size):
+        for batch in draw(updates, batch_size):
             gradient, scalars = self._gradient(batch)  # of the sum of `losses`
             if config.nonfinite == "skip" and self._refuses(scalars):
                 continue
@@ -256,7 +246,16 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
     actor = property(attrgetter("policy.actor"))
     critic = property(attrgetter("policy.critic"))
     critic_target = property(attrgetter("policy.target_critic"))
-    log_ent_coef = property(attrgetter("policy.log_alpha"))
+
+    @property
+    def log_ent_coef(self) -> Tensor | None:
+        """Log of the entropy temperature where it is learned, else None."""
+        return self.policy.log_alpha if self.config.learn_temperature else None
+
+    @property
+    def ent_coef_tensor(self) -> Tensor:
+        """The present entropy temperature."""
+        return self.policy.log_alpha.detach().exp().squeeze()
 
     @property
     def ent_coef(self) -> float | str:
@@ -306,7 +305,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
 
     def _pair(self, generator: torch.Generator) -> Tensor | None:
         """Two critics drawn at random, [2], where there are more."""
-        if (critics := self.policy.critic.number) == 2:
+        if (critics := self.policy.critic.number) <= 2:
             return None
         return torch.randperm(critics, generator=generator, device=self.device)[:2]
 

@@ -28,11 +28,11 @@ class LipschitzMBPOConfig:
     buffer_size: int = 1_000_000
     """Transitions of the environment that are kept, >= 1."""
     learning_starts: int = 5000
-    """Steps of uniformly random actions before learning, >= 1."""
+    """Steps of uniformly random actions before learning, >= 0."""
     batch_size: int = 256
     """Transitions per update, >= 1."""
     gradient_steps: int = 20
-    """Updates per environment step, >= 1."""
+    """Updates per environment step (per train_freq steps), >= 1; -1: as many as transitions were added."""
     tau: float = 0.005
     """Weight of the critics in their slow copy, per update, in [0, 1]."""
     ema_decay: float = 0.0
@@ -54,7 +54,7 @@ class LipschitzMBPOConfig:
     normalize_observation: bool = False
     """Standardise what actor and critics see with running statistics kept in the policy."""
     n_critics: int = 2
-    """Critics, >= 2; of more than two a pair drawn at random makes the target."""
+    """Critics, >= 1; of more than two a pair drawn at random makes the target."""
     critic_layer_norm: bool = False
     """Normalise the inputs of the critics' layers but the first."""
     value_gradient: int = 0
@@ -134,14 +134,15 @@ class LipschitzMBPOConfig:
                 "a number of at least 0, or None": "model_weight_decay",
                 "a number in [0, 1]": "tau gamma real_ratio",
                 "a number in [0, 1)": "model_dropout ema_decay",
-                "an integer of at least 1": "buffer_size learning_starts batch_size gradient_steps members elites "
+                "an integer of at least 1": "buffer_size batch_size n_critics members elites "
                 "model_epochs model_batch_size model_interval model_rollouts model_retain rollout_min rollout_max "
                 "adversary_steps",
-                "an integer of at least 0": "diagnostics_interval rollout_start value_gradient model_patience "
-                "snapshots",
+                "an integer of at least 1, or -1": "gradient_steps",
+                "an integer of at least 0": "learning_starts diagnostics_interval rollout_start value_gradient "
+                "model_patience snapshots",
                 "an integer of at least 1, or None": "rollout_interval",
-                "an integer of at least 2": "n_critics",
-                "positive integers, at least one": "actor_hidden critic_hidden model_hidden",
+                "positive integers": "actor_hidden critic_hidden",
+                "positive integers, at least one": "model_hidden",
                 "True or False": "learn_temperature normalize_observation critic_layer_norm model_layer_norm",
             },
         )

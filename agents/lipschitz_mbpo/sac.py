@@ -136,10 +136,11 @@ class Critics(nn.Module):
         spectral_bound: float | None = None, bounded: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        layers: list[nn.Module] = [StackedLinear(number, inputs, hidden[0], spectral_bound)]
-        for i, (fan_in, fan_out) in enumerate(pairwise((*hidden, 1)), 1):
-            layers.append(ACTIVATIONS[activation]())
-            if layer_norm:
+        layers: list[nn.Module] = []
+        for i, (fan_in, fan_out) in enumerate(pairwise((inputs, *hidden, 1))):
+            if i:
+                layers.append(ACTIVATIONS[activation]())
+            if i and layer_norm:
                 layers.append(nn.LayerNorm(fan_in, elementwise_affine=False))
             layers.append(StackedLinear(number, fan_in, fan_out, None if i == len(hidden) else spectral_bound))
         self.layers, self.number, self.bounded = nn.Sequential(*layers), number, bounded
@@ -183,7 +184,7 @@ class SACPolicy(BoxPolicy):
         lr_schedule: progress remaining (1 to 0) -> learning rate.
         net_arch: widths of the hidden layers, one list for all networks or {"pi": [...], "qf": [...]}.
         activation_fn: a key of `ACTIVATIONS` or one of its torch modules.
-        n_critics: number of critics, at least 2.
+        n_critics: number of critics.
         critic_layer_norm: see `Critics`.
         spectral_bound: see `Critics`.
         bounded_values: see `Critics`; `move_value_range` tells the range.
@@ -215,6 +216,7 @@ class SACPolicy(BoxPolicy):
         super().__init__(observation_space, action_space, optimizer_class, optimizer_kwargs)
         if not isinstance(net_arch, dict):
             net_arch = dict.fromkeys(("pi", "qf"), [256, 256] if net_arch is None else net_arch)
+        self.net_arch = net_arch
         activation = activation_name(activation_fn)
         self._arguments = {
             "net_arch": net_arch, "activation_fn": activation, "n_critics": n_critics,

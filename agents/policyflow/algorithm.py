@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -14,9 +15,9 @@ from stable_baselines3.common.utils import explained_variance, update_learning_r
 from torch import Tensor
 
 from ...dynamics.regularize import jacobian_penalty, local_error_penalty
+from ..common.arguments import without_neutral
 from ..common.compiling import compiles, owner, prepared
 from ..common.config import resolve
-from ..common.networks import activation_name
 from ..common.update import Gradient, Loss, Losses, rate_fields
 from .config import PolicyFlowConfig
 from .diagnostics import flow_diagnostics
@@ -24,6 +25,7 @@ from .entropy import steered_weight
 from .monitor import CollapseMonitor
 from .other_ratios import RATIOS
 from .policy import FlowPolicy
+from .ppo_arguments import ARGUMENTS, POLICY_FIELDS, implied_fields, own_policy_kwargs
 from .ratios import Ratio, chord_point, draw_epoch, record_references
 from .regularizers import posterior_noise, spread_loss, transport_cost
 from .rollout import FlowRollouts, Samples
@@ -84,28 +86,6 @@ def losses(policy: FlowPolicy, samples: Samples, spread_coef: Tensor, ratio: Rat
 
 
 _SB3_ARGUMENTS = ("n_steps", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm")  # of OnPolicyAlgorithm
-_PPO_DEFAULTS = {
-    "use_sde": False, "sde_sample_freq": -1, "rollout_buffer_class": None, "rollout_buffer_kwargs": None,
-}  # fmt: skip
-"""Arguments of PPO that mean nothing here, and what a pipeline may give for them."""
-_POLICY_FIELDS = ("base", "base_std", "solver", "solver_steps", "langevin_eps", "critic_gain", "ema_decay",
-                  "normalize_observation")  # fmt: skip
-"""Fields of the Config that are arguments of `FlowPolicy` under the same name."""
-
-
-def _implied(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the Config that arguments of `FlowPolicy` stand for."""
-    fields = {name: policy_kwargs[name] for name in _POLICY_FIELDS if name in policy_kwargs}
-    if (net_arch := policy_kwargs.get("net_arch")) is not None:
-        both = net_arch if isinstance(net_arch, dict) else {"pi": net_arch, "vf": net_arch}
-        fields |= {"actor_hidden": tuple(both.get("pi", ())), "critic_hidden": tuple(both.get("vf", ()))}
-    if "activation_fn" in policy_kwargs:
-        fields["activation"] = activation_name(policy_kwargs["activation_fn"])
-    if "log_std_init" in policy_kwargs:
-        fields["action_std"] = math.exp(policy_kwargs["log_std_init"])
-    if "weight_decay" in (policy_kwargs.get("optimizer_kwargs") or {}):
-        fields["weight_decay"] = policy_kwargs["optimizer_kwargs"]["weight_decay"]
-    return fields
 
 
 class PolicyFlow(FlowRollouts):
@@ -125,15 +105,14 @@ class PolicyFlow(FlowRollouts):
 
     Raises:
         TypeError: if a keyword is no field of the config.
-        ValueError: if a field is outside its range or has no effect, a space is not supported, or batch_size exceeds
-            the rollout.
+        ValueError: if a field is outside its range or has no effect, or a space is not supported.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": FlowPolicy, "MultiInputPolicy": FlowPolicy}
     config_class = PolicyFlowConfig
     _fixed = frozenset(
         ("n_steps", "ratio", "ratio_draws", "exploration_noise", "noise_time", "hurst", "actor_hidden", "action_std",
-         "critic_hidden", "activation", "weight_decay", *_POLICY_FIELDS)
+         "critic_hidden", "activation", "weight_decay", *POLICY_FIELDS)
     )  # fmt: skip
     _learned = frozenset(("actor_hidden", "action_std", "critic_hidden", "base_std", "critic_gain", "weight_decay"))
 
@@ -146,14 +125,12 @@ class PolicyFlow(FlowRollouts):
     ) -> None:  # fmt: skip
         if env is None and _init_setup_model:
             raise ValueError("env: got None, expected an environment, a vectorised environment or a registered id")
-        for name, default in _PPO_DEFAULTS.items():
-            if fields.pop(name, default) != default:
-                raise ValueError(f"{name}: expected {default}, as it is by default; PolicyFlow has no such option")
-        config = config or PolicyFlowConfig()
+        config, fields = config or PolicyFlowConfig(), without_neutral(fields, ARGUMENTS)
+        policy_kwargs = own_policy_kwargs(policy_kwargs or {})
         fields = rate_fields(learning_rate, resolve(config, fields)) | fields
-        implied = _implied(policy_kwargs or {})
+        implied = implied_fields(policy_kwargs)
         self.config = resolve(config, fields | implied)
-        decays = "weight_decay" in implied or "optimizer_class" not in (policy_kwargs or {})
+        decays = "weight_decay" in implied or "optimizer_class" not in policy_kwargs
         if not decays and self.config.weight_decay:
             got = self.config.weight_decay
             raise ValueError(f"weight_decay: got {got}, which changes nothing without the default optimizer_class")
@@ -171,7 +148,7 @@ class PolicyFlow(FlowRollouts):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        self._take_attributes(_implied(self.policy_kwargs))
+        self._take_attributes(implied_fields(self.policy_kwargs))
         if "_brownian_weight" in vars(self):  # as files of earlier versions call it
             self._spread_coef = vars(self).pop("_brownian_weight")
             self._first_spread_coef = self.config.spread_coef
@@ -183,7 +160,7 @@ class PolicyFlow(FlowRollouts):
         arguments: dict[str, Any] = {
             "net_arch": {"pi": list(config.actor_hidden), "vf": list(config.critic_hidden)},
             "activation_fn": config.activation, "log_std_init": math.log(config.action_std),
-            "chained": config.ratio.startswith("chain"), **{name: getattr(config, name) for name in _POLICY_FIELDS},
+            "chained": config.ratio.startswith("chain"), **{name: getattr(config, name) for name in POLICY_FIELDS},
             **self.policy_kwargs,
             "optimizer_kwargs": optimizer_kwargs | (self.policy_kwargs.get("optimizer_kwargs") or {}),
         }  # fmt: skip
@@ -201,7 +178,8 @@ class PolicyFlow(FlowRollouts):
         samples = config.n_steps * self.n_envs
         if config.batch_size > samples:
             most = f"n_steps x environments = {config.n_steps} x {self.n_envs} = {samples}"
-            raise ValueError(f"batch_size: got {config.batch_size}, expected at most {most}; lower it or raise n_steps")
+            text = f"batch_size: got {config.batch_size}, more than the rollout's {most} samples; each minibatch is the"
+            warnings.warn(f"{text} whole rollout; lower batch_size or raise n_steps", UserWarning, stacklevel=3)
         if config.normalize_advantage and samples < 2:
             raise ValueError("n_steps: got a rollout of 1 sample, expected 2 or more to normalise advantages over")
 
@@ -283,7 +261,7 @@ class PolicyFlow(FlowRollouts):
         if passes:
             self._report(passes, epoch)
         if self._iteration > 0:  # the first rollout's are known already
-            policy.obs_norm.update(self.rollout_buffer.features[:-1].flatten(0, 1))
+            policy.obs_norm.update(self.storage.features[:-1].flatten(0, 1))
         self._iteration += 1
 
     def _report(self, passes: list[dict[str, float]], epoch: Samples) -> None:

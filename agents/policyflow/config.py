@@ -24,7 +24,7 @@ class PolicyFlowConfig:
     n_steps: int = 2048
     """Steps per environment and rollout, >= 1. The rollout holds n_steps x number of environments samples."""
     batch_size: int = 64
-    """Samples per minibatch, 1 .. samples in the rollout."""
+    """Samples per minibatch, >= 1; more than the rollout holds: all of them, with a warning."""
     n_epochs: int = 10
     """Passes over the rollout per iteration, >= 1."""
     gamma: float = 0.99
@@ -94,7 +94,7 @@ class PolicyFlowConfig:
     solver_error_coef: float = 0.0
     """Weight of the estimated error of a DOPRI5 step of half the flow time, >= 0; 0 switches it off."""
     actor_hidden: tuple[int, ...] = (64, 64)
-    """Widths of the hidden layers of the velocity field (and of the base's mean)."""
+    """Widths of the hidden layers of the velocity field (and of the base's mean); none: both are linear."""
     critic_hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of the critic; none: the value is linear."""
     critic_gain: float = 1.0
@@ -131,8 +131,7 @@ class PolicyFlowConfig:
             "a number in [0, 1)": "ema_decay",
             "an integer of at least 1": "n_steps batch_size n_epochs solver_steps ratio_draws",
             "an integer of at least 0": "diagnostics_interval",
-            "positive integers, at least one": "actor_hidden",
-            "positive integers": "critic_hidden",
+            "positive integers": "actor_hidden critic_hidden",
             "two numbers, or None": "target_entropy",
             "True or False": "normalize_advantage normalize_observation normalize_reward",
         }

@@ -24,6 +24,7 @@ from torch.distributions import Normal
 
 from ...dynamics.fields import MLPField
 from ...dynamics.ode import odeint
+from ...dynamics.special_fields import AffineField
 from ..common.networks import activation_name, mlp
 from ..common.observations import RunningNorm
 from ..common.policy import BoxPolicy
@@ -62,7 +63,7 @@ class FlowActor(nn.Module):
     Args:
         obs_dim: length of the observation vector, O.
         action_dim: number of action dimensions, D.
-        hidden: widths of the velocity field's hidden layers, and of the base's mean network.
+        hidden: widths of the velocity field's hidden layers, and of the base's mean network; none: both are linear.
         activation: a key of `ACTIVATIONS`.
         base: "standard" N(0, base_std^2), fixed; "learned" N(0, s^2), s a parameter; "gaussian" N(m(obs), s^2).
         base_std: (initial) standard deviation of the base; 0, if it is fixed: z = 0, a Gaussian policy.
@@ -87,7 +88,11 @@ class FlowActor(nn.Module):
 
             self._langevin_flow, self._gaussian_chain = langevin_flow, gaussian_chain
         # Last layers are zero: the flow starts as the identity (the paper's best initialisation), the base at mean 0.
-        self.field = MLPField(action_dim, obs_dim, hidden=hidden, activation=activation, last_layer_scale=0.0)
+        self.field: MLPField | AffineField = (
+            MLPField(action_dim, obs_dim, hidden=hidden, activation=activation, last_layer_scale=0.0)
+            if hidden
+            else AffineField(action_dim, obs_dim)
+        )
         self.base_mean = mlp([obs_dim, *hidden, action_dim], activation, 0.0) if base == "gaussian" else None
         self.has_latent, base_log_std = base_std > 0, math.log(base_std) if base_std else -math.inf
         self.base_log_std = nn.Parameter(torch.full((action_dim,), base_log_std), requires_grad=base != "standard")
@@ -194,6 +199,7 @@ class FlowPolicy(BoxPolicy):
         if not isinstance(net_arch, dict):
             net_arch = dict.fromkeys(("pi", "vf"), [64, 64] if net_arch is None else net_arch)
         net_arch = {"pi": [], "vf": []} | net_arch
+        self.net_arch = net_arch
         if base not in ("standard", "learned", "gaussian"):
             raise ValueError(f"base: got {base!r}, expected standard, learned or gaussian")
         if not (base_std > 0 or (base_std == 0 and base == "standard")):
@@ -252,6 +258,23 @@ class FlowPolicy(BoxPolicy):
     def predict_values(self, obs: PyTorchObs) -> Tensor:
         """Values [B, 1] of a batch of observations, in units of normalised returns."""
         return self.value(self.obs_norm(self.features(obs))).unsqueeze(-1)
+
+    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor, latents: int = 64) -> tuple[Tensor, Tensor, None]:
+        """Values [B, 1], estimates of the log-density of actions [B], and None: the entropy has no closed form.
+
+        The density is that of unclipped actions in the environment's units, averaged over the latents, see
+        `marginal_log_prob`; all differentiable, so that the policy can be fitted to demonstrations.
+
+        Args:
+            obs: batch of observations.
+            actions: [B, ...], in the environment's units, as those of `PolicyFlow.rollout_buffer`.
+            latents: points that the latents are averaged over, at least 1.
+        """
+        from .density import marginal_log_prob  # it is made of this module's actor
+
+        vector, normalised = self.obs_norm(self.features(obs)), self.to_normalised(actions.flatten(1))
+        log_prob = marginal_log_prob(self.actor, vector, normalised, latents) - self.log_half_ranges()
+        return self.value(vector).unsqueeze(-1), log_prob, None
 
     def decide(self, features: Tensor, noise: Tensor | None) -> Tensor:
         """As in `BoxPolicy`, by the averaged actor where there is one."""

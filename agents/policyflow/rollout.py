@@ -21,6 +21,7 @@ from ..common.networks import lazy_zeros
 from ..common.observations import FiniteUpdates, batch_of_one, observation_vectors, to_box
 from ..storage.saving import Checkpointed
 from .policy import FlowActor, FlowNoise, FlowPolicy, FlowSample
+from .rollout_view import Collected, RolloutView
 
 
 class Chord(NamedTuple):
@@ -145,19 +146,24 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
 
     policy: FlowPolicy  # type: ignore[assignment]  # SB3 asks for more of its policies than its loops use
     samples: Samples
-    rollout_buffer: RolloutStorage  # type: ignore[assignment]  # SB3's learn() hands it to collect_rollouts
+    rollout_buffer: RolloutView  # type: ignore[assignment]  # to read: SB3's learn() hands it to collect_rollouts
+    storage: RolloutStorage
+    collected: Collected | None = None  # the last rollout, None while one is collected
+    steps_collected = 0  # of the rollout
     _act: Callable[[Tensor, Tensor], Tensor]  # FlowPolicy.act, perhaps compiled
     _exploration: StepNoise | None  # action noise with memory, which lasts from rollout to rollout
     _diverged = 0  # unstable simulations so far
     _iteration: int  # so many times `train` was called
-    _remade = ("samples", "_ratio", "_monitor", "_discounted_return", "_act", "_gradient", "_exploration")
+    _remade = ("samples", "_ratio", "_monitor", "_discounted_return", "_act", "_gradient", "_exploration",
+               "storage", "collected", "steps_collected")  # fmt: skip
 
     def _setup_rollout(self) -> None:
         config, envs, size = self.config, self.n_envs, (self.n_envs, self.policy.action_dim)
         self._exploration = None
         if (kind := config.exploration_noise) != "gaussian":
             self._exploration = step_noise(kind, config.noise_time, config.hurst, size, self.device)
-        self.rollout_buffer = RolloutStorage(
+        self.rollout_buffer = RolloutView(self)
+        self.storage = RolloutStorage(
             lazy_zeros(self.n_steps + 1, envs, self.policy.obs_dim, device=self.device),
             lazy_zeros(3, self.n_steps, *size, device=self.device),
         )
@@ -178,6 +184,11 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
         for name, value in state["exploration"].items():
             setattr(self._exploration, name, value.to(self.device))
 
+    @property
+    def iteration(self) -> int:
+        """How often the agent has learned."""
+        return self._iteration
+
     def dump_logs(self, iteration: int = 0) -> None:
         """As Stable-Baselines3, but a run that goes on goes on counting its iterations."""
         super().dump_logs(self._iteration + 1)
@@ -185,7 +196,8 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
     @torch.no_grad()
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
         """Act for n_rollout_steps in every environment and fill the rollout; False if a callback ended training."""
-        policy, features, drawn = self.policy, rollout_buffer.features, rollout_buffer.drawn
+        policy, (features, drawn) = self.policy, self.storage
+        self.collected, self.steps_collected, begins = None, 0, self._last_episode_starts
         policy.train(False)
         callback.on_rollout_start()
         shape, memory, path_length = (n_rollout_steps, env.num_envs), self._exploration, policy.actor.path_length
@@ -227,6 +239,7 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
                     reached.append(self._features(batch_of_one(infos[i]["terminal_observation"])))
             features[step + 1] = self._features(new_obs)
             self._last_obs, self._last_episode_starts = new_obs, dones
+            self.steps_collected = step + 1
         self.logger.record("rollout/simulations_diverged", self._diverged)
         self._record_faults()
 
@@ -241,6 +254,7 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
         # Bootstrap with the value of the state reached: after a time limit that is not the next row's.
         if reached:
             next_values[to_device(truncated)] = policy.value(policy.obs_norm(to_device(torch.cat(reached)).float()))
+        starts = np.concatenate([np.asarray(begins)[None], (terminated | truncated)[:-1]]).astype(np.float32)
         terminated |= left_out
         ended = terminated | truncated
         scaled = to_device(self._scale_rewards(host_rewards, ended))
@@ -261,6 +275,7 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
             past=PastNoise(*(torch.cat(each) for each in zip(*moments, strict=True))) if moments else None,
             path=FlowNoise.of(noise.transpose(0, 1)).path.movedim(0, 2).flatten(0, 1) if path_length else None,
         )
+        self.collected = Collected(self.samples, scaled, starts, self._iteration)
         if left_out.any():
             self.samples = self.samples.rows(_replacements(to_device(left_out).flatten(), self._generator))
         callback.on_rollout_end()

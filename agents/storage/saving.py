@@ -6,7 +6,7 @@ import dataclasses
 import io
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar, cast
@@ -102,7 +102,8 @@ class Checkpointed(BaseAlgorithm):
             path: file, with or without .zip, or file object.
             env: environment to go on with; None where the agent is only to act.
             device: "auto", "cpu", "cuda" or a torch device.
-            custom_objects: attributes in place of the saved ones, or that were left out when it was saved.
+            custom_objects: attributes in place of the saved ones, or that were left out when it was saved; others are
+                ignored, as by Stable-Baselines3.
             print_system_info: print the versions of this system.
             force_reset: begin new episodes when training goes on.
             allow_pickle: read a file of Stable-Baselines3's format, too. That executes what is in it.
@@ -137,17 +138,17 @@ class Checkpointed(BaseAlgorithm):
             saved = attributes["policy_kwargs"]
             if kwargs.get("policy_kwargs", saved) != saved:
                 raise ValueError(f"policy_kwargs: got {kwargs['policy_kwargs']}, expected the saved ones, {saved}")
-            return cls._rebuild(content, attributes | kwargs, env, device, size)
+            return cls._rebuild(content, attributes | kwargs, kwargs, env, device, size)
         except Exception as error:  # whatever data of other kinds and sizes lead to
             reason = error if isinstance(error, ValueError) else repr(error)
             raise CheckpointError(f"{label}: no {cls.__name__} can be made of it: {reason}") from error
 
     @classmethod
     def _rebuild(
-        cls: type[Self], content: dict[str, Any], attributes: dict[str, Any], env: GymEnv | None,
-        device: torch.device | str, size: int,
+        cls: type[Self], content: dict[str, Any], attributes: dict[str, Any], given: Collection[str],
+        env: GymEnv | None, device: torch.device | str, size: int,
     ) -> Self:  # fmt: skip
-        """Make the agent of a document of `size` bytes."""
+        """Make the agent of a document of `size` bytes; attributes given by their names need not be in it."""
         settings = {
             "config",
             *dataclasses.asdict(attributes["config"]),
@@ -160,7 +161,8 @@ class Checkpointed(BaseAlgorithm):
         model = cls(policy=attributes["policy_class"], env=env, device=device, _init_setup_model=False)  # type: ignore[call-arg]
         if type(model.config) is not type(attributes["config"]):  # type: ignore[attr-defined]
             raise CheckpointError(f"it is one of another class, with a {type(attributes['config']).__name__}")
-        vars(model).update(attributes)
+        known = {*content["attributes"], *_NEEDED, *given, *vars(model), *dir(cls)}
+        vars(model).update({name: value for name, value in attributes.items() if name in known})
         with _Allocations(size + 2**24):
             model._setup_model()
         parameters = content["parameters"]
@@ -194,7 +196,7 @@ class Checkpointed(BaseAlgorithm):
                 if allow_pickle and checkpoint.is_pickled(file, label):
                     return super().set_parameters(cast(Any, file), exact_match, device)
                 parameters = _read(file, label)["parameters"]
-        if "policy.optimizer" in parameters:
+        if "param_groups" in parameters.get("policy.optimizer", ()):
             upgraded: Any = self.policy.upgraded_optimizer_state(parameters["policy.optimizer"])  # type: ignore[operator]
             parameters = parameters | {"policy.optimizer": upgraded}
         super().set_parameters(parameters, exact_match, device)

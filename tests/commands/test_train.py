@@ -146,7 +146,6 @@ def test_overview(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["policyflow", "--env", "HalfCheeta-v5"], "did you mean HalfCheetah-v5"),
         (["policyflow", "--env", "CartPole-v1"], "unsupported action space"),
         (["policyflow", "--threads", "0"], "threads: got 0"),
-        (["policyflow", "--env", "Pendulum-v1", *TINY, "--batch-size", "33"], "batch_size: got 33"),
         (["policyflow", "--n-steps", "0"], "n_steps: got 0"),
         (["policyflow", "--solver-steps", "0"], "solver_steps: got 0"),
         (["policyflow", "--ratio", "exact"], "'exact'"),
@@ -174,6 +173,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert error.count("\n") == 1
     assert message in error
     assert not list(Path().iterdir())
+
+
+def test_a_batch_larger_than_the_rollout_warns_and_trains() -> None:
+    with pytest.warns(UserWarning, match="batch_size: got 33, more than the rollout's .* 16 x 2 = 32 samples"):
+        assert start("--batch-size", "33", steps=32) == 0
+    assert (only_run() / "final.zip").exists()
 
 
 @pytest.mark.parametrize("wrong", ["nan_at=20", "inf_reward_at=20"])

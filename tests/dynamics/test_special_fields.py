@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from driftrl.dynamics.fields import MLPField, VelocityField
-from driftrl.dynamics.special_fields import LinearField, PotentialField, ResidualField
+from driftrl.dynamics.special_fields import AffineField, LinearField, PotentialField, ResidualField
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -107,3 +107,15 @@ def test_potential_of_wrong_shape_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"potential must return shape \[4\], got \[4, 1\]"):
         PotentialField(Column(), 3)(0.0, torch.zeros(4, 3))
+
+
+def test_an_affine_field_begins_at_zero_and_is_affine() -> None:
+    field, x, cond = AffineField(2, 3), torch.randn(5, 2), torch.randn(5, 3)
+    assert torch.equal(field(0.3, x, cond), torch.zeros(5, 2))
+    torch.nn.init.normal_(field.output.weight)
+    v, jacobian = field.jacobian(0.3, x, cond)
+    assert torch.allclose(jacobian, field.output.weight[:, :2].expand(5, -1, -1))
+    assert torch.allclose(v, x @ field.output.weight[:, :2].T + cond @ field.output.weight[:, 2:].T, atol=1e-6)
+    assert torch.allclose(field(0.3, x, cond[:1]), field(0.3, x, cond[:1].expand(5, -1)))
+    with pytest.raises(ValueError, match="cond must have shape"):
+        field(0.3, x)

@@ -14,7 +14,7 @@ from gymnasium.wrappers import FrameStackObservation, NormalizeObservation, Reco
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor
 
 from driftrl import LipschitzMBPO
-from driftrl.agents.lipschitz_mbpo.ends import termination_rule
+from driftrl.agents.lipschitz_mbpo.model import termination_rule
 from driftrl.agents.registry import AGENTS
 from driftrl.envs import make_vec
 from driftrl.envs.known import TASK_CLASSES, full_id, known_task, known_task_of, known_task_of_id, task_name

@@ -15,7 +15,7 @@ def test_numpy_scalars_are_welcome() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"actor_hidden": 32}, "actor_hidden: got 32, expected positive integers, at least one"),
+        ({"actor_hidden": 32}, "actor_hidden: got 32, expected positive integers"),
         ({"critic_hidden": "64"}, "critic_hidden: got '64', expected positive integers"),
         ({"n_steps": True}, "n_steps: got True, expected an integer"),
         ({"n_steps": np.float64(64)}, "n_steps: got .*64.0.*, expected an integer"),

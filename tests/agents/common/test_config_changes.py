@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
+from torch.nn.utils import parameters_to_vector as vector
 
 from driftrl import LipschitzMBPO, PolicyFlow
 from driftrl.agents.storage.values import CheckpointError
@@ -97,11 +99,14 @@ def test_an_adapted_rate_is_reset_by_assignment() -> None:
     assert agent.lr_schedule(1.0) == 3e-4
 
 
-def test_a_batch_larger_than_the_rollout_is_refused_at_any_time() -> None:
-    agent = make(PolicyFlow)
-    with pytest.raises(ValueError, match="batch_size: got 1000000, expected at most n_steps x environments"):
+def test_a_batch_larger_than_the_rollout_is_the_rollout_with_a_warning_at_any_time() -> None:
+    agent, same = make(PolicyFlow), make(PolicyFlow)
+    same.batch_size = same.n_steps * same.n_envs
+    with pytest.warns(UserWarning, match="batch_size: got 1000000, more than the rollout's n_steps x environments"):
         agent.batch_size = 10**6
-    assert agent.batch_size == 16
+    steps = agent.n_steps * agent.n_envs
+    weights = [vector(each.learn(2 * steps).policy.parameters()) for each in (agent, same)]
+    assert torch.equal(*weights)
 
 
 INERT = {"noise_time": 9.0, "spread_std": 0.2, "ratio_draws": 3, "collapse_drop": 0.2, "hurst": 0.6}
@@ -125,7 +130,7 @@ def test_load_does_not_change_a_fixed_temperature(tmp_path: Any) -> None:
         LipschitzMBPO.load(tmp_path / "agent", device="cpu", temperature=0.5)
 
 
-@pytest.mark.parametrize("value", ["auto", float("nan"), "x", [1]])
+@pytest.mark.parametrize("value", ["automatic", float("nan"), "x", [1]])
 def test_a_target_entropy_that_is_no_number_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"target_entropy: got .*, expected a number, or None"):
         make(LipschitzMBPO, target_entropy=value)

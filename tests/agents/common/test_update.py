@@ -254,7 +254,7 @@ def test_a_learning_rate_that_is_none_is_refused(rate: Any) -> None:
 @pytest.mark.parametrize(
     ("policy_kwargs", "message"),
     [
-        ({"net_arch": []}, "actor_hidden: got .*at least one"),
+        ({"net_arch": [0]}, "actor_hidden: got .*positive integers"),
         ({"base": "wide"}, "base: got"),
         ({"base_std": -1.0}, "base_std: got"),
     ],

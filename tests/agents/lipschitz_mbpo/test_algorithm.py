@@ -293,8 +293,8 @@ def test_bad_hyperparameters_are_refused(fields: dict[str, Any], text: str) -> N
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ValueError, match="env: got None"):
         LipschitzMBPO()
-    with pytest.raises(TypeError, match="unknown argument: got ent_coef, expected fields of LipschitzMBPOConfig"):
-        agent(ent_coef=0.1)
+    with pytest.raises(TypeError, match="unknown argument: got entropy, expected fields of LipschitzMBPOConfig"):
+        agent(entropy=0.1)
     with pytest.raises(ValueError, match="termination: got task, but no rule of this environment is known"):
         LipschitzMBPO("MlpPolicy", "Pendulum-v1", termination="task", device="cpu")
     with pytest.raises(ValueError, match="env: got a VecNormalize, expected raw observations"):

@@ -303,9 +303,8 @@ def test_entropy_estimate_is_that_of_a_gaussian_where_the_policy_is_one() -> Non
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"batch_size": 64}, ValueError, r"batch_size: got 64, expected at most n_steps x environments = 16 x 2 = 32"),
         ({"ratio": "exact"}, ValueError, "ratio: got 'exact', expected one of interpolation, endpoint"),
-        ({"use_sde": True}, ValueError, "use_sde: expected False"),
+        ({"use_sde": True}, ValueError, "use_sde: got True, expected False; .*base_std"),
         ({"env": None}, ValueError, "env: got None"),
         ({"env": PENDULUM, "n_steps": 1, "batch_size": 1}, ValueError, "rollout of 1 sample"),
         (
@@ -368,7 +367,7 @@ def test_policy_arguments_take_precedence() -> None:
 def test_training_on_cuda_keeps_everything_there(ratio: str, compile: str) -> None:
     fields = SMALL | {"device": "cuda", "ratio": ratio, "ema_decay": 0.9, "compile": compile}
     agent = PolicyFlow("MlpPolicy", pendulum(), **fields).learn(96)
-    tensors = [*agent.policy.state_dict().values(), *tensors_in((agent.rollout_buffer, agent.samples))]
+    tensors = [*agent.policy.state_dict().values(), *tensors_in((agent.storage, agent.samples))]
     assert all(tensor.is_cuda for tensor in tensors)
     again = PolicyFlow("MlpPolicy", pendulum(), **fields).learn(96)
     assert equal(weights(agent), weights(again))

@@ -110,7 +110,7 @@ def test_both_forms_have_the_same_gradient_for_the_policy_that_acted_and_c_one()
         ("solver", "rk5", "one of euler, midpoint, heun, rk4"),
         ("base", "uniform", "one of standard, learned, gaussian"),
         ("spread", "none", "one of paper, consistent"),
-        ("actor_hidden", (), "positive integers"),
+        ("actor_hidden", (0,), "positive integers"),
         ("actor_hidden", (64, 0), "positive integers"),
         ("normalize_reward", "yes", "True or False"),
         ("lr_max", 1e-7, "at least lr_min"),

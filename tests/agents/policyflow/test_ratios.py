@@ -14,6 +14,7 @@ from driftrl.agents.policyflow.policy import FlowActor, FlowNoise, FlowSample
 from driftrl.agents.policyflow.ratios import InterpolationRatio, Ratio, draw_epoch, quadrature, record_references
 from driftrl.agents.policyflow.rollout import Chord, PastNoise, Samples
 from driftrl.dynamics import VelocityField
+from driftrl.dynamics.fields import MLPField
 from driftrl.dynamics.special_fields import LinearField, ResidualField
 
 OBS_DIM, ACTION_DIM = 3, 2
@@ -139,6 +140,7 @@ def test_both_ratios_agree_along_a_path_when_the_velocity_depends_on_the_observa
     actor = make_actor(base, langevin_eps=langevin_eps)
 
     def flatten() -> None:
+        assert isinstance(actor.field, MLPField)
         with torch.no_grad():
             actor.field.x_weight.zero_()
             actor.field.time_weight.zero_()
@@ -196,6 +198,7 @@ def test_interpolation_ratio_is_one_at_any_flow_time(t: float) -> None:
 def test_gaussian_ppo_is_recovered_when_the_velocity_depends_on_the_observation_alone(name: str, base: str) -> None:
     # v = mu(s), so the action given z is N(z + mu(s), std^2); the oracle is torch.distributions.
     actor = make_actor(base)
+    assert isinstance(actor.field, MLPField)
     with torch.no_grad():
         actor.field.x_weight.zero_()
         actor.field.time_weight.zero_()
@@ -210,6 +213,7 @@ def test_gaussian_ppo_is_recovered_when_the_velocity_depends_on_the_observation_
 
     old_base, old_action = distributions()
     perturb(actor, 0.05, seed=3)
+    assert isinstance(actor.field, MLPField)
     with torch.no_grad():
         actor.field.x_weight.zero_()
         actor.field.time_weight.zero_()

@@ -85,7 +85,7 @@ def test_ppos_arguments_that_say_nothing_are_accepted() -> None:
         clip_range=ConstantSchedule(0.3), clip_range_vf=lambda _: 0.4, **FLOW,
     )  # fmt: skip
     assert (agent.clip_range, agent.clip_range_vf) == (0.3, 0.4)
-    with pytest.raises(ValueError, match="use_sde: expected False"):
+    with pytest.raises(ValueError, match="use_sde: got True, expected False"):
         PolicyFlow("MlpPolicy", env, use_sde=True)
     with pytest.raises(ValueError, match=r"clip_range: got a schedule from 0.2 to 0.0, expected a number"):
         PolicyFlow("MlpPolicy", env, clip_range=LinearSchedule(0.2, 0.0, 1.0))

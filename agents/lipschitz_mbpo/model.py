@@ -1,16 +1,21 @@
-"""How model rollouts end: by the rule of the task where the environment is known to follow it, or by a learned one."""
+"""The transition model that a Config asks for, and how its rollouts end: by the rule of the task, or a learned one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from ...dynamics.transition import TRANSITIONS, GaussianTransition
+from ...dynamics.transition_base import TransitionModel
+from ...dynamics.transition_settings import TransitionSettings
 from ...envs.known import known_task_of
 from ...envs.termination import termination_function
+from .config import NETWORKS, LipschitzMBPOConfig
 from .replay import TransitionRing
 
 Rule: TypeAlias = Callable[[Tensor], Tensor]
@@ -18,6 +23,24 @@ Rule: TypeAlias = Callable[[Tensor], Tensor]
 
 MAY_DISAGREE = 0.02
 """Share of ends on which a termination rule and the environment may disagree: what rounding at its edge explains."""
+
+
+def build_model(config: LipschitzMBPOConfig, obs_dim: int, action_dim: int, learns_end: bool) -> TransitionModel:
+    """The transition model, with a terminal head if it learns how episodes end."""
+    settings = TransitionSettings(
+        terminal_head=learns_end, batch_size=config.model_batch_size, patience_updates=config.model_patience
+    )
+    if config.model_weight_decay is not None:
+        settings = replace(settings, weight_decay=config.model_weight_decay, decoupled=True)
+    sizes, hidden = (obs_dim, action_dim), config.model_hidden
+    if config.model in ("flow", "langevin"):  # the spread of the data stays in their hold-out loss: gains are small
+        return TRANSITIONS[config.model](*sizes, replace(settings, min_gain=1e-3), hidden=hidden)
+    assert config.model in NETWORKS
+    return GaussianTransition(
+        *sizes, settings, hidden=hidden, probabilistic=config.model != "deterministic",
+        homoscedastic=config.model == "homoscedastic", layer_norm=config.model_layer_norm,
+        dropout=config.model_dropout, snapshots=config.snapshots, members=config.members, elites=config.elites,
+    )  # fmt: skip
 
 
 def termination_rule(choice: str, given: Rule | None, env: VecEnv | None) -> Rule | None:

@@ -1,0 +1,54 @@
+"""SAC's arguments as those of LipschitzMBPO: what they mean here, and the name of ours where they mean nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..common.arguments import without_neutral
+
+_SDE = "this noise is not available; target_entropy and temperature say how much the agent explores"
+_BUFFER = "the model learns from the agent's own buffer, of buffer_size transitions"
+ARGUMENTS = {
+    "action_noise": ((None,), "the policy is stochastic; target_entropy and temperature say how much it explores"),
+    "replay_buffer_class": ((None,), _BUFFER),
+    "replay_buffer_kwargs": ((None, {}, {"handle_timeout_termination": True}), _BUFFER),
+    "optimize_memory_usage": ((False,), "next observations are stored as such; lower buffer_size"),
+    "n_steps": ((1,), "returns of several steps come from the model's rollouts, of rollout_min to rollout_max steps"),
+    "target_update_interval": ((1,), "the slow critics follow at each update; lower tau"),
+    "use_sde": ((False,), _SDE),
+    "sde_sample_freq": ((-1,), _SDE),
+    "use_sde_at_warmup": ((False,), _SDE),
+}
+"""Of SAC; see `without_neutral`."""
+POLICY_ARGUMENTS = {
+    "use_sde": ((False,), _SDE),
+    "share_features_extractor": ((False,), "actor and critics share no layers"),
+}
+"""Of the policy of SAC."""
+
+
+def own_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the Config that SAC's arguments stand for, and the others as they are.
+
+    Raises:
+        ValueError: if an argument asks for what is not available, or says something else than a field given beside it.
+    """
+    fields = without_neutral(fields, ARGUMENTS)
+    if fields.get("target_entropy") == "auto":
+        fields["target_entropy"] = None
+    if "ent_coef" not in fields:
+        return fields
+    ent_coef = fields.pop("ent_coef")
+    if both := [name for name in ("temperature", "learn_temperature") if name in fields]:
+        raise ValueError(f"ent_coef: got it beside {both[0]}, expected one of them; they say the same")
+    start, learns = ent_coef, False
+    if isinstance(ent_coef, str):
+        name, _, number = ent_coef.partition("_")
+        try:
+            start, learns = float(number or 1.0), True
+        except ValueError:
+            name = ""
+        if name != "auto":
+            raise ValueError(f"ent_coef: got {ent_coef!r}, expected a number above 0, auto, or such as auto_0.1")
+    return {**fields, "temperature": start, "learn_temperature": learns}
