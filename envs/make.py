@@ -15,7 +15,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from .batch import BatchVecEnv
-from .known import known_task_of_id
+from .known import bare_task_of_id
 from .mujoco_batch import MujocoVecEnv
 from .mujoco_tasks import TASKS
 from .multigoal import GOAL_TASKS, GoalVecEnv
@@ -55,7 +55,7 @@ def make_vec(
     if backend not in get_args(Backend):
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(get_args(Backend))}")
     check_env(id, **env_kwargs)
-    task = known_task_of_id(id)  # what the id stands for may be another class than its name lets expect
+    task = bare_task_of_id(id)  # what the id stands for may be another class than its name lets expect
     if backend == "auto":
         backend = "batched" if task in _BATCHED and env_kwargs.get("render_mode") != "human" else "sync"
     if backend == "batched":
