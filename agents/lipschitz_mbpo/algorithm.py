@@ -31,7 +31,7 @@ from ...envs.known import known_task_of
 from ...envs.termination import termination_function
 from ..common.compiling import compiles, prepared
 from ..common.config import Configured, resolve
-from ..common.networks import activation_name
+from ..common.networks import activation_name, check_weights
 from ..common.observations import FiniteReplay, FiniteUpdates
 from ..common.update import Gradient, Loss, Losses, rate_fields
 from .config import LipschitzMBPOConfig
@@ -133,6 +133,10 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         config = self.config
         if self._vec_normalize_env is not None:
             raise ValueError("env: got a VecNormalize, expected raw observations; use normalize_observation=True")
+        check_weights(
+            self.device, actor_hidden=(1, config.actor_hidden), critic_hidden=(2, config.critic_hidden),
+            model_hidden=(config.members, config.model_hidden),
+        )  # fmt: skip
         self.set_random_seed(self.seed)
         self._convert_train_freq()
         defaults: dict[str, Any] = {

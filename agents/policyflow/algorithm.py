@@ -16,7 +16,7 @@ from torch import Tensor
 from ...dynamics.regularize import jacobian_penalty, local_error_penalty
 from ..common.compiling import compiles, owner, prepared
 from ..common.config import resolve
-from ..common.networks import activation_name
+from ..common.networks import activation_name, check_weights
 from ..common.update import Gradient, Loss, Losses, rate_fields
 from .config import PolicyFlowConfig
 from .diagnostics import flow_diagnostics
@@ -176,6 +176,7 @@ class PolicyFlow(FlowRollouts):
             self._spread_coef = vars(self).pop("_brownian_weight")
             self._first_spread_coef = self.config.spread_coef
         config = self.config
+        check_weights(self.device, actor_hidden=(1, config.actor_hidden), critic_hidden=(1, config.critic_hidden))
         self.set_random_seed(self.seed)
         optimizer_kwargs: dict[str, Any] = {}
         if "optimizer_class" not in self.policy_kwargs:

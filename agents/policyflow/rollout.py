@@ -158,8 +158,8 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
         if (kind := config.exploration_noise) != "gaussian":
             self._exploration = step_noise(kind, config.noise_time, config.hurst, size, self.device)
         self.rollout_buffer = RolloutStorage(
-            lazy_zeros(self.n_steps + 1, envs, self.policy.obs_dim, device=self.device),
-            lazy_zeros(3, self.n_steps, *size, device=self.device),
+            lazy_zeros(self.n_steps + 1, envs, self.policy.obs_dim, device=self.device, option="n_steps"),
+            lazy_zeros(3, self.n_steps, *size, device=self.device, option="n_steps"),
         )
         self._discounted_return = np.zeros(envs, np.float32)
         assert isinstance(self.action_space, spaces.Box)
