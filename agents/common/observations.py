@@ -178,8 +178,18 @@ class FiniteTransitions(BaseAlgorithm):
 
     def _record_faults(self) -> None:
         """Log how many there were so far."""
-        self.logger.record("rollout/transitions_left_out", self._transitions_left_out)
-        self.logger.record("rollout/worker_restarts", self._worker_restarts)
+        self._record_counts(
+            {
+                "rollout/transitions_left_out": self._transitions_left_out,
+                "rollout/worker_restarts": self._worker_restarts,
+            }
+        )
+
+    def _record_counts(self, counts: Mapping[str, int]) -> None:
+        """Log counts so far of what should not happen: from the first time on, as rows of zeros hide the others."""
+        for name, count in counts.items():
+            if count:
+                self.logger.record(name, count)
 
 
 class FiniteUpdates(LearningRate, FiniteTransitions):
@@ -274,8 +284,7 @@ class FiniteUpdates(LearningRate, FiniteTransitions):
     def _record_faults(self) -> None:
         """Log how many there were so far."""
         super()._record_faults()
-        self.logger.record("train/updates_left_out", self._updates_left_out)
-        self.logger.record("train/rollbacks", self._rollbacks)
+        self._record_counts({"train/updates_left_out": self._updates_left_out, "train/rollbacks": self._rollbacks})
 
 
 class FiniteReplay(FiniteTransitions, OffPolicyAlgorithm):

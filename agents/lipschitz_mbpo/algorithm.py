@@ -102,6 +102,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
     )  # fmt: skip
     _learned = frozenset(("actor_hidden", "critic_hidden", "temperature", "model", "members", "model_hidden"))
     _remade = ("model_buffer", "_gradient", "_terminated")
+    _ran_away = False  # whether critics ever did
 
     def __init__(
         self, policy: str | type[SACPolicy] = "MlpPolicy", env: GymEnv | str | None = None,
@@ -352,7 +353,9 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         if self.transition is not None:
             found |= model_diagnostics(self.transition, self.policy, self._real, self.n_envs)
         runaway = runs_away(found["lipschitz/largest_value"], self._real, self.config.gamma)
-        found["lipschitz/runaway"] = float(runaway)
+        self._ran_away |= runaway
+        if self._ran_away:
+            found["lipschitz/runaway"] = float(runaway)
         self._record(found)
 
     def _record(self, values: Mapping[str, float]) -> None:

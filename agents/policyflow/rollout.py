@@ -227,7 +227,7 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
                     reached.append(self._features(batch_of_one(infos[i]["terminal_observation"])))
             features[step + 1] = self._features(new_obs)
             self._last_obs, self._last_episode_starts = new_obs, dones
-        self.logger.record("rollout/simulations_diverged", self._diverged)
+        self._record_counts({"rollout/simulations_diverged": self._diverged})
         self._record_faults()
 
         if policy.obs_norm.count == 0:
