@@ -48,6 +48,19 @@ def check_weights(device: torch.device, **networks: tuple[int, Sequence[int]]) -
         check_fits(f"{name}: got {sizes}, whose {weights:,} weights take", 16 * weights, holder, memory)
 
 
+def check_default_dtype() -> None:
+    """Refuse another default type of PyTorch's numbers than float32, in which the agents and their files are.
+
+    Raises:
+        ValueError: if `torch.set_default_dtype` has set one.
+    """
+    if (dtype := torch.get_default_dtype()) is not torch.float32:
+        raise ValueError(
+            f"default dtype: got {dtype}, expected torch.float32, in which agents compute; call "
+            "torch.set_default_dtype(torch.float32) before an agent is made, loaded or used"
+        )
+
+
 def lazy_zeros(*shape: int, device: torch.device | str, option: str) -> Tensor:
     """Zeros in float32 that on a CPU take no memory until they are written to; torch.zeros would write them all.
 

@@ -33,6 +33,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from .compiling import Compiled, owner
+from .networks import check_default_dtype
 from .update import Gradient, LearningRate, Weights
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class FiniteTransitions(BaseAlgorithm):
         tb_log_name: str = "run", progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:  # fmt: skip
         begins = reset_num_timesteps or self._last_obs is None  # else it goes on where it was, maybe in a saved file
+        check_default_dtype()
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         for _, fault in _faults(observation_vectors(self._last_obs, self.observation_space), "observation"):
             raise ValueError(fault)  # there is none before it to act on

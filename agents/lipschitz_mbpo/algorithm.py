@@ -31,7 +31,7 @@ from ...envs.known import known_task_of
 from ...envs.termination import termination_function
 from ..common.compiling import compiles, prepared
 from ..common.config import Configured, resolve
-from ..common.networks import activation_name, check_weights
+from ..common.networks import activation_name, check_default_dtype, check_weights
 from ..common.observations import FiniteReplay, FiniteUpdates
 from ..common.update import Gradient, Loss, Losses, rate_fields
 from .config import LipschitzMBPOConfig
@@ -130,6 +130,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
             self._setup_model()
 
     def _setup_model(self) -> None:
+        check_default_dtype()
         self._take_attributes(_implied(self.policy_kwargs))
         config = self.config
         if self._vec_normalize_env is not None:

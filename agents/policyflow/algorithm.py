@@ -16,7 +16,7 @@ from torch import Tensor
 from ...dynamics.regularize import jacobian_penalty, local_error_penalty
 from ..common.compiling import compiles, owner, prepared
 from ..common.config import resolve
-from ..common.networks import activation_name, check_weights
+from ..common.networks import activation_name, check_default_dtype, check_weights
 from ..common.update import Gradient, Loss, Losses, rate_fields
 from .config import PolicyFlowConfig
 from .diagnostics import flow_diagnostics
@@ -171,6 +171,7 @@ class PolicyFlow(FlowRollouts):
             self._setup_model()
 
     def _setup_model(self) -> None:
+        check_default_dtype()
         self._take_attributes(_implied(self.policy_kwargs))
         if "_brownian_weight" in vars(self):  # as files of earlier versions call it
             self._spread_coef = vars(self).pop("_brownian_weight")
