@@ -1,22 +1,25 @@
 """Batches of one environment as a Stable-Baselines3 VecEnv: what they share beside the step itself.
 
-One Gymnasium environment, the prototype, supplies the arguments, the spaces, the resets and the pictures. A subclass
-steps all environments at once and says how the prototype takes the place of one of them.
+One Gymnasium environment, the prototype, supplies the arguments and the spaces. A subclass steps all environments at
+once. Copies of the prototype on the state of one environment each (`seats.py`) reset it and answer for it.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.env_util import is_wrapped
-from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
+
+from .seats import Episodes, make_seats
 
 Array: TypeAlias = NDArray[Any]
 
@@ -25,18 +28,23 @@ class BatchVecEnv(VecEnv):
     """N environments that share their arguments, with what Stable-Baselines3's DummyVecEnv and Monitor report.
 
     Args:
-        prototype: the environment, see `make_prototype`. A subclass makes first what `_bind` needs.
+        prototype: the environment, see `make_prototype`. A subclass makes first what `_own` needs.
         n_envs: number of environments, N.
+
+    Attributes:
+        render_index: the environment that `render` and `get_images` show; None: all, tiled, as DummyVecEnv.
     """
 
     def __init__(self, prototype: gym.Env[Any, Any], n_envs: int) -> None:
-        self._wrapped, self._env = prototype, cast(Any, prototype.unwrapped)
-        self.render_index = 0
-        self._rngs: list[np.random.Generator | None] = [None] * n_envs
-        self._elapsed = np.zeros(n_envs, dtype=np.int64)
-        self._rewards: list[list[float]] = [[] for _ in range(n_envs)]
-        limit = self._wrapped.spec.max_episode_steps if self._wrapped.spec else None
-        self._limit = np.inf if limit is None or limit < 0 else limit
+        self._env = cast(Any, prototype.unwrapped)
+        self.render_index: int | None = None
+        steps = prototype.spec.max_episode_steps if prototype.spec else None
+        limit = np.inf if steps is None or steps < 0 else steps
+        rewards: list[list[float]] = [[] for _ in range(n_envs)]
+        self._episodes = Episodes(np.full(n_envs, -1), np.full(n_envs, limit), rewards, [0] * n_envs)
+        self._seats = make_seats(prototype, self._episodes, self._own)
+        self._envs: list[Any] = [seat.unwrapped for seat in self._seats]
+        self._ready = False  # whether all environments may be stepped
         self._start = time.time()
         self.metadata = self._env.metadata
         super().__init__(n_envs, self._env.observation_space, self._env.action_space)
@@ -49,27 +57,41 @@ class BatchVecEnv(VecEnv):
         """
 
     @abstractmethod
-    def _bind(self, i: int) -> None:
-        """Put the prototype in the place of environment i: its state, and `_rngs[i]` as its np_random."""
+    def _own(self, i: int) -> dict[str, Any]:
+        """What environment i has for itself, by its attribute of the unwrapped environment."""
 
     def _moved(self) -> None:
-        """Called after resets and methods of the prototype, which may have moved environments."""
+        """Called after resets and methods of environments, which may have moved them."""
+
+    def _hand_out(self, i: int, value: Any) -> bool:
+        """Called with an attribute of environment i that somebody gets; whether it has to be read again."""
+        return False
 
     def reset(self) -> Array:
         """Begin a new episode everywhere; the seeds set by `seed` apply once. Returns observations [N, O]."""
         rows = [self._reset(i, self._seeds[i], self._options[i] or None) for i in range(self.num_envs)]
         self._reset_seeds()
         self._reset_options()
-        self._moved()
+        self._begin()
         self._obs = np.stack(rows)
         return self._obs.copy()
+
+    def _begin(self) -> None:
+        """All environments are in an episode now."""
+        for seat in self._seats:
+            seat.begin()
+        self._ready = True
+        self._moved()
 
     def step_async(self, actions: Array) -> None:
         """Take the actions [N, D], an array or lists; `step_wait` steps.
 
         Raises:
             ValueError: if their shape is another.
+            RuntimeError: if an environment is not in an episode, as Monitor has it.
         """
+        if not self._ready:
+            raise RuntimeError("Tried to step environment that needs reset")
         actions = np.asarray(actions)
         expected = (self.num_envs, *cast(tuple[int, ...], self.action_space.shape))
         if actions.shape != expected:
@@ -79,13 +101,14 @@ class BatchVecEnv(VecEnv):
     def step_wait(self) -> VecEnvStepReturn:
         """Observations [N, O], rewards [N] (float32), dones [N] and infos; ended episodes begin anew."""
         obs, reward, terminated, info = self._advance(self._actions)
-        self._elapsed += 1
-        truncated = (self._elapsed >= self._limit) & ~terminated
+        episodes = self._episodes
+        episodes.elapsed += 1
+        truncated = (episodes.elapsed >= episodes.limit) & ~terminated
         info["TimeLimit.truncated"] = truncated
         columns = [values.tolist() if values.ndim == 1 else list(values) for values in info.values()]
         names = tuple(info)
         infos: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-        for history, value in zip(self._rewards, reward.tolist(), strict=True):
+        for history, value in zip(episodes.rewards, reward.tolist(), strict=True):
             history.append(value)
         dones = terminated | truncated
         if dones.any():
@@ -98,69 +121,92 @@ class BatchVecEnv(VecEnv):
 
     def _reset(self, i: int, seed: int | None = None, options: dict[str, Any] | None = None) -> Array:
         """New episode of environment i by Gymnasium's own reset; returns its observation [O]."""
-        self._elapsed[i] = 0
-        self._rewards[i].clear()
-        self._bind(i)
-        obs, self.reset_infos[i] = self._env.reset(seed=seed, options=options)
-        self._rngs[i] = self._env.np_random
+        episodes, rewards = self._episodes, self._episodes.rewards[i]
+        episodes.elapsed[i] = 0
+        episodes.earlier[i] += len(rewards)
+        rewards.clear()
+        obs, self.reset_infos[i] = self._envs[i].reset(seed=seed, options=options)
         return cast(Array, obs)
 
     def _episode(self, i: int) -> dict[str, float]:
         """What Monitor says of an episode."""
-        rewards = self._rewards[i]
-        return {"r": round(sum(rewards), 6), "l": len(rewards), "t": round(time.time() - self._start, 6)}
+        rewards = self._episodes.rewards[i]
+        total, length, seconds = sum(rewards), len(rewards), round(time.time() - self._start, 6)
+        self._seats[i].end(total, length, seconds)
+        return {"r": round(total, 6), "l": length, "t": seconds}
 
     def get_state(self) -> dict[str, Any]:
         """All that determines the course of the environments, as arrays, for `set_state`; after the first `reset`."""
         return {
             "observation": self._obs.copy(),
-            "elapsed": self._elapsed.copy(),
-            "rewards": np.concatenate(self._rewards),  # of the episodes so far, as many as have elapsed
-            "random": np.array([_random_words(rng) for rng in self._rngs], dtype=np.uint64),
+            "elapsed": self._episodes.elapsed.copy(),
+            "rewards": np.concatenate(self._episodes.rewards),  # of the episodes so far, as many as have elapsed
+            "random": np.array([_random_words(env.np_random) for env in self._envs], dtype=np.uint64),
         }
 
     def set_state(self, state: dict[str, Any]) -> Array:
         """Go on where `get_state` was called, on the same or another batch of the task; returns the observations."""
-        self._obs, self._elapsed = state["observation"].copy(), state["elapsed"].copy()
-        ends = np.cumsum(self._elapsed)
-        self._rewards = [part.tolist() for part in np.split(state["rewards"], ends[:-1])]
-        self._rngs = [_generator(words) for words in state["random"].tolist()]
+        self._obs = state["observation"].copy()
+        self._episodes.elapsed[:] = state["elapsed"]
+        ends = np.cumsum(state["elapsed"])
+        self._episodes.rewards[:] = [part.tolist() for part in np.split(state["rewards"], ends[:-1])]
+        for env, words in zip(self._envs, state["random"].tolist(), strict=True):
+            env.np_random = _generator(words)
+        self._begin()
         return self._obs.copy()
 
     def close(self) -> None:
-        """Close the prototype."""
-        self._wrapped.close()
+        """Close the environments."""
+        for seat in self._seats:
+            seat.close()
+
+    def get_images(self) -> Sequence[Array | None]:
+        """The pictures of all environments, or the one of the environment `render_index`."""
+        chosen = self._seats if self.render_index is None else [self._seats[self.render_index]]
+        if self.render_mode != "rgb_array":
+            warnings.warn(f"render_mode: got {self.render_mode}, expected 'rgb_array' for pictures", stacklevel=2)
+            return [None for _ in chosen]
+        return [cast("Array | None", seat.render()) for seat in chosen]
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """An attribute of the prototype in the place of each environment."""
+        """An attribute of each environment or of its wrappers."""
         values = []
         for i in self._get_indices(indices):
-            self._bind(i)
-            values.append(self._wrapped.get_wrapper_attr(attr_name))
+            value = self._seats[i].get_wrapper_attr(attr_name)
+            values.append(self._seats[i].get_wrapper_attr(attr_name) if self._hand_out(i, value) else value)
         return values
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Set an attribute of the prototype, for all environments.
+        """Set an attribute of environments; of their Monitors where the environments have none of this name.
 
         Raises:
-            ValueError: if the indices leave out an environment: they share their attributes.
+            ValueError: if the environments share it and the indices leave one out, or if the batch steps it itself.
         """
-        chosen = set(self._get_indices(indices))
-        if len(chosen) < self.num_envs:
-            raise ValueError(
-                f"set_attr: got {len(chosen)} of {self.num_envs} environments, expected all: a batch shares its "
-                "attributes; use the backend 'sync' for environments that differ"
-            )
-        setattr(self._env if hasattr(self._env, attr_name) else self._wrapped, attr_name, value)
+        chosen = list(self._get_indices(indices))
+        if attr_name in vars(self._env):
+            if attr_name in self._own(0):
+                raise ValueError(f"set_attr: got {attr_name}, which the batch steps itself; write into it in place")
+            if len(set(chosen)) < self.num_envs:
+                raise ValueError(
+                    f"set_attr: got {len(set(chosen))} of {self.num_envs} environments, expected all: a batch shares "
+                    f"{attr_name}; use the backend 'sync' for environments that differ"
+                )
+            for env in (self._env, *self._envs):
+                vars(env)[attr_name] = value
+            return
+        for i in chosen:
+            target = self._envs[i] if hasattr(self._envs[i], attr_name) else self._seats[i]
+            setattr(target, attr_name, value)
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        """Call a method of the prototype in the place of each environment."""
-        results = []
-        for i in self._get_indices(indices):
-            self._bind(i)
-            results.append(self._wrapped.get_wrapper_attr(method_name)(*method_args, **method_kwargs))
+        """Call a method of each environment or of its wrappers."""
+        results = [
+            self._seats[i].get_wrapper_attr(method_name)(*method_args, **method_kwargs)
+            for i in self._get_indices(indices)
+        ]
+        self._ready = not any(seat.needs_reset for seat in self._seats)
         self._moved()  # set_state, for example, moves them
         return results
 
@@ -168,13 +214,11 @@ class BatchVecEnv(VecEnv):
         self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
     ) -> list[bool]:
         """True for Monitor, whose episode statistics the infos have, and for the wrappers of `gymnasium.make`."""
-        wrapped = issubclass(Monitor, wrapper_class) or is_wrapped(self._wrapped, wrapper_class)
-        return [wrapped for _ in self._get_indices(indices)]
+        return [is_wrapped(self._seats[i], wrapper_class) for i in self._get_indices(indices)]
 
 
-def _random_words(rng: np.random.Generator | None) -> list[int]:
+def _random_words(rng: np.random.Generator) -> list[int]:
     """The state of a generator as Gymnasium makes them (PCG64), in numbers of 64 bits."""
-    assert rng is not None
     state = cast("dict[str, Any]", rng.bit_generator.state)
     words = [word for name in ("state", "inc") for word in divmod(state["state"][name], 2**64)]
     return [*words, state["has_uint32"], state["uinteger"]]

@@ -59,6 +59,12 @@ def known_task_of_id(id: str) -> str | None:
     return known_task(gym.registry.get(id.rpartition(":")[2]))
 
 
+def bare_task_of_id(id: str) -> str | None:
+    """The known task of an id that adds no wrappers to it: a batch would leave out what they do (a film, a limit)."""
+    spec = gym.registry.get(id.rpartition(":")[2])
+    return None if spec is None or spec.additional_wrappers else known_task(spec)
+
+
 def task_name(id: str) -> str:
     """What presets go by: the task that an id stands for, else the id; "" where it only has the name of a task."""
     return known_task_of_id(id) or ("" if id in TASK_CLASSES.values() and id in gym.registry else id)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import gymnasium as gym
@@ -15,7 +19,8 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from .batch import BatchVecEnv
-from .known import known_task_of_id
+from .known import bare_task_of_id
+from .memory import check_fits
 from .mujoco_batch import MujocoVecEnv
 from .mujoco_tasks import TASKS
 from .multigoal import GOAL_TASKS, GoalVecEnv
@@ -28,6 +33,8 @@ _BATCHED: dict[str, Callable[..., BatchVecEnv]] = dict.fromkeys(TASKS, MujocoVec
 )
 _REGISTERED_BY = {"PointMaze_": "gymnasium_robotics", "driftrl/": "driftrl"}
 """Beginnings of ids -> the module whose import registers them, also in the processes of "subproc"."""
+_ENVIRONMENT, _PROCESS = 4000, 30_000_000
+"""Bytes that an environment takes at least: a point mass in a batch, a process with nothing but its imports."""
 
 
 def make_vec(
@@ -54,8 +61,10 @@ def make_vec(
         raise ValueError(f"n_envs: got {n_envs}, expected an integer of at least 1")
     if backend not in get_args(Backend):
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(get_args(Backend))}")
+    size = _PROCESS if backend == "subproc" else _ENVIRONMENT
+    check_fits(f"n_envs: got {n_envs}, which take", n_envs * size)
     check_env(id, **env_kwargs)
-    task = known_task_of_id(id)  # what the id stands for may be another class than its name lets expect
+    task = bare_task_of_id(id)  # what the id stands for may be another class than its name lets expect
     if backend == "auto":
         backend = "batched" if task in _BATCHED and env_kwargs.get("render_mode") != "human" else "sync"
     if backend == "batched":
@@ -82,9 +91,12 @@ def _with_module(id: str) -> str:
 def check_env(id: str, **env_kwargs: Any) -> None:
     """Make the environment once and check that agents of this library can act in it.
 
+    With arguments it is also reset and stepped once: a constructor takes many that the first step cannot use.
+
     Raises:
-        ValueError: if the id is unknown, its package is missing, making it fails, or the spaces are other than Box
-            actions with finite bounds and Box observations (or a Dict of Boxes) that are no images.
+        ValueError: if the id is unknown, its package is missing, making it fails, the spaces are other than Box
+            actions with finite bounds and Box observations (or a Dict of Boxes) that are no images, or it cannot be
+            stepped with its arguments.
     """
     try:
         env: gym.Env[Any, Any] = gym.make(_with_module(id), **env_kwargs)
@@ -95,15 +107,67 @@ def check_env(id: str, **env_kwargs: Any) -> None:
         if id.rpartition(":")[2] in gym.registry or not isinstance(error, gym.error.Error):
             message = f"environment {id!r} cannot be made with the arguments {env_kwargs}"
             raise ValueError(f"{message}: {type(error).__name__}: {error}") from error
-        matches = difflib.get_close_matches(id, gym.registry, n=3, cutoff=0.5)
-        remedy = f"did you mean {', '.join(matches)}?" if matches else "gymnasium.pprint_registry() lists them"
+        near = _near_ids(id)
+        remedy = f"did you mean {', '.join(near)}?" if near else "gymnasium.pprint_registry() lists them"
         raise ValueError(f"unknown environment: got {id!r}, expected a registered Gymnasium id; {remedy}") from error
     try:
         check_spaces(env.observation_space, env.action_space)
     except ValueError as error:
+        env.close()
         raise ValueError(f"{id}: {error}") from error
+    try:
+        if env_kwargs and env.render_mode != "human":
+            _try(id, env, env_kwargs)
     finally:
         env.close()
+
+
+def _near_ids(id: str) -> list[str]:
+    """Registered ids like one that is unknown, with its module, the nearest first.
+
+    Names count, not versions, of which two ids share so many letters that Ant-v5 would be near Pong-v5.
+    """
+    module, colon, name = id.rpartition(":")
+    newest: dict[str, str] = {}
+    for spec in sorted(gym.registry.values(), key=lambda spec: spec.version or 0):
+        newest[_without_version(spec.id).lower()] = spec.id
+    near = difflib.get_close_matches(_without_version(name).lower(), newest, n=3, cutoff=0.75)
+    return [f"{module}{colon}{newest[each]}" for each in near]
+
+
+def _without_version(id: str) -> str:
+    return re.sub(r"-v\d+$", "", id)
+
+
+def _try(id: str, env: gym.Env[Any, Any], env_kwargs: Mapping[str, Any]) -> None:
+    """Reset and step an environment once, with a random action; see `check_env`."""
+    env.action_space.seed(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the environments that are used will give the same
+            env.reset(seed=0)
+            reward = float(env.step(env.action_space.sample())[1])
+    except Exception as error:  # whatever the environment raises
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{place.filename}:{place.lineno}"
+        raise ValueError(
+            f"env-kwargs: {id} with {dict(env_kwargs)} cannot be stepped: {type(error).__name__}: {error} "
+            f"(in {where}); check their names and types"
+        ) from error
+    # Only where an argument explains it: environments may give such numbers, and agents can leave them out.
+    if not math.isfinite(reward) and any(True for _ in _not_finite(env_kwargs.values())):
+        raise ValueError(
+            f"env-kwargs: {id} with {dict(env_kwargs)} begins with a reward of {reward}; check their values"
+        )
+
+
+def _not_finite(values: Iterable[Any]) -> Iterator[float]:
+    """The numbers among values, and in lists among them, that are not finite."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _not_finite(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield value
 
 
 def has_time_limit(id: str, env_kwargs: Mapping[str, Any]) -> bool:

@@ -1,24 +1,26 @@
 """Gymnasium's MuJoCo v5 tasks in batches: all cores step the simulators, NumPy does the rest for all of them at once.
 
 The numbers are Gymnasium's own, bit for bit (`tests/envs/test_mujoco_batch.py`). One Gymnasium environment, the
-prototype, supplies the model, the arguments, the spaces, the resets and the pictures; what runs in every step stands
-here and in `mujoco_tasks.py`.
+prototype, supplies the model, the arguments and the spaces, its copies the resets and the pictures; what runs in every
+step stands here and in `mujoco_tasks.py`.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
+import gymnasium as gym
 import mujoco
 import numpy as np
+from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from .batch import Array, BatchVecEnv, make_prototype
-from .known import known_task_of_id
+from .known import bare_task_of_id
 from .mujoco_tasks import TASKS, Simulators
 
 _STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
@@ -31,22 +33,22 @@ class MujocoVecEnv(BatchVecEnv):
     An episode ends as terminated with ``info["simulation_diverged"]`` if its simulation becomes unstable (MuJoCo finds
     a bad state and resets it): reward 0, the last sound observation as terminal observation. The others go on.
 
-    All environments share one model and the task's arguments. `env_method` and `get_attr` act on the prototype with
-    the simulator of each environment in its place.
+    All environments share the task's arguments, and one model until somebody asks for that of an environment.
+    `env_method` and `get_attr` reach each environment as in DummyVecEnv.
 
     Args:
         id: Gymnasium id of one of the `TASKS`: of its class, not wrapped.
         n_envs: number of environments, N.
         threads: CPU threads that step the simulators, the calling one among them; None: one per available core.
-        **env_kwargs: arguments of the environment. With render_mode="rgb_array", `render` shows the environment
-            `render_index`.
+        **env_kwargs: arguments of the environment. With render_mode="rgb_array", `render` shows all environments, or
+            the environment `render_index`.
 
     Raises:
         ValueError: if the id is of none of the `TASKS`, a number is below 1, or render_mode is "human".
     """
 
     def __init__(self, id: str, n_envs: int, threads: int | None = None, **env_kwargs: Any) -> None:
-        task = known_task_of_id(id)
+        task = bare_task_of_id(id)
         if task not in TASKS:
             raise ValueError(f"batched: got {id!r}, expected one of {', '.join(TASKS)}; use another backend")
         if threads is not None and threads < 1:
@@ -54,7 +56,7 @@ class MujocoVecEnv(BatchVecEnv):
         prototype = make_prototype(id, n_envs, env_kwargs)
         self._task = TASKS[task]
         self.simulators = Simulators(prototype.unwrapped, n_envs)
-        self._shown = self.simulators.env.data
+        self._watched = False
         super().__init__(prototype, n_envs)
         self.diverged = np.zeros(n_envs, dtype=np.int64)  # unstable simulations so far
         datas = self.simulators.datas
@@ -62,7 +64,7 @@ class MujocoVecEnv(BatchVecEnv):
         self._warnings = [data.warning.number[_BAD_STATE] for data in datas]
         parts = min(threads or available_cores(), n_envs)
         bounds = [n_envs * i // parts for i in range(parts + 1)]
-        self._chunks = [datas[low:high] for low, high in pairwise(bounds)]
+        self._chunks = [slice(low, high) for low, high in pairwise(bounds)]
         self._pool = ThreadPoolExecutor(parts - 1, "mujoco") if parts > 1 else None
 
     def step_wait(self) -> VecEnvStepReturn:
@@ -74,6 +76,8 @@ class MujocoVecEnv(BatchVecEnv):
 
     def _advance(self, actions: Array) -> tuple[Array, Array, Array, dict[str, Array]]:
         s = self.simulators
+        if self._watched:
+            self._moved()
         s.actions = actions
         self._simulate()
         obs = np.concatenate([part(s) for part in self._task.observation], axis=1)
@@ -94,10 +98,11 @@ class MujocoVecEnv(BatchVecEnv):
         """Step all simulators, in parallel: `mj_step` works without Python's lock."""
         for control, action in zip(self._controls, self.simulators.actions, strict=True):
             control[:] = action
-        model, frames, contact_forces = self.simulators.model, self._env.frame_skip, self._task.contact_forces
+        models, datas = self.simulators.models, self.simulators.datas
+        frames, contact_forces = self._env.frame_skip, self._task.contact_forces
 
-        def step(datas: Sequence[Any]) -> None:
-            for data in datas:
+        def step(chunk: slice) -> None:
+            for model, data in zip(models[chunk], datas[chunk], strict=True):
                 mujoco.mj_step(model, data, frames)
                 if contact_forces:
                     mujoco.mj_rnePostConstraint(model, data)
@@ -108,8 +113,25 @@ class MujocoVecEnv(BatchVecEnv):
             other.result()
         self.simulators.forget()
 
-    def _bind(self, i: int) -> None:
-        self._env.data, self._env.np_random = self.simulators.datas[i], self._rngs[i]
+    def _own(self, i: int) -> dict[str, Any]:
+        model, data, theirs = self.simulators.models[i], self.simulators.datas[i], self._env.mujoco_renderer
+        renderer = MujocoRenderer(
+            model, data, theirs.default_cam_config, theirs.width, theirs.height, theirs.max_geom, theirs.camera_id,
+            visual_options=theirs._vopt,
+        )  # fmt: skip
+        return {"model": model, "data": data, "mujoco_renderer": renderer}
+
+    def _hand_out(self, i: int, value: Any) -> bool:
+        """Give environment i a model of its own if its model can be changed now; expect its state to be changed."""
+        if not isinstance(value, gym.Env | mujoco.MjModel | mujoco.MjData):
+            return False
+        self._watched = True
+        shares = self.simulators.models[i] is self.simulators.model
+        if shares and not isinstance(value, mujoco.MjData):
+            self.simulators.models[i], self.simulators.own_models = copy.copy(self.simulators.model), True
+            self._envs[i].mujoco_renderer.close()
+            vars(self._envs[i]).update(self._own(i))
+        return True
 
     def _moved(self) -> None:
         """Note where the next step begins."""
@@ -136,27 +158,20 @@ class MujocoVecEnv(BatchVecEnv):
         expected = (self.num_envs, mujoco.mj_stateSize(s.model, _STATE))
         if state["physics"].shape != expected:
             raise ValueError(f"state: got physics of shape {state['physics'].shape}, expected {expected}")
-        for row, data in zip(state["physics"], s.datas, strict=True):
-            mujoco.mj_setState(s.model, data, row, _STATE)
-            mujoco.mj_forward(s.model, data)  # what is shown and read follows from the state
-        s.forget()
-        if self._task.point is not None:
-            s.before = state["before"].copy()
+        for row, model, data in zip(state["physics"], s.models, s.datas, strict=True):
+            mujoco.mj_setState(model, data, row, _STATE)
+            mujoco.mj_forward(model, data)  # what is shown and read follows from the state
         self.diverged = state["diverged"].copy()
-        return super().set_state(state)
+        obs = super().set_state(state)
+        if self._task.point is not None:
+            s.before = state["before"].copy()  # mj_forward has moved bodies by as much as a step leaves them behind
+        return obs
 
     def close(self) -> None:
-        """End the threads and close the renderer."""
+        """End the threads and close the environments."""
         if self._pool:
             self._pool.shutdown()
-        self._env.data = self._shown
         super().close()
-
-    def get_images(self) -> Sequence[Array | None]:
-        """The picture of the environment `render_index` alone."""
-        mujoco.mj_copyData(self._shown, self.simulators.model, self.simulators.datas[self.render_index])
-        self._env.data = self._shown  # the renderer keeps to the MjData that it was made for
-        return [cast("Array | None", self._env.render())]
 
 
 def available_cores() -> int:

@@ -29,6 +29,8 @@ class Simulators:
 
     Attributes:
         env: the prototype, with the task's arguments as attributes.
+        models: of every simulator its model, one for all unless a user asked for one.
+        own_models: whether a user did.
         actions: the actions of this step, [N, nu], in the dtype in which they came.
         before: the tracked point before the step, [N] or [N, 2].
         after: the tracked point after the step.
@@ -40,6 +42,7 @@ class Simulators:
 
     def __init__(self, env: Any, n: int) -> None:
         self.env, self.model = env, env.model
+        self.models, self.own_models = [self.model] * n, False
         self.datas = [mujoco.MjData(self.model) for _ in range(n)]
         self._views: dict[str, list[Array]] = {}
         self._arrays: dict[str, Array] = {}
@@ -62,7 +65,17 @@ class Simulators:
 
     def velocity(self) -> Array:
         """Velocity of the tracked point, averaged over the step, [N] or [N, 2]."""
-        return cast(Array, (self.after - self.before) / self.env.dt)
+        seconds = self.timestep * self.env.frame_skip
+        if isinstance(seconds, np.ndarray) and self.after.ndim == 2:
+            seconds = seconds[:, None]
+        return cast(Array, (self.after - self.before) / seconds)
+
+    @property
+    def timestep(self) -> float | Array:
+        """Seconds of a step of the simulators; [N] where they have models of their own."""
+        if self.own_models:
+            return np.array([model.opt.timestep for model in self.models])
+        return float(self.model.opt.timestep)
 
 
 @dataclass(frozen=True)
@@ -205,12 +218,12 @@ def _humanoid_contact_cost(s: Simulators) -> Array:
 
 def _mass_centers(s: Simulators) -> Array:
     # One by one: over the whole batch numpy.einsum adds in another order.
-    return np.stack([mass_center(s.model, data) for data in s.datas])
+    return np.stack([mass_center(*each) for each in zip(s.models, s.datas, strict=True)])
 
 
 def _standup(s: Simulators) -> Outcome:
     env, height = s.env, s["qpos"][:, 2]
-    up = (height - 0) / s.model.opt.timestep
+    up = (height - 0) / s.timestep
     control = env._ctrl_cost_weight * _square_sum(s["ctrl"])
     impact = np.clip(env._impact_cost_weight * _square_sum(s["cfrc_ext"]), *env._impact_cost_range)
     terms = {"reward_linup": up, "reward_quadctrl": -control, "reward_impact": -impact}

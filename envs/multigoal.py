@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium import spaces
 
 from .batch import Array, BatchVecEnv, make_prototype
-from .known import known_task_of_id
+from .known import bare_task_of_id
 
 Start: TypeAlias = Literal["random"] | Sequence[float]
 """Where episodes begin: drawn as the task defines it, or at rest at a point (x, y)."""
@@ -230,15 +230,15 @@ class GoalVecEnv(BatchVecEnv):
     Args:
         id: Gymnasium id of one of the `GOAL_TASKS`: of its class, not wrapped.
         n_envs: number of environments, N.
-        **env_kwargs: arguments of the environment, see `GoalEnv`. With render_mode="rgb_array", `render` shows the
-            environment `render_index`.
+        **env_kwargs: arguments of the environment, see `GoalEnv`. With render_mode="rgb_array", `render` shows all
+            environments, or the environment `render_index`.
 
     Raises:
         ValueError: if the id is of none of the `GOAL_TASKS`, n_envs is below 1, or render_mode is "human".
     """
 
     def __init__(self, id: str, n_envs: int, **env_kwargs: Any) -> None:
-        task = known_task_of_id(id)
+        task = bare_task_of_id(id)
         if task not in GOAL_TASKS:
             raise ValueError(f"batched: got {id!r}, expected one of {', '.join(GOAL_TASKS)}; use another backend")
         prototype = make_prototype(id, n_envs, env_kwargs)
@@ -249,13 +249,8 @@ class GoalVecEnv(BatchVecEnv):
     def _advance(self, actions: Array) -> tuple[Array, Array, Array, dict[str, Array]]:
         return advance(self.task, self.states, actions)
 
-    def _bind(self, i: int) -> None:
-        self._env.state, self._env.np_random = self.states[i : i + 1], self._rngs[i]
-
-    def get_images(self) -> Sequence[Array | None]:
-        """The picture of the environment `render_index` alone."""
-        self._bind(self.render_index)
-        return [self._env.render()]
+    def _own(self, i: int) -> dict[str, Any]:
+        return {"state": self.states[i : i + 1]}
 
     def get_state(self) -> dict[str, Any]:
         """All that determines the course of the environments, as arrays, for `set_state`; after the first `reset`."""

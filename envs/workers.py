@@ -35,7 +35,7 @@ class SupervisedVecEnv(SubprocVecEnv):
     A worker dies of an exception in the environment, too: its traceback is printed. What training sees of a restart is
     an episode that ends as truncated, with reward 0 and the last observation as ``terminal_observation``, an info with
     ``worker_restarted``, and a new episode. No ``episode`` is reported, as its return is not known. The new environment
-    is not seeded: after the same seed it would meet the same fault.
+    is not seeded: after the same seed it would meet the same fault. Attributes that `set_attr` has set are set again.
 
     Args:
         env_fns: makers of the environments.
@@ -62,6 +62,7 @@ class SupervisedVecEnv(SubprocVecEnv):
         super().__init__(self._makers, _START_METHOD)
         self.remotes = list(self.remotes)  # restarts replace them
         self._seen: list[Any] = [None] * len(env_fns)  # last observations
+        self._set: list[dict[str, Any]] = [{} for _ in env_fns]  # attributes that a restart sets again
 
     def step_async(self, actions: np.ndarray) -> None:
         """Send the actions, [N, ...], to the workers; to one that is dead `step_wait` attends."""
@@ -92,12 +93,28 @@ class SupervisedVecEnv(SubprocVecEnv):
         return self._stacked()
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """Attributes of the environments."""
-        return self._ask("get_attr", attr_name, indices)
+        """Attributes of the environments.
+
+        Raises:
+            ValueError: if they are environments: a copy, not begun, would come here.
+        """
+        answers = self._ask("get_attr", attr_name, indices)
+        if any(isinstance(answer, gym.Env) for answer in answers):
+            raise ValueError(
+                f"get_attr: got {attr_name!r}, an environment, which stays in its process; call its methods by "
+                "env_method, or use the backend 'sync'"
+            )
+        return answers
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """Set an attribute of the environments."""
         self._ask("set_attr", (attr_name, value), indices)
+        for i in self._get_indices(indices):
+            self._set[i][attr_name] = value
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        """Pictures of the environments."""
+        return self._ask("render", "a picture", None) if self.render_mode == "rgb_array" else super().get_images()
 
     def has_attr(self, attr_name: str) -> bool:
         """Whether all environments have an attribute."""
@@ -200,9 +217,13 @@ class SupervisedVecEnv(SubprocVecEnv):
             self.remotes[i].close()
             self._start(i)
             try:
+                for attribute in self._set[i].items():
+                    self.remotes[i].send(("set_attr", attribute))
                 self.remotes[i].send(("reset", (None, {})))
-                answer: tuple[Any, dict[str, Any]] = self._receive(i, time.monotonic() + STARTUP + self.timeout)
-                return answer
+                deadline = time.monotonic() + STARTUP + self.timeout
+                answers = [self._receive(i, deadline) for _ in range(len(self._set[i]) + 1)]
+                reset: tuple[Any, dict[str, Any]] = answers[-1]
+                return reset
             except (EOFError, OSError) as again:
                 fault = again
 

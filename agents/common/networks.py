@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ...envs.memory import GIB, check_fits
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU, "mish": nn.Mish, "tanh": nn.Tanh, "elu": nn.ELU, "relu": nn.ReLU,
@@ -26,10 +29,52 @@ def activation_name(activation: str | type[nn.Module]) -> str:
     raise ValueError(f"unknown activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
 
 
-def lazy_zeros(*shape: int, device: torch.device | str) -> Tensor:
-    """Zeros in float32 that on a CPU take no memory until they are written to; torch.zeros would write them all."""
+def check_weights(device: torch.device, **networks: tuple[int, Sequence[int]]) -> None:
+    """Refuse networks that the memory cannot hold, before PyTorch draws their weights for minutes.
+
+    Args:
+        device: where they will be.
+        networks: by the name of the option that says their widths, how many networks have them, and the widths.
+
+    Raises:
+        ValueError: if weights, gradients and Adam's two moments need more than the memory of the device.
+    """
+    memory, holder = None, "machine"
+    if device.type == "cuda":
+        memory, holder = float(torch.cuda.get_device_properties(device).total_memory), "GPU"
+    for name, (count, widths) in networks.items():
+        weights = count * sum(before * after for before, after in pairwise(widths))
+        sizes = " ".join(map(str, widths))
+        check_fits(f"{name}: got {sizes}, whose {weights:,} weights take", 16 * weights, holder, memory)
+
+
+def check_default_dtype() -> None:
+    """Refuse another default type of PyTorch's numbers than float32, in which the agents and their files are.
+
+    Raises:
+        ValueError: if `torch.set_default_dtype` has set one.
+    """
+    if (dtype := torch.get_default_dtype()) is not torch.float32:
+        raise ValueError(
+            f"default dtype: got {dtype}, expected torch.float32, in which agents compute; call "
+            "torch.set_default_dtype(torch.float32) before an agent is made, loaded or used"
+        )
+
+
+def lazy_zeros(*shape: int, device: torch.device | str, option: str) -> Tensor:
+    """Zeros in float32 that on a CPU take no memory until they are written to; torch.zeros would write them all.
+
+    Raises:
+        ValueError: if the system has not that much memory to give; the option is what the user can lower.
+    """
     count = math.prod(shape)
-    memory = np.zeros(count + 16, np.float32)
+    try:
+        memory = np.zeros(count + 16, np.float32)
+    except MemoryError:
+        raise ValueError(
+            f"{option}: got a storage of {' x '.join(map(str, shape))} numbers, {4 * count / GIB:,.0f} GiB, more than "
+            "the machine can give; lower it"
+        ) from None
     start = -memory.ctypes.data // memory.itemsize % 16  # at a multiple of 64 bytes, as torch's tensors begin
     return torch.from_numpy(memory[start : start + count]).view(shape).to(device)
 

@@ -33,6 +33,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from .compiling import Compiled, owner
+from .networks import check_default_dtype
 from .update import Gradient, LearningRate, Weights
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ class FiniteTransitions(BaseAlgorithm):
         tb_log_name: str = "run", progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:  # fmt: skip
         begins = reset_num_timesteps or self._last_obs is None  # else it goes on where it was, maybe in a saved file
+        check_default_dtype()
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         for _, fault in _faults(observation_vectors(self._last_obs, self.observation_space), "observation"):
             raise ValueError(fault)  # there is none before it to act on
@@ -191,8 +193,18 @@ class FiniteTransitions(BaseAlgorithm):
 
     def _record_faults(self) -> None:
         """Log how many there were so far."""
-        self.logger.record("rollout/transitions_left_out", self._transitions_left_out)
-        self.logger.record("rollout/worker_restarts", self._worker_restarts)
+        self._record_counts(
+            {
+                "rollout/transitions_left_out": self._transitions_left_out,
+                "rollout/worker_restarts": self._worker_restarts,
+            }
+        )
+
+    def _record_counts(self, counts: Mapping[str, int]) -> None:
+        """Log counts so far of what should not happen: from the first time on, as rows of zeros hide the others."""
+        for name, count in counts.items():
+            if count:
+                self.logger.record(name, count)
 
 
 class FiniteUpdates(LearningRate, FiniteTransitions):
@@ -287,8 +299,7 @@ class FiniteUpdates(LearningRate, FiniteTransitions):
     def _record_faults(self) -> None:
         """Log how many there were so far."""
         super()._record_faults()
-        self.logger.record("train/updates_left_out", self._updates_left_out)
-        self.logger.record("train/rollbacks", self._rollbacks)
+        self._record_counts({"train/updates_left_out": self._updates_left_out, "train/rollbacks": self._rollbacks})
 
 
 class FiniteReplay(FiniteTransitions, OffPolicyAlgorithm):

@@ -259,7 +259,8 @@ class BoxPolicy(BasePolicy):
     def _choose(self, features: Tensor, deterministic: bool) -> Tensor:
         if deterministic:
             return self.decide(features, None)
-        return self.decide(features, torch.randn(self.draws, len(features), self.action_dim, device=features.device))
+        size = (self.draws, len(features), self.action_dim)
+        return self.decide(features, torch.randn(size, dtype=features.dtype, device=features.device))
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         return self._choose(self.features(observation), deterministic)

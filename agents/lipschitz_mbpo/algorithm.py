@@ -27,7 +27,7 @@ from ...dynamics.transition_base import TransitionModel
 from ..common.arguments import without_neutral
 from ..common.compiling import compiles, prepared
 from ..common.config import Configured, resolve
-from ..common.networks import activation_name
+from ..common.networks import activation_name, check_default_dtype, check_weights
 from ..common.observations import FiniteReplay, FiniteUpdates
 from ..common.update import Gradient, Loss, Losses, rate_fields
 from .config import LipschitzMBPOConfig
@@ -108,6 +108,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
          "snapshots", "model_hidden", "model_layer_norm")
     )  # fmt: skip
     _remade = ("model_buffer", "_gradient", "_terminated")
+    _ran_away = False  # whether critics ever did
 
     def __init__(
         self, policy: str | type[SACPolicy] = "MlpPolicy", env: GymEnv | str | None = None,
@@ -139,10 +140,15 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
             self._setup_model()
 
     def _setup_model(self) -> None:
+        check_default_dtype()
         self._take_attributes(_implied(self.policy_kwargs))
         config = self.config
         if self._vec_normalize_env is not None:
             raise ValueError("env: got a VecNormalize, expected raw observations; use normalize_observation=True")
+        check_weights(
+            self.device, actor_hidden=(1, config.actor_hidden), critic_hidden=(2, config.critic_hidden),
+            model_hidden=(config.members, config.model_hidden),
+        )  # fmt: skip
         self.set_random_seed(self.seed)
         self._convert_train_freq()
         defaults: dict[str, Any] = {
@@ -381,7 +387,9 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
             starts = self._starts(GRADIENTS, self.batch_size, generator)
             found |= gradient_diagnostics(self.policy, (self._gradient(start)[0] for start in starts), self._real)
         runaway = runs_away(found["lipschitz/largest_value"], self._real, self.config.gamma)
-        found["lipschitz/runaway"] = float(runaway)
+        self._ran_away |= runaway
+        if self._ran_away:
+            found["lipschitz/runaway"] = float(runaway)
         self._record(found)
 
     def _record(self, values: Mapping[str, float]) -> None:

@@ -55,6 +55,10 @@ class Minibatch(NamedTuple):
     pair: Tensor | None = None  # the critics of the target where there are more than two, [2]
 
 
+_CAPACITY = "buffer_size, or model_rollouts and model_retain"
+"""What sets the size of a `TransitionRing`."""
+
+
 class TransitionRing:
     """Ring buffer of transitions, each one row of a matrix: a minibatch is gathered by a single kernel.
 
@@ -68,7 +72,7 @@ class TransitionRing:
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device) -> None:
         self.capacity = capacity
         self._widths = (obs_dim, action_dim, obs_dim, 1, 1)
-        self.rows = lazy_zeros(capacity, sum(self._widths), device=device)
+        self.rows = lazy_zeros(capacity, sum(self._widths), device=device, option=_CAPACITY)
         self.position, self.size = 0, 0
 
     def get_state(self) -> dict[str, Any]:
@@ -87,7 +91,7 @@ class TransitionRing:
             raise ValueError(f"transitions: got rows of {got}, expected {expected}; those of this environment")
         if not (len(used) <= capacity and position == (position if len(used) == capacity else len(used)) % capacity):
             raise ValueError(f"transitions: got {len(used)} rows, capacity {capacity} and position {position}")
-        self.rows = lazy_zeros(capacity, used.shape[1], device=self.rows.device)
+        self.rows = lazy_zeros(capacity, used.shape[1], device=self.rows.device, option=_CAPACITY)
         self.rows[: len(used)] = used
         self.capacity, self.position, self.size = capacity, position, len(used)
 
@@ -108,7 +112,7 @@ class TransitionRing:
         """Make room for `capacity` rows; the newest stay."""
         if capacity != self.capacity:
             kept = self.newest(capacity)
-            self.rows = lazy_zeros(capacity, sum(self._widths), device=self.rows.device)
+            self.rows = lazy_zeros(capacity, sum(self._widths), device=self.rows.device, option=_CAPACITY)
             self.rows[: len(kept)] = kept
             self.capacity, self.size, self.position = capacity, len(kept), len(kept) % capacity
 

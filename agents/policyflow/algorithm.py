@@ -18,6 +18,7 @@ from ...dynamics.regularize import jacobian_penalty, local_error_penalty
 from ..common.arguments import without_neutral
 from ..common.compiling import compiles, owner, prepared
 from ..common.config import resolve
+from ..common.networks import check_default_dtype, check_weights
 from ..common.update import Gradient, Loss, Losses, rate_fields
 from .config import PolicyFlowConfig
 from .diagnostics import flow_diagnostics
@@ -148,11 +149,13 @@ class PolicyFlow(FlowRollouts):
             self._setup_model()
 
     def _setup_model(self) -> None:
+        check_default_dtype()
         self._take_attributes(implied_fields(self.policy_kwargs))
         if "_brownian_weight" in vars(self):  # as files of earlier versions call it
             self._spread_coef = vars(self).pop("_brownian_weight")
             self._first_spread_coef = self.config.spread_coef
         config = self.config
+        check_weights(self.device, actor_hidden=(1, config.actor_hidden), critic_hidden=(1, config.critic_hidden))
         self.set_random_seed(self.seed)
         optimizer_kwargs: dict[str, Any] = {}
         if "optimizer_class" not in self.policy_kwargs:

@@ -89,7 +89,8 @@ class CollapseMonitor:
             rate: the adaptive learning rate.
 
         Returns:
-            The learning rate to go on with; collapse/alarms and collapse/rollbacks so far, collapse/return_fall.
+            The learning rate to go on with; collapse/alarms and collapse/rollbacks so far if there were any,
+            collapse/return_fall.
         """
         reason = self.alarm(metrics, [float(episode["r"]) for episode in episodes], episodes.maxlen)
         if reason is not None:
@@ -108,8 +109,5 @@ class CollapseMonitor:
             if self._fall <= GOOD:
                 self._good = self._next or self._good
             self._next = Snapshot(policy), rate
-        return rate, {
-            "collapse/alarms": self.alarms,
-            "collapse/rollbacks": self.rollbacks,
-            "collapse/return_fall": self._fall,
-        }
+        counts = {"collapse/alarms": self.alarms, "collapse/rollbacks": self.rollbacks}
+        return rate, {name: count for name, count in counts.items() if count} | {"collapse/return_fall": self._fall}

@@ -164,8 +164,8 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
             self._exploration = step_noise(kind, config.noise_time, config.hurst, size, self.device)
         self.rollout_buffer = RolloutView(self)
         self.storage = RolloutStorage(
-            lazy_zeros(self.n_steps + 1, envs, self.policy.obs_dim, device=self.device),
-            lazy_zeros(3, self.n_steps, *size, device=self.device),
+            lazy_zeros(self.n_steps + 1, envs, self.policy.obs_dim, device=self.device, option="n_steps"),
+            lazy_zeros(3, self.n_steps, *size, device=self.device, option="n_steps"),
         )
         self._discounted_return = np.zeros(envs, np.float32)
         assert isinstance(self.action_space, spaces.Box)
@@ -240,7 +240,7 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
             features[step + 1] = self._features(new_obs)
             self._last_obs, self._last_episode_starts = new_obs, dones
             self.steps_collected = step + 1
-        self.logger.record("rollout/simulations_diverged", self._diverged)
+        self._record_counts({"rollout/simulations_diverged": self._diverged})
         self._record_faults()
 
         if policy.obs_norm.count == 0:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
 from ..envs import make_vec
 from ..envs.make import has_time_limit
@@ -24,10 +25,11 @@ MAX_STEPS = 10_000
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Returns and lengths of the episodes of one evaluation."""
+    """Returns and lengths of the episodes of one evaluation, and how many more were left out (`_SoundEpisodes`)."""
 
     returns: list[float]
     lengths: list[int]
+    left_out: int
 
     def summary(self) -> dict[str, float]:
         """Statistics of the returns, with a 95 % bootstrap interval of the IQM, and of the episode lengths."""
@@ -69,6 +71,60 @@ class CheckedPolicy:
         return self.agent.predict(observation, state, episode_start, deterministic)
 
 
+class _SoundEpisodes(VecEnvWrapper):
+    """Environments whose episodes are not reported where an observation or a reward was not finite.
+
+    For agents whose `nonfinite` lets them go on in training. In place of such an observation the agent sees the last
+    finite one, of such a reward 0, as in training; another episode is played in place of the one left out.
+
+    Args:
+        venv: the environments, with Monitor.
+        most: how many episodes may be left out before it is an error.
+    """
+
+    def __init__(self, venv: VecEnv, most: int) -> None:
+        super().__init__(venv)
+        self.left_out, self._most = 0, most
+        self._broken = np.zeros(venv.num_envs, dtype=bool)
+
+    def reset(self) -> Any:
+        """Begin new episodes."""
+        obs = self.venv.reset()
+        self._broken[:] = False
+        self._held = {name: np.zeros_like(part) for name, part in _parts(obs).items()}
+        return self._sound(obs)
+
+    def step_wait(self) -> Any:
+        """The step, without what is not finite."""
+        obs, rewards, dones, infos = self.venv.step_wait()
+        self._broken |= ~np.isfinite(rewards)
+        for i in np.flatnonzero(dones):
+            if "episode" in infos[i] and (self._broken[i] or not np.isfinite(infos[i]["episode"]["r"])):
+                del infos[i]["episode"]  # evaluate_policy counts what has one
+                self.left_out += 1
+        if self.left_out > self._most:
+            raise ValueError(
+                f"non-finite episodes: got {self.left_out} with observations or rewards that are not finite, expected "
+                f"at most {self._most}; check the environment"
+            )
+        self._broken[dones] = False
+        return self._sound(obs), np.where(np.isfinite(rewards), rewards, 0), dones, infos
+
+    def _sound(self, obs: Any) -> Any:
+        """The observations, with the last finite ones in place of those that are not."""
+        parts = _parts(obs)
+        finite = np.all([np.isfinite(part).reshape(len(part), -1).all(1) for part in parts.values()], axis=0)
+        self._broken |= ~finite
+        for name, part in parts.items():
+            self._held[name][finite] = part[finite]
+        held = {name: part.copy() for name, part in self._held.items()}
+        return held if isinstance(obs, dict) else held[""]
+
+
+def _parts(obs: Any) -> dict[str, NDArray[Any]]:
+    return obs if isinstance(obs, dict) else {"": obs}
+
+
 def evaluate_agent(
     agent: BaseAlgorithm, env_id: str, env_kwargs: dict[str, Any], episodes: int, seed: int, *, sample: bool,
     max_steps: int = MAX_STEPS,
@@ -88,14 +144,14 @@ def evaluate_agent(
 
     Raises:
         ValueError: if episodes is below 1, the agent was trained for other spaces, or an observation or a return is
-            not finite.
+            not finite; of an agent that leaves such transitions out, if that holds for ten times as many episodes.
     """
     if episodes < 1:
         raise ValueError(f"episodes: got {episodes}, expected an integer of at least 1")
 
     def check_return(progress: dict[str, Any], _: dict[str, Any]) -> None:
         """Called by evaluate_policy with its local variables, after each step of each environment."""
-        value = progress["info"]["episode"]["r"] if progress["done"] else 0.0
+        value = progress["info"]["episode"]["r"] if "episode" in progress["info"] else 0.0
         if not np.isfinite(value):
             number = len(progress["episode_rewards"]) + 1
             raise ValueError(
@@ -113,13 +169,21 @@ def evaluate_agent(
                 raise ValueError(f"{kind} of {env_id}: got {got}, expected {expected} as in training; change --env")
         agent.set_random_seed(seed)
         model = CheckedPolicy(agent, env_id)
+        sound = _SoundEpisodes(env, 10 * episodes) if leaves_out(agent) else None
+        env = sound or env
         results = evaluate_policy(
             model, env, episodes, deterministic=not sample, callback=check_return, return_episode_rewards=True
         )
     finally:
         env.close()
     returns, lengths = cast(tuple[list[float], list[int]], results)
-    return Evaluation([float(value) for value in returns], [int(length) for length in lengths])
+    left_out = sound.left_out if sound else 0
+    return Evaluation([float(value) for value in returns], [int(length) for length in lengths], left_out)
+
+
+def leaves_out(agent: BaseAlgorithm) -> bool:
+    """Whether an agent goes on where numbers of the environment are not finite."""
+    return getattr(getattr(agent, "config", None), "nonfinite", "raise") != "raise"
 
 
 def evaluate_modes(
@@ -139,6 +203,8 @@ def evaluate_modes(
         report[mode] = {**result.summary(), "returns": result.returns, "lengths": result.lengths}
         if not has_time_limit(env_id, env_kwargs):
             report[mode]["cut_off"] = sum(length >= max_steps for length in result.lengths)
+        if leaves_out(agent):
+            report[mode]["left_out"] = result.left_out
         if has_several_solutions(env_id):
             agent.set_random_seed(seed)
             report[mode]["multimodality"] = multimodality(
@@ -160,6 +226,9 @@ def format_table(report: dict[str, Any]) -> str:
     for mode in modes:
         if cut_off := report[mode].get("cut_off"):
             lines.append(f"{mode}: {cut_off} of {report['episodes']} episodes had no end and were cut off")
+    for mode in modes:
+        if left_out := report[mode].get("left_out"):
+            lines.append(f"{mode}: {left_out} more episodes had numbers that are not finite and do not count")
     if "multimodality" in report[modes[0]]:
         lines += ["", format_multimodality({mode: report[mode]["multimodality"] for mode in modes})]
     return "\n".join(lines)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import select
 import sys
 import sysconfig
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -56,6 +58,36 @@ def fail(error: Exception) -> int:
     """Print an error in one line to stderr and return the exit code of bad input."""
     print("error:", " ".join(str(error).split()), file=sys.stderr)
     return 2
+
+
+def until_output_closes(command: Callable[[], int]) -> int:
+    """Run a command and return its exit code; where the reader of its output has gone (`| head`), end quietly with 141.
+
+    That is what a shell says of a program that SIGPIPE ended. Training stops then, as it does at the first SIGTERM: who
+    closed its output expects it to end, and what was learned is saved.
+    """
+    try:
+        try:
+            return command()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not output_closed():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return 128 + 13  # SIGPIPE, which Windows does not have
+
+
+def output_closed() -> bool:
+    """Whether nobody reads the standard output any longer; False where the system cannot say."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poller = select.poll()
+    try:
+        poller.register(sys.stdout.fileno(), 0)
+    except OSError:  # no file, in a notebook say
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0))
 
 
 def users_line(error: BaseException) -> str | None:

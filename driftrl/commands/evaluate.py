@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from ..envs import check_env, parse_env_kwargs
 from ..envs.known import full_id
 from ..envs.multigoal import GOAL_TASKS
 from ..runs.folder import find_checkpoint, load_saved, newest_run, read_settings, run_folder_of
-from .errors import Parser, fail, import_from_here, users_line, whole_number
+from .errors import Parser, fail, import_from_here, output_closed, until_output_closes, users_line, whole_number
 
 
 def _check_target(option: str, path: Path) -> None:
@@ -34,7 +35,11 @@ def _check_target(option: str, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, or 2 for bad input."""
+    """Run the command; returns its exit code: 0, 2 for bad input, or 141 where nobody reads its output."""
+    return until_output_closes(partial(_main, argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     import_from_here()
     usage = "%(prog)s RUN_OR_FILE [options]"
     parser = Parser(prog=Path(sys.argv[0]).name, usage=usage, description="Evaluate a saved policy.")
@@ -70,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("got no RUN_OR_FILE, expected a run folder or saved .zip file")
         return _evaluate(args)
     except (ValueError, OSError) as error:
+        if output_closed():
+            raise
         if where := users_line(error):
             print(f"error: raised in {where}", file=sys.stderr)
             raise

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +49,15 @@ from ..runs.folder import (
 )
 from ..runs.log import open_logger, warn
 from ..runs.signals import StopOnSignal, exit_code, sigterm_as_interrupt
-from .errors import Parser, fail, import_from_here, users_line, whole_number
+from .errors import (
+    Parser,
+    fail,
+    import_from_here,
+    output_closed,
+    until_output_closes,
+    users_line,
+    whole_number,
+)
 from .help import LEGEND, Option, format_help, grouped, options
 from .options import named_options, read_options
 
@@ -93,7 +102,11 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 2 for bad input, 130 or 143 where a signal ended it."""
+    """Run the command; returns its exit code: 0, 2 for bad input, 130, 141 or 143 where a signal ended it."""
+    return until_output_closes(partial(_main, argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     import_from_here()
     try:
@@ -110,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         raise ValueError(f"got {args[0] if args else 'no agent'}, expected {' or '.join(AGENTS)}, or --resume RUN")
     except (ValueError, OSError) as error:
-        if users_line(error):
+        if users_line(error) or output_closed():
             raise
         return fail(error)
     except KeyboardInterrupt as interrupt:
@@ -290,6 +303,9 @@ def _train(agent: Checkpointed, folder: Path, settings: RunSettings, found: Resu
     except Exception as error:
         kept = f"kept what was saved before, in {folder}" if has_saved(folder) else "nothing was saved"
         where = users_line(error)
+        if isinstance(error, BrokenPipeError) and output_closed():
+            print(f"output closed at {agent.num_timesteps:,} of {total:,} steps; {kept}", file=sys.stderr, flush=True)
+            raise
         if where is None and isinstance(error, ValueError | ChildProcessError) and has_saved(folder):
             raise ValueError(f"{error}; {kept}") from error
         print(

@@ -210,3 +210,50 @@ def test_hints_name_what_the_user_can_change(
     assert train.main(["policyflow", *options, "--total-timesteps", "16"]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+class Dirty(gym.Env[np.ndarray, np.ndarray]):
+    """Episodes of 5 steps, of which every third, or all, have a reward or an observation that is not finite."""
+
+    observation_space, action_space = spaces.Box(-np.inf, np.inf, (2,)), spaces.Box(-1, 1, (1,))
+
+    def __init__(self, what: str = "reward", every: int = 3) -> None:
+        self.what, self.every, self.episodes = what, every, 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.episodes, self.steps = self.episodes + 1, 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        dirty = self.steps == 2 and self.episodes % self.every == 0
+        obs = np.full(2, np.nan if dirty and self.what == "observation" else self.steps, np.float32)
+        return obs, np.nan if dirty and self.what == "reward" else 1.0, self.steps == 5, False, {}
+
+
+@pytest.mark.parametrize("what", ["reward", "observation"])
+@pytest.mark.parametrize("choice", ["skip", "rollback"])
+@pytest.mark.filterwarnings("ignore:.*(NaN|nan|obs returned|reward is):UserWarning")  # of Gymnasium's checker
+@pytest.mark.filterwarnings("ignore:non-finite:RuntimeWarning")
+def test_what_training_leaves_out_evaluation_does_not_count(
+    what: str, choice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind: Any = Dirty
+    gym.register("test/Dirty-v0", kind, max_episode_steps=100)
+    try:
+        options = ["--total-timesteps", "64", "--env-kwargs", f"what={what}", "--nonfinite", choice]
+        assert train.main(["policyflow", "--env", "test/Dirty-v0", *SMALL, *options]) == 0
+        assert "more episodes had numbers that are not finite" not in capsys.readouterr().out  # 2 episodes, not 3
+        assert evaluate.main([str(only_run()), "--episodes", "25", "--json", "report.json"]) == 0
+        out = capsys.readouterr().out
+        report = json.loads(Path("report.json").read_text())
+        for mode in ("deterministic", "sampled"):
+            assert report[mode]["returns"] == [5.0] * 25 and report[mode]["left_out"] >= 5
+            left_out = report[mode]["left_out"]
+            assert f"{mode}: {left_out} more episodes had numbers that are not finite and do not count" in out
+        every = ["--env-kwargs", f"what={what}", "every=1"]
+        assert evaluate.main([str(only_run()), "--episodes", "3", *every]) == 2
+        assert "error: non-finite episodes: got 3" in capsys.readouterr().err
+    finally:
+        del gym.registry["test/Dirty-v0"]

@@ -29,6 +29,13 @@ class SpacesOnly(gym.Env[Any, np.ndarray]):
         }
         self.observation_space = observations.get(kind, vector)
 
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.observation_space.sample(), 0.0, False, False, {}
+
 
 gym.register("DriftRLTest/SpacesOnly-v0", lambda **kwargs: SpacesOnly(**kwargs))
 

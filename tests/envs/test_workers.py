@@ -191,6 +191,34 @@ def test_questions_to_a_dead_worker_are_errors_and_leave_no_answer_behind(
     assert env.env_is_wrapped(Monitor) == [True, True]
 
 
+def test_pictures_of_a_dead_worker_are_an_error(supervised: Callable[..., SupervisedVecEnv]) -> None:
+    env = supervised({})
+    env.render_mode = "rgb_array"
+    env.reset()
+    env.processes[1].kill()
+    env.processes[1].join()
+    with pytest.raises(ChildProcessError, match="its worker died, got no answer to render"):
+        env.render()
+
+
+def test_a_restart_keeps_what_was_set(supervised: Callable[..., SupervisedVecEnv]) -> None:
+    env = supervised({2: "dies"})
+    env.reset()
+    env.set_attr("level", 4)
+    env.set_attr("level", 5, indices=[1])
+    step(env)
+    with pytest.warns(RuntimeWarning, match="restart 1 of"):
+        step(env)
+    assert env.get_attr("level") == [4, 5]
+
+
+def test_environments_stay_in_their_processes() -> None:
+    env = make_vec("InvertedPendulum-v5", 1, 0, "subproc")
+    with pytest.raises(ValueError, match="get_attr: got 'unwrapped', an environment, which stays in its process"):
+        env.get_attr("unwrapped")
+    env.close()
+
+
 def test_closing_does_not_wait_for_a_worker_that_hangs(
     supervised: Callable[..., SupervisedVecEnv], monkeypatch: pytest.MonkeyPatch
 ) -> None:

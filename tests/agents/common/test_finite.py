@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -184,7 +185,16 @@ def test_the_replay_buffer_holds_only_what_may_be_learned_from(wrong: dict[int, 
     assert all(values.isfinite().all() for values in seen)
     # each of them moves from n to n + 1, as the environment does
     torch.testing.assert_close(seen.next_obs[:, 0], seen.obs[:, 0] + 1)
-    assert agent.logger.name_to_value["rollout/worker_restarts"] == int("restarted" in str(wrong))
+    restarts = int("restarted" in str(wrong))
+    assert agent.logger.name_to_value.get("rollout/worker_restarts") == (restarts or None)
+
+
+@both
+def test_what_never_happened_has_no_row(kind: type[Any], fields: dict[str, Any]) -> None:
+    agent = make(kind, fields)
+    agent.learn(16, log_interval=10**6)
+    counts = {name for name in agent.logger.name_to_value if re.search("left_out|restarts|diverged|rollbacks", name)}
+    assert counts == set()
 
 
 def test_a_rollout_without_sound_transitions_is_an_error() -> None:
@@ -215,7 +225,8 @@ def test_skip_leaves_the_update_out(kind: type[Any], fields: dict[str, Any], poi
     states = [each.policy.optimizer.state.values() for each in (agent, sound)]
     taken, of_sound = ([moments["step"].item() for moments in state] for state in states)
     assert of_sound and taken == [steps - 1 for steps in of_sound]
-    assert agent.logger.name_to_value["train/updates_left_out"] == (0 if kind is PolicyFlow else 1)  # logged before it
+    logged = None if kind is PolicyFlow else 1  # PolicyFlow logs before the update
+    assert agent.logger.name_to_value.get("train/updates_left_out") == logged
     assert agent._updates_left_out == 1
     assert all(weight.isfinite().all() for weight in agent.policy.parameters())
 
