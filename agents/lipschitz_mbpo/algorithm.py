@@ -146,7 +146,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         if self._vec_normalize_env is not None:
             raise ValueError("env: got a VecNormalize, expected raw observations; use normalize_observation=True")
         check_weights(
-            self.device, actor_hidden=(1, config.actor_hidden), critic_hidden=(2, config.critic_hidden),
+            self.device, actor_hidden=(1, config.actor_hidden), critic_hidden=(config.n_critics, config.critic_hidden),
             model_hidden=(config.members, config.model_hidden),
         )  # fmt: skip
         self.set_random_seed(self.seed)
