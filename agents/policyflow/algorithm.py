@@ -24,8 +24,9 @@ from .entropy import steered_weight
 from .monitor import CollapseMonitor
 from .other_ratios import RATIOS
 from .policy import FlowPolicy
+from .posterior import posterior_noise
 from .ratios import Ratio, chord_point, draw_epoch, record_references
-from .regularizers import posterior_noise, spread_loss, transport_cost
+from .regularizers import spread_loss, transport_cost
 from .rollout import FlowRollouts, Samples
 
 

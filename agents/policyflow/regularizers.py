@@ -7,11 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from .policy import FlowActor, FlowNoise
+from .policy import FlowActor
 from .ratios import chord_point
 from .rollout import Samples
-
-LATENTS = 16  # of the posterior of the noise
 
 
 def brownian_loss(velocity: Tensor, samples: Samples, form: str, std: float) -> Tensor:
@@ -36,24 +34,6 @@ def brownian_loss(velocity: Tensor, samples: Samples, form: str, std: float) -> 
         return residual.square().sum(-1).mean()
     rate = math.log(std) - samples.base_log_std
     return (left * (velocity - rate * (x_t - samples.base_mean)).square()).sum(-1).mean()
-
-
-@torch.no_grad()
-def posterior_noise(actor: FlowActor, samples: Samples, generator: torch.Generator, latents: int = LATENTS) -> Tensor:
-    """``E[n | a, s]`` [B, D] of the action noise n: ``-std^2`` times the score of the policy's actions (Tweedie).
-
-    The mean over latents of ``a - x1_j``, weighted by the likelihood ``N(a; x1_j, std^2)``. The drawn latent is among
-    them, as in the lower bound of semi-implicit distributions (Yin and Zhou 2018, arXiv 1805.11183): with few latents,
-    or noise much narrower than the flow's spread, the flow is spread too weakly. Costs ``latents`` flows.
-    """
-    size, dim = samples.z.shape
-    shape = (actor.draws, size * (latents - 1), dim)
-    normals = torch.randn(shape, generator=generator, dtype=samples.z.dtype, device=samples.z.device)
-    obs = samples.obs.repeat_interleave(latents - 1, 0)
-    others = actor.sample(obs, FlowNoise.of(normals)).x1.view(size, -1, dim)
-    each = samples.action.unsqueeze(1) - torch.cat([samples.x1.unsqueeze(1), others], 1)
-    weights = torch.softmax(-0.5 * (each * torch.exp(-samples.log_std).unsqueeze(1)).square().sum(-1), 1)
-    return (weights.unsqueeze(-1) * each).sum(1)
 
 
 def score_loss(actor: FlowActor, samples: Samples) -> Tensor:
