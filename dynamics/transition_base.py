@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from .ensemble import Members, Normalizer
 from .holdout import divide_rows
+from .jacobian_prior import JacobianPrior
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class TransitionSettings:
         batch_size: rows per gradient step, >= 1.
         patience: epochs without a gain after which a fit ends, >= 1.
         min_gain: relative fall of the hold-out error that counts as a gain, in [0, 1).
+        jacobian_coef: weight of a `JacobianPrior` on d next state / d state, >= 0; 0 for none.
     """
 
     residual: bool = True
@@ -53,6 +55,7 @@ class TransitionSettings:
     batch_size: int = 256
     patience: int = 5
     min_gain: float = 0.01
+    jacobian_coef: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise ValueError on values out of range."""
@@ -62,6 +65,7 @@ class TransitionSettings:
             ("batch_size", self.batch_size >= 1, ">= 1"),
             ("patience", self.patience >= 1, ">= 1"),
             ("min_gain", 0 <= self.min_gain < 1, "in [0, 1)"),
+            ("jacobian_coef", self.jacobian_coef >= 0, ">= 0"),
         ):
             if not holds:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected {expected}")
@@ -99,13 +103,9 @@ class TransitionModel(nn.Module, abc.ABC):
     holdout_rows: Tensor
 
     def __init__(
-        self,
-        obs_dim: int,
-        action_dim: int,
-        settings: TransitionSettings | None = None,
-        members: int = 1,
+        self, obs_dim: int, action_dim: int, settings: TransitionSettings | None = None, members: int = 1,
         elites: int = 1,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if obs_dim < 1 or action_dim < 1:
             raise ValueError(f"obs_dim and action_dim must be at least 1, got {obs_dim} and {action_dim}")
@@ -117,6 +117,9 @@ class TransitionModel(nn.Module, abc.ABC):
         self.terminal_net = None
         if self.settings.terminal_head:
             self.terminal_net = Members(1, (2 * obs_dim + action_dim, 128, 128, 1))
+        self.prior = None
+        if self.settings.jacobian_coef:
+            self.prior = JacobianPrior(members, obs_dim + action_dim, obs_dim)
         self.register_buffer("low", torch.full((1 + obs_dim,), -math.inf))
         self.register_buffer("high", torch.full((1 + obs_dim,), math.inf))
         self.register_buffer("elite_members", torch.arange(elites))
@@ -134,6 +137,10 @@ class TransitionModel(nn.Module, abc.ABC):
     @abc.abstractmethod
     def _predict(self, x: Tensor) -> Tensor:
         """Each member's prediction without noise, [M, B, T]."""
+
+    def _step_of_rollout(self, x: Tensor, noise: Sequence[Tensor]) -> Tensor:
+        """What a rollout makes of x [M, B, I], [M, B, T], but for noise that does not depend on x; differentiable."""
+        return self._predict(x)
 
     def _score(self, x: Tensor, y: Tensor, noise: Sequence[Tensor]) -> Tensor:
         """What early stopping minimises, [M], positive: the mean square error of ``_predict``, or a subclass's own."""
@@ -192,17 +199,9 @@ class TransitionModel(nn.Module, abc.ABC):
         return torch.optim.Adam(groups, self.settings.learning_rate, fused=True)
 
     def fit(
-        self,
-        obs: Tensor,
-        action: Tensor,
-        reward: Tensor,
-        next_obs: Tensor,
-        terminated: Tensor | None = None,
-        *,
-        generator: torch.Generator,
-        max_epochs: int = 1000,
-        max_seconds: float = math.inf,
-    ) -> dict[str, float]:
+        self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor, terminated: Tensor | None = None, *,
+        generator: torch.Generator, max_epochs: int = 1000, max_seconds: float = math.inf,
+    ) -> dict[str, float]:  # fmt: skip
         """Train until no member's hold-out error falls any more, then restore each member's best weights.
 
         Continues from the present weights and optimizer state. Rows are known by their position: pass those of the
@@ -285,14 +284,24 @@ class TransitionModel(nn.Module, abc.ABC):
     def _step(self, data: _Data, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Gradient step on rows [M, B]; returns the members' mean loss, a tensor."""
         x, y = data.x[rows], data.y[rows]
-        losses = self._loss(x, y, self._noise(x, generator))
+        noise = self._noise(x, generator)
+        losses = self._loss(x, y, noise)
         total = losses.sum()
+        if self.prior is not None:
+            probe = standard_normal((*x.shape[:2], self.obs_dim), generator)
+            step = partial(self._next_state, noise=noise)
+            total = total + self.prior(step, x, probe, self.settings.jacobian_coef).sum()
         if data.terminated is not None:
             total = total + self._terminal_loss(data, rows[0])
         self.optimizer.zero_grad()
         total.backward()
         self.optimizer.step()
         return losses.detach().mean()
+
+    def _next_state(self, x: Tensor, noise: Sequence[Tensor]) -> Tensor:
+        """The state after x [M, B, I], [M, B, O], up to a shift, in the units of the states in x."""
+        move = self._step_of_rollout(x, noise)[..., 1:] * (self.targets.scale[1:] / self.inputs.scale[: self.obs_dim])
+        return x[..., : self.obs_dim] + move if self.settings.residual else move
 
     @torch.no_grad()
     def _scores(self, data: _Data, noise: Sequence[Tensor]) -> Tensor:
@@ -315,14 +324,9 @@ class TransitionModel(nn.Module, abc.ABC):
         return logit[0, :, 0]
 
     def _prepare(
-        self,
-        obs: Tensor,
-        action: Tensor,
-        reward: Tensor,
-        next_obs: Tensor,
-        terminated: Tensor | None,
+        self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor, terminated: Tensor | None,
         generator: torch.Generator,
-    ) -> _Data:
+    ) -> _Data:  # fmt: skip
         """Check the data, divide its rows, and fit normalisers and ranges."""
         if (terminated is not None) != (self.terminal_net is not None):
             got, expected = ("None", "bool [N]") if terminated is None else (list(terminated.shape), "None")

@@ -98,9 +98,11 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
     config_class = LipschitzMBPOConfig
     _fixed = frozenset(
         ("buffer_size", "actor_hidden", "critic_hidden", "activation", "model", "members", "elites", "model_hidden",
-         "model_rollouts", "model_retain", "termination", *_POLICY_FIELDS)
+         "model_jacobian_coef", "model_rollouts", "model_retain", "termination", *_POLICY_FIELDS)
     )  # fmt: skip
-    _learned = frozenset(("actor_hidden", "critic_hidden", "temperature", "model", "members", "model_hidden"))
+    _learned = frozenset(
+        ("actor_hidden", "critic_hidden", "temperature", "model", "members", "model_hidden", "model_jacobian_coef")
+    )
     _remade = ("model_buffer", "_gradient", "_terminated")
 
     def __init__(
@@ -166,7 +168,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
 
     def _build_model(self) -> TransitionModel:
         config, dims = self.config, (self.policy.obs_dim, self.policy.action_dim)
-        settings = TransitionSettings(terminal_head=self._learns_end)
+        settings = TransitionSettings(terminal_head=self._learns_end, jacobian_coef=config.model_jacobian_coef)
         if config.model in ("flow", "langevin"):  # the spread of the data stays in their hold-out loss: gains are small
             return TRANSITIONS[config.model](*dims, replace(settings, min_gain=1e-3), hidden=config.model_hidden)
         sizes = {"members": config.members, "elites": config.elites}

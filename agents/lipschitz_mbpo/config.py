@@ -56,6 +56,8 @@ class LipschitzMBPOConfig:
     """Members that predict, those of least hold-out error, 1 .. members; MBPO has 5."""
     model_hidden: tuple[int, ...] = (200, 200, 200, 200)
     """Widths of the model's hidden layers."""
+    model_jacobian_coef: float = 0.0
+    """Weight of a prior that keeps d next state / d state of the model small where it can be, >= 0; 0: off."""
     model_epochs: int = 100
     """Passes of a fit at most, >= 1; it ends when the hold-out error stops falling."""
     model_interval: int = 250
@@ -104,7 +106,7 @@ class LipschitzMBPOConfig:
             self,
             {
                 "a number above 0": "temperature robust_radius adversary_temperature spectral_bound",
-                "a number of at least 0": "learning_rate robust_coef",
+                "a number of at least 0": "learning_rate robust_coef model_jacobian_coef",
                 "a number, or None": "target_entropy",
                 "a number in [0, 1]": "tau gamma real_ratio",
                 "an integer of at least 1": "buffer_size learning_starts batch_size gradient_steps members elites "
@@ -119,6 +121,7 @@ class LipschitzMBPOConfig:
         require(self, "elites", self.elites <= self.members, f"at most members = {self.members}")
         gaussian = self.model in ("deterministic", "probabilistic")
         require(self, "members", gaussian or self.members == 1, f"1 for the model {self.model}")
+        require(self, "model_jacobian_coef", self.model != "none" or not self.model_jacobian_coef, "0 without a model")
         kept = self.model == "none" or self.model_retain >= self.model_interval
         require(self, "model_retain", kept, f"at least model_interval = {self.model_interval}")
 
@@ -134,7 +137,7 @@ class LipschitzMBPOConfig:
             off["target_entropy"] = "learn_temperature"
         if self.model == "none":
             names = (
-                "model_hidden model_epochs model_rollouts model_retain rollout_min rollout_max "
+                "model_hidden model_jacobian_coef model_epochs model_rollouts model_retain rollout_min rollout_max "
                 "rollout_start rollout_end real_ratio termination"
             )
             off |= dict.fromkeys(names.split(), "a model")
@@ -171,8 +174,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "gamma", "normalize_observation", "actor_hidden", "critic_hidden", "activation",
     ),
     "model": (
-        "model", "model_interval", "model_epochs", "model_hidden", "members", "elites", "model_rollouts",
-        "model_retain", "rollout_min", "rollout_max", "rollout_start", "rollout_end", "real_ratio", "termination",
+        "model", "model_interval", "model_epochs", "model_hidden", "model_jacobian_coef", "members", "elites",
+        "model_rollouts", "model_retain", "rollout_min", "rollout_max", "rollout_start", "rollout_end", "real_ratio",
+        "termination",
     ),
     "critic regularizer": (
         "regularizer", "robust_coef", "robust_radius", "robust_actions", "adversary", "adversary_steps",
