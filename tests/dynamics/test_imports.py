@@ -36,7 +36,9 @@ def test_gaussian_model_and_adversary_load_neither_flows_nor_sdes() -> None:
         "from driftrl.dynamics.lipschitz import adversarial_states, spectral_bound_, spectral_norms\n"
         "assert TRANSITIONS['gaussian'] is GaussianTransition"
     )
-    light = {"activations", "ensemble", "fields", "holdout", "lipschitz", "transition", "transition_base"}
+    light = {
+        "activations", "ensemble", "fields", "holdout", "jacobian_prior", "lipschitz", "transition", "transition_base",
+    }  # fmt: skip
     assert loaded_by(code) == light
     assert "sde" in loaded_by(code + "\nTRANSITIONS['langevin']")
 
