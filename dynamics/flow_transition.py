@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ensemble import Members
 from .fields import MLPField
 from .likelihood import flow_log_prob, standard_normal_log_prob
 from .ode import Tableau, odeint, time_grid
 from .paths import LINEAR, flow_matching_loss
-from .regularize import jacobian_penalty
 from .transition_base import TransitionModel, standard_normal
 from .transition_settings import TransitionSettings
 
@@ -35,12 +33,9 @@ class FlowTransition(TransitionModel):
         steps: of the solver in ``sample``, at least 1.
         likelihood_steps: of the solver in ``log_prob``, at least 1.
         solver: a tableau or a key of ``ode.SOLVERS``. Best is one without a stage at t=1, where the field is steepest.
-        jacobian_weight: strength of a Jacobian penalty, 0 for none, after JAWS (arXiv 2603.05538). The entries of
-            dv/dx have a Gaussian prior. Its precision w(obs, action) is learned with the field and costs ``-log w``,
-            so that the penalty is strong where the field can be flat and weak elsewhere.
 
     Raises:
-        ValueError: on sizes out of range, an unknown solver or a negative weight.
+        ValueError: on sizes out of range or an unknown solver.
     """
 
     def __init__(
@@ -53,19 +48,12 @@ class FlowTransition(TransitionModel):
         steps: int = 4,
         likelihood_steps: int = 16,
         solver: Tableau | str = "midpoint",
-        jacobian_weight: float = 0.0,
     ) -> None:
         super().__init__(obs_dim, action_dim, settings)
-        if not jacobian_weight >= 0:
-            raise ValueError(f"jacobian_weight must be at least 0, got {jacobian_weight}")
         for count in (steps, likelihood_steps):
             time_grid(count, solver)  # raises if one of them is not usable
         self.steps, self.likelihood_steps, self.solver = steps, likelihood_steps, solver
-        self.jacobian_weight = jacobian_weight
         self.field = MLPField(1 + obs_dim, obs_dim + action_dim, hidden)
-        self.log_precision = None
-        if jacobian_weight:
-            self.log_precision = Members(1, (obs_dim + action_dim, 64, 1))
 
     def _noise(self, x: Tensor, generator: torch.Generator) -> Sequence[Tensor]:
         rows, targets = x.shape[1], 1 + self.obs_dim
@@ -73,27 +61,20 @@ class FlowTransition(TransitionModel):
             standard_normal((rows, targets), generator),
             torch.rand(rows, generator=generator, device=generator.device),
         )
-        return (x0, t) if self.log_precision is None else (x0, t, standard_normal((rows, targets), generator))
+        return x0, t
 
     def _loss(self, x: Tensor, y: Tensor, noise: Sequence[Tensor]) -> Tensor:
-        loss = self._matching(x, y, noise)
-        if self.log_precision is not None:
-            x0, t, probe = noise
-            log_weight: Tensor = self.log_precision(x)[0, :, 0]
-            at, entries = LINEAR.sample(t, x0, y[0]), y.shape[-1] ** 2
-            penalty = jacobian_penalty(self.field, t, at, x[0], weight=log_weight.exp(), probe=probe) / entries
-            loss = loss + 0.5 * self.jacobian_weight * (penalty - log_weight).mean()
-        return loss
-
-    def _matching(self, x: Tensor, y: Tensor, noise: Sequence[Tensor]) -> Tensor:
         loss = flow_matching_loss(self.field, LINEAR, noise[0], y[0], noise[1], x[0])
         return loss.mean(0, keepdim=True) / y.shape[-1]
 
     def _score(self, x: Tensor, y: Tensor, noise: Sequence[Tensor]) -> Tensor:
-        return self._matching(x, y, noise)
+        return self._loss(x, y, noise)
 
     def _predict(self, x: Tensor) -> Tensor:
         return self._push(x[0], (x.new_zeros(x.shape[1], 1 + self.obs_dim),))[None]
+
+    def _step_of_rollout(self, x: Tensor, noise: Sequence[Tensor]) -> Tensor:
+        return self._push(x[0], (noise[0],))[None]
 
     def draw(self, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """The flow's base, [B, T]."""

@@ -185,6 +185,23 @@ def combine(x: Tensor, h: Time, weights: tuple[float, ...], slopes: list[Tensor]
     return x
 
 
+def stability(solver: Tableau | str, w: Tensor) -> Tensor:
+    """Stability function R(w): what one step of size h makes of x = 1 under ``x' = (w / h) x``, elementwise.
+
+    A polynomial close to ``exp(w)`` (Hairer and Wanner 1996, chapter IV.2). K steps over [0, 1] of ``x' = c x`` grow x
+    by ``R(c / K)^K``.
+    """
+    return advance(lambda t, x: w * x, get_tableau(solver), 0.0, 1.0, torch.ones_like(w))
+
+
+def least_growth(solver: Tableau | str) -> float:
+    """The least ``|R(w)|`` of `stability` for real w: 0 for Euler, 1/2 for midpoint and Heun, 0.27 for RK4.
+
+    By no rate does a step shrink x further.
+    """
+    return stability(solver, torch.linspace(-4, 0, 4001, dtype=torch.float64)).abs().min().item()
+
+
 def error_estimate(tableau: Tableau, h: Time, slopes: list[Tensor]) -> Tensor:
     """``h sum_i error_i k_i``, [B, D], from the slopes of the stages and, for an error of s + 1 weights, of the end."""
     return combine(torch.zeros_like(slopes[0]), h, tableau.error, slopes[: len(tableau.error)])

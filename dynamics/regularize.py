@@ -28,7 +28,7 @@ def jacobian_penalty(
         t: times, a float or [B].
         x: states, [B, D].
         cond: conditioning, [B, C], or None.
-        weight: factor per row, [B], for a penalty that depends on the state (JAWS, arXiv 2603.05538); None for 1.
+        weight: factor per row, [B], for a penalty that depends on the state; None for 1.
         probe: None for the exact norm, through ``field.jacobian``. A tensor [B, D] of zero mean and unit covariance
             makes it Hutchinson's unbiased estimate ``|probe^T J|^2``, for one backward pass.
 

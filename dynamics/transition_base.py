@@ -18,7 +18,7 @@ import copy
 import math
 import time
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from .ensemble import Members, Normalizer
 from .holdout import divide_rows
+from .jacobian_prior import JacobianPrior
 from .transition_settings import TransitionSettings
 
 
@@ -62,13 +63,9 @@ class TransitionModel(nn.Module, abc.ABC):
     holdout_rows: Tensor
 
     def __init__(
-        self,
-        obs_dim: int,
-        action_dim: int,
-        settings: TransitionSettings | None = None,
-        members: int = 1,
+        self, obs_dim: int, action_dim: int, settings: TransitionSettings | None = None, members: int = 1,
         elites: int = 1,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if obs_dim < 1 or action_dim < 1:
             raise ValueError(f"obs_dim and action_dim must be at least 1, got {obs_dim} and {action_dim}")
@@ -80,6 +77,9 @@ class TransitionModel(nn.Module, abc.ABC):
         self.terminal_net = None
         if self.settings.terminal_head:
             self.terminal_net = Members(1, (2 * obs_dim + action_dim, 128, 128, 1))
+        self.prior = None
+        if self.settings.jacobian_coef:
+            self.prior = JacobianPrior(members, obs_dim + action_dim, obs_dim)
         self.register_buffer("low", torch.full((1 + obs_dim,), -math.inf))
         self.register_buffer("high", torch.full((1 + obs_dim,), math.inf))
         self.register_buffer("elite_members", torch.arange(elites))
@@ -97,6 +97,10 @@ class TransitionModel(nn.Module, abc.ABC):
     @abc.abstractmethod
     def _predict(self, x: Tensor) -> Tensor:
         """Each member's prediction without noise, [M, B, T]."""
+
+    def _step_of_rollout(self, x: Tensor, noise: Sequence[Tensor]) -> Tensor:
+        """What a rollout makes of x [M, B, I], [M, B, T], but for noise that does not depend on x; differentiable."""
+        return self._predict(x)
 
     def _score(self, x: Tensor, y: Tensor, noise: Sequence[Tensor]) -> Tensor:
         """What early stopping minimises, [M], positive: the mean square error of ``_predict``, or a subclass's own."""
@@ -182,17 +186,9 @@ class TransitionModel(nn.Module, abc.ABC):
         return self.settings.optimizer((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def fit(
-        self,
-        obs: Tensor,
-        action: Tensor,
-        reward: Tensor,
-        next_obs: Tensor,
-        terminated: Tensor | None = None,
-        *,
-        generator: torch.Generator,
-        max_epochs: int = 1000,
-        max_seconds: float = math.inf,
-    ) -> dict[str, float]:
+        self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor, terminated: Tensor | None = None, *,
+        generator: torch.Generator, max_epochs: int = 1000, max_seconds: float = math.inf,
+    ) -> dict[str, float]:  # fmt: skip
         """Train until no member's hold-out error falls any more, then restore each member's best weights.
 
         Continues from the present weights and optimizer state. Rows are known by their position: pass those of the
@@ -277,14 +273,24 @@ class TransitionModel(nn.Module, abc.ABC):
     def _step(self, data: FitData, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Gradient step on rows [M, B]; returns the members' mean loss, a tensor."""
         x, y = data.x[rows], data.y[rows]
-        losses = self._loss(x, y, self._noise(x, generator))
+        noise = self._noise(x, generator)
+        losses = self._loss(x, y, noise)
         total = losses.sum()
+        if self.prior is not None:
+            probe = standard_normal((*x.shape[:2], self.obs_dim), generator)
+            step = partial(self._next_state, noise=noise)
+            total = total + self.prior(step, x, probe, self.settings.jacobian_coef).sum()
         if data.terminated is not None:
             total = total + self._terminal_loss(data, rows[0])
         self.optimizer.zero_grad()
         total.backward()
         self.optimizer.step()
         return losses.detach().mean()
+
+    def _next_state(self, x: Tensor, noise: Sequence[Tensor]) -> Tensor:
+        """The state after x [M, B, I], [M, B, O], up to a shift, in the units of the states in x."""
+        move = self._step_of_rollout(x, noise)[..., 1:] * (self.targets.scale[1:] / self.inputs.scale[: self.obs_dim])
+        return x[..., : self.obs_dim] + move if self.settings.residual else move
 
     @torch.no_grad()
     def _scores(self, data: FitData, noise: Sequence[Tensor]) -> Tensor:
@@ -307,14 +313,9 @@ class TransitionModel(nn.Module, abc.ABC):
         return logit[0, :, 0]
 
     def _prepare(
-        self,
-        obs: Tensor,
-        action: Tensor,
-        reward: Tensor,
-        next_obs: Tensor,
-        terminated: Tensor | None,
+        self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor, terminated: Tensor | None,
         generator: torch.Generator,
-    ) -> FitData:
+    ) -> FitData:  # fmt: skip
         """Check the data, divide its rows, and fit normalisers and ranges."""
         if (terminated is not None) != (self.terminal_net is not None):
             got, expected = ("None", "bool [N]") if terminated is None else (list(terminated.shape), "None")

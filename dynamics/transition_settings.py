@@ -25,6 +25,7 @@ class TransitionSettings:
         patience: epochs without a gain after which a fit ends, >= 1;
         patience_updates: if they are this many updates at least, >= 0: epochs of few rows are short.
         min_gain: relative fall of the hold-out error that counts as a gain, in [0, 1).
+        jacobian_coef: weight of a `JacobianPrior` on d next state / d state, >= 0; 0 for none.
     """
 
     residual: bool = True
@@ -37,6 +38,7 @@ class TransitionSettings:
     patience: int = 5
     patience_updates: int = 0
     min_gain: float = 0.01
+    jacobian_coef: float = 0.0
 
     def optimizer(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Adam:
         """Adam in one kernel, of named parameters; only matrices decay."""
@@ -61,6 +63,7 @@ class TransitionSettings:
             ("batch_size", self.batch_size >= 1, ">= 1"),
             ("patience", self.patience >= 1, ">= 1"),
             ("patience_updates", self.patience_updates >= 0, ">= 0"),
+            ("jacobian_coef", self.jacobian_coef >= 0, ">= 0"),
             ("min_gain", 0 <= self.min_gain < 1, "in [0, 1)"),
         ):
             if not holds:

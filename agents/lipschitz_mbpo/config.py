@@ -77,6 +77,8 @@ class LipschitzMBPOConfig:
     """Networks along a Langevin path after each fit that take turns as an ensemble's members do; 0: none."""
     model_batch_size: int = 256
     """Transitions per update of the model, >= 1."""
+    model_jacobian_coef: float = 0.0
+    """Weight of a prior that keeps d next state / d state of the model small where it can be, >= 0; 0: off."""
     model_epochs: int = 100
     """Passes of a fit at most, >= 1; it ends when the hold-out error stops falling."""
     model_patience: int = 0
@@ -129,7 +131,7 @@ class LipschitzMBPOConfig:
             self,
             {
                 "a number above 0": "temperature robust_radius adversary_temperature spectral_bound",
-                "a number of at least 0": "learning_rate robust_coef",
+                "a number of at least 0": "learning_rate robust_coef model_jacobian_coef",
                 "a number, or None": "target_entropy",
                 "a number of at least 0, or None": "model_weight_decay",
                 "a number in [0, 1]": "tau gamma real_ratio",
@@ -156,6 +158,7 @@ class LipschitzMBPOConfig:
         interval = self.rollout_interval or self.model_interval
         kept = self.model == "none" or self.model_retain >= interval
         require(self, "model_retain", kept, f"at least the interval of rollouts, {interval}")
+        require(self, "model_jacobian_coef", self.model != "none" or not self.model_jacobian_coef, "0 without a model")
 
     def rollout_length(self, step: int) -> int:
         """Length of model rollouts at an environment step."""
@@ -169,8 +172,9 @@ class LipschitzMBPOConfig:
             off["target_entropy"] = "learn_temperature"
         if self.model == "none":
             names = (
-                "model_hidden model_epochs model_patience model_batch_size model_weight_decay rollout_interval "
-                "model_rollouts model_retain rollout_min rollout_max rollout_start rollout_end real_ratio termination"
+                "model_hidden model_jacobian_coef model_epochs model_patience model_batch_size model_weight_decay "
+                "rollout_interval model_rollouts model_retain rollout_min rollout_max rollout_start rollout_end "
+                "real_ratio termination"
             )
             off |= dict.fromkeys(names.split(), "a model")
         if self.model not in NETWORKS:
@@ -212,7 +216,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "model": (
         "model", "model_interval", "model_epochs", "model_patience", "model_hidden", "model_layer_norm",
-        "model_dropout", "model_weight_decay", "model_batch_size", "members", "elites", "snapshots", "rollout_interval",
+        "model_dropout", "model_weight_decay", "model_batch_size", "model_jacobian_coef", "members", "elites",
+        "snapshots", "rollout_interval",
         "model_rollouts", "model_retain", "rollout_min", "rollout_max", "rollout_start", "rollout_end", "real_ratio",
         "termination",
     ),

@@ -28,8 +28,9 @@ MAY_DISAGREE = 0.02
 def build_model(config: LipschitzMBPOConfig, obs_dim: int, action_dim: int, learns_end: bool) -> TransitionModel:
     """The transition model, with a terminal head if it learns how episodes end."""
     settings = TransitionSettings(
-        terminal_head=learns_end, batch_size=config.model_batch_size, patience_updates=config.model_patience
-    )
+        terminal_head=learns_end, batch_size=config.model_batch_size, patience_updates=config.model_patience,
+        jacobian_coef=config.model_jacobian_coef,
+    )  # fmt: skip
     if config.model_weight_decay is not None:
         settings = replace(settings, weight_decay=config.model_weight_decay, decoupled=True)
     sizes, hidden = (obs_dim, action_dim), config.model_hidden

@@ -26,9 +26,10 @@ from .entropy import steered_weight
 from .monitor import CollapseMonitor
 from .other_ratios import RATIOS
 from .policy import FlowPolicy
+from .posterior import posterior_noise
 from .ppo_arguments import ARGUMENTS, POLICY_FIELDS, implied_fields, own_policy_kwargs
 from .ratios import Ratio, chord_point, draw_epoch, record_references
-from .regularizers import posterior_noise, spread_loss, transport_cost
+from .regularizers import spread_loss, spread_rate, transport_cost
 from .rollout import FlowRollouts, Samples
 
 
@@ -65,7 +66,7 @@ def losses(policy: FlowPolicy, samples: Samples, spread_coef: Tensor, ratio: Rat
         "train/entropy_loss": Loss(-actor.gaussian_entropy(), config.ent_coef),
     }
     if config.spread_coef > 0:
-        spread = spread_loss(actor, samples, old_to_new.velocity, config.spread, config.spread_std)
+        spread = spread_loss(actor, samples, old_to_new.velocity, config.spread)
         table["flow/spread_loss"] = Loss(spread, spread_coef)
     if config.transport_coef > 0:
         table["flow/transport_cost"] = Loss(transport_cost(actor, samples), config.transport_coef)
@@ -241,6 +242,9 @@ class PolicyFlow(FlowRollouts):
         if config.spread_coef > 0 and config.spread == "score":
             noise = posterior_noise(actor, samples, generator)
             references = references._replace(samples=references.samples._replace(posterior_noise=noise))
+        elif config.spread_coef > 0 and config.spread == "consistent":
+            rate = spread_rate(actor, config.spread_std).expand_as(samples.z)
+            references = references._replace(samples=references.samples._replace(spread_rate=rate))
 
         passes = list[dict[str, float]]()
         for _ in range(config.n_epochs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ...dynamics.ode import least_growth
 from ..common.config import require, validate
 from ..storage.values import storable
 from .other_ratios import RATIOS, RatioName
@@ -86,7 +87,7 @@ class PolicyFlowConfig:
     target_entropy: tuple[float, float] | None = None
     """Entropy of actions, in nats, that the weight is adapted to, at start and end of the run; None: a fixed weight."""
     spread_std: float = 0.5
-    """spread consistent: standard deviation that the flow's samples are driven to, > 0."""
+    """spread consistent: standard deviation that the flow's samples are driven to, > 0, by the solver's own steps."""
     transport_coef: float = 0.0
     """Weight of the transport cost |x1 - z|^2, >= 0: the flow moves z only as far as advantages ask for; 0: off."""
     jacobian_coef: float = 0.0
@@ -146,6 +147,11 @@ class PolicyFlowConfig:
         for why, needed in ((f"ratio {self.ratio}", RATIOS[self.ratio].requires), ("base_std 0", gaussian)):
             for name, value in needed.items():
                 require(self, name, getattr(self, name) == value, f"{value} with {why}")
+        aims = self.spread == "consistent" and self.spread_coef > 0 and self.ratio not in ("chain", "chain_steps")
+        if aims and not self.langevin_eps:
+            least = self.base_std * least_growth(self.solver) ** self.solver_steps
+            what = f"at least {least:.3g}, to which {self.solver} can shrink base_std in {self.solver_steps} steps"
+            require(self, "spread_std", self.spread_std >= least, what)
         require(self, "lr_max", self.lr_max >= self.lr_min, f"a number of at least lr_min = {self.lr_min}")
 
     def switched_off(self) -> dict[str, str]:

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from ...dynamics.brownian import BrownianGrid
-from ...dynamics.fields import VelocityField
 from ...dynamics.neural_sde import LangevinSDE, interpolant_sde
-from ...dynamics.ode import bind, time_grid
+from ...dynamics.ode import FieldLike, bind, time_grid
 from ...dynamics.sde import sdeint, sdeint_path
 
 
 def langevin_flow(
-    field: VelocityField, z: Tensor, obs: Tensor, path: Tensor, mean: Tensor, log_std: Tensor, eps: float
+    field: FieldLike, z: Tensor, obs: Tensor, path: Tensor, mean: Tensor, log_std: Tensor, eps: float
 ) -> Tensor:
     """Carry z [B, D] to x1 [B, D] along noise by Euler and Maruyama: `interpolant_sde` in units of the base.
 
@@ -38,7 +37,7 @@ def langevin_flow(
     return mean + std * sdeint(sde, (z - mean) / std, steps=len(path), noise=noise)
 
 
-def gaussian_chain(field: VelocityField, z: Tensor, obs: Tensor, path: Tensor, log_std: Tensor) -> Tensor:
+def gaussian_chain(field: FieldLike, z: Tensor, obs: Tensor, path: Tensor, log_std: Tensor) -> Tensor:
     """K Euler steps with noise after all but the last: the states from z to x1, [K + 1, B, D] (arXiv 2505.22094).
 
     Each state given the one before is Gaussian; the last step's noise is left to the action.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from ...dynamics.fields import MLPField
-from ...dynamics.ode import odeint
+from ...dynamics.ode import FieldLike, odeint
 from ...dynamics.special_fields import AffineField
 from ..common.networks import activation_name, mlp
 from ..common.observations import RunningNorm
@@ -124,24 +124,28 @@ class FlowActor(nn.Module):
             entropy = entropy + self.chain_log_std.clamp(*LOG_STD_RANGE).sum()
         return entropy
 
-    def flow(self, z: Tensor, obs: Tensor, path: Tensor | None = None) -> Tensor:
+    def flow(self, z: Tensor, obs: Tensor, path: Tensor | None = None, field: FieldLike | None = None) -> Tensor:
         """Carry z [B, D] to x1 [B, D] given obs [B, O]: by the ODE or, along the noise of each step, a noisy flow.
 
         Args:
             z: start.
             obs: normalised observations.
             path: standard normals, [K, B, D] as in `FlowNoise`, or None: the ODE.
+            field: in place of the actor's own.
         """
+        field = self.field if field is None else field
         if path is None or self.path_length == 0:
-            return odeint(self.field, z, steps=self.solver_steps, solver=self.solver, cond=obs)
+            return odeint(field, z, steps=self.solver_steps, solver=self.solver, cond=obs)
         if self.chain_log_std is not None:
-            return self.chain(z, obs, path)[-1]
-        return self._langevin_flow(self.field, z, obs, path, *self.base(obs), self.langevin_eps)
+            return self.chain(z, obs, path, field)[-1]
+        return self._langevin_flow(field, z, obs, path, *self.base(obs), self.langevin_eps)
 
-    def chain(self, z: Tensor, obs: Tensor, path: Tensor) -> Tensor:
+    def chain(self, z: Tensor, obs: Tensor, path: Tensor, field: FieldLike | None = None) -> Tensor:
         """The states of a chain, [K + 1, B, D]: see `gaussian_chain`."""
         assert self.chain_log_std is not None
-        return self._gaussian_chain(self.field, z, obs, path, self.chain_log_std.clamp(*LOG_STD_RANGE))
+        return self._gaussian_chain(
+            self.field if field is None else field, z, obs, path, self.chain_log_std.clamp(*LOG_STD_RANGE)
+        )
 
     def sample(self, obs: Tensor, noise: FlowNoise) -> FlowSample:
         """Draw given obs [B, O]."""

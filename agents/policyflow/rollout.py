@@ -58,6 +58,7 @@ class Samples(NamedTuple):
     path: Tensor | None = None  # noise of the flow, [B, K, D], where it is no ODE
     recorded: Any = None  # what the ratio in use recorded of the policy that acted: a NamedTuple of its own
     chord: Chord | None = None  # where ratio or regularizers look at the chord
+    spread_rate: Tensor | None = None  # of the linear field that reaches spread_std, [B, D], where it is aimed at
     posterior_noise: Tensor | None = (
         None  # E[n | a, s] of the action noise, [B, D], where the entropy's gradient is used
     )

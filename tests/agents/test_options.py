@@ -111,6 +111,7 @@ MODEL_OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "members": (2, {}),
     "elites": (2, {"members": 2}),
     "model_hidden": ((4,), {}),
+    "model_jacobian_coef": (0.1, {}),
     "model_epochs": (1, {}),
     "model_interval": (10, {}),
     "model_rollouts": (8, {}),

@@ -41,6 +41,7 @@ def test_gaussian_model_and_adversary_load_neither_flows_nor_sdes() -> None:
         "ensemble",
         "fields",
         "holdout",
+        "jacobian_prior",
         "lipschitz",
         "transition",
         "transition_base",

@@ -19,8 +19,11 @@ from driftrl.dynamics.ode import (
     Tableau,
     bind,
     error_estimate,
+    get_tableau,
+    least_growth,
     odeint,
     odeint_path,
+    stability,
     stage_slopes,
     time_grid,
 )
@@ -270,3 +273,11 @@ def test_bad_arguments_are_refused() -> None:
         time_grid(-1, MIDPOINT)
     with pytest.raises(ValueError, match="solver must be one of"):
         time_grid(1, "dopri5")
+
+
+@pytest.mark.parametrize(("solver", "least"), [("euler", 0.0), ("midpoint", 0.5), ("heun", 0.5), ("rk4", 0.2704)])
+def test_stability_function_is_the_truncated_exponential(solver: str, least: float) -> None:
+    w = torch.tensor([-1.5, -0.3, 0.0, 0.7], dtype=torch.float64)
+    series = sum(w**k / math.factorial(k) for k in range(get_tableau(solver).order + 1))
+    torch.testing.assert_close(stability(solver, w), series)
+    assert least_growth(solver) == pytest.approx(least, abs=1e-4)

@@ -309,3 +309,19 @@ def test_the_pendulum_is_learned_in_5000_steps() -> None:
     learner.learn(steps)
     mean = evaluate_policy(learner, make_vec("InvertedPendulum-v5", 5, 99), n_eval_episodes=10)[0]
     assert isinstance(mean, float) and mean >= 950
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_jacobian_prior_reaches_every_model_and_is_saved(model: str, tmp_path: Path) -> None:
+    learner = agent(model=model, model_jacobian_coef=0.1).learn(60)
+    assert learner.transition is not None and learner.transition.prior is not None
+    learner.save(tmp_path / "agent")
+    loaded = LipschitzMBPO.load(tmp_path / "agent", device="cpu")
+    assert loaded.transition is not None
+    ours, theirs = learner.transition.state_dict(), loaded.transition.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and any("prior" in name for name in ours)
+
+
+def test_jacobian_prior_without_a_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model_jacobian_coef: got 0\.1, expected 0 without a model"):
+        LipschitzMBPOConfig(model="none", model_jacobian_coef=0.1)

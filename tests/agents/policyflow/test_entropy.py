@@ -8,40 +8,97 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 from driftrl import PolicyFlow
-from driftrl.agents.policyflow.entropy import nearest_neighbour_entropy, policy_entropy, steered_weight
+from driftrl.agents.policyflow.entropy import policy_entropy, steered_weight
+from driftrl.agents.policyflow.policy import FlowActor
+from driftrl.dynamics import VelocityField
 
 GAUSSIAN = 0.5 * math.log(2 * math.pi * math.e)  # entropy of N(0, 1), in nats
+OBS = torch.zeros(64, 1)
 
 
-@pytest.mark.parametrize("dim", [1, 2, 3])
-@pytest.mark.parametrize("neighbour", [1, 3])
-def test_nearest_neighbours_tell_the_entropy_of_a_gaussian(dim: int, neighbour: int) -> None:
-    std = torch.tensor([0.5, 1.0, 2.0])[:dim]
-    samples = std * torch.randn(20, 500, dim, generator=torch.Generator().manual_seed(0))
-    estimate = nearest_neighbour_entropy(samples, neighbour)
-    error = estimate.std().item() / math.sqrt(20)
-    assert estimate.shape == (20,)
-    assert estimate.mean().item() == pytest.approx(dim * GAUSSIAN + std.log().sum().item(), abs=4 * error + 0.03)
+class Linear(VelocityField):
+    """``v = A x`` with a dense A: a flow that turns, stretches and shrinks, whose samples are Gaussian."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 1)
+        generator = torch.Generator().manual_seed(dim)
+        self.matrix = torch.randn(dim, dim, generator=generator) / math.sqrt(dim)
+
+    def forward(self, t: float | Tensor, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        return x @ self.matrix.T
 
 
-def test_nearest_neighbours_tell_the_entropy_of_separate_squares() -> None:
-    # Six squares of side 0.1: log(6 x 0.01), which no Gaussian fitted to the samples would tell.
-    generator = torch.Generator().manual_seed(0)
-    corner = torch.randint(6, (10, 1000, 1), generator=generator).expand(-1, -1, 2) * torch.tensor([1.0, 0.0])
-    samples = corner + 0.1 * torch.rand(10, 1000, 2, generator=generator)
-    assert nearest_neighbour_entropy(samples).mean().item() == pytest.approx(math.log(0.06), abs=0.1)
+class TwoModes(VelocityField):
+    """Parts the first ``split`` coordinates around 0 and leaves the others."""
+
+    def __init__(self, dim: int, split: int) -> None:
+        super().__init__(dim, 1)
+        self.split = split
+
+    def forward(self, t: float | Tensor, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        parted = 2 * (torch.tanh(3 * x) - x)
+        return torch.where(torch.arange(x.shape[1]) < self.split, parted, 0.0)
 
 
-def test_entropy_of_a_linear_flow_is_that_of_its_gaussian(toy: ModuleType) -> None:
-    actor = toy.make_actor("endpoint")
-    estimate = policy_entropy(actor, torch.zeros(10, 1, dtype=torch.float64), samples=1000).item()
-    assert estimate == pytest.approx(toy.entropy(actor).item(), abs=0.04)
-    chain = toy.make_actor("chain")  # with the noise of its steps
-    estimate = policy_entropy(chain, torch.zeros(10, 1, dtype=torch.float64), samples=1000).item()
-    assert estimate == pytest.approx(toy.entropy(chain).item(), abs=0.04)
+def make_actor(field: VelocityField, base_std: float, action_std: float, steps: int = 4) -> FlowActor:
+    actor = FlowActor(
+        1, field.dim, hidden=(4,), activation="silu", base="standard" if base_std == 0 else "learned",
+        base_std=base_std, log_std_init=math.log(action_std), solver="euler", solver_steps=steps,
+    )  # fmt: skip
+    actor.field = field  # type: ignore[assignment]
+    return actor
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 6, 11, 17, 21])
+@pytest.mark.parametrize(("base_std", "action_std"), [(0.8, 0.2), (0.3, 0.3), (1.0, 0.05)])
+def test_entropy_of_a_linear_flow_is_that_of_its_gaussian(dim: int, base_std: float, action_std: float) -> None:
+    field = Linear(dim)
+    step = torch.linalg.matrix_power(torch.eye(dim) + field.matrix / 4, 4)
+    covariance = base_std**2 * step @ step.T + action_std**2 * torch.eye(dim)
+    exact = dim * GAUSSIAN + 0.5 * torch.logdet(covariance).item()
+    assert policy_entropy(make_actor(field, base_std, action_std), OBS).item() == pytest.approx(exact, abs=0.03)
+
+
+@pytest.mark.parametrize("dim", [1, 17])
+def test_entropy_of_a_gaussian_policy_is_its_own(dim: int) -> None:
+    # Without a latent there is one Gaussian, and second moments that are exact leave no error.
+    exact = dim * (GAUSSIAN + math.log(0.3))
+    assert policy_entropy(make_actor(Linear(dim), 0.0, 0.3), OBS).item() == pytest.approx(exact, abs=1e-4)
+
+
+@pytest.mark.parametrize(("dim", "split"), [(1, 1), (2, 2), (6, 1), (17, 1)])
+@pytest.mark.parametrize("action_std", [0.1, 0.3])
+def test_entropy_of_separate_modes_is_that_of_numerical_integration(dim: int, split: int, action_std: float) -> None:
+    # Coordinates are independent: the entropy of one that is parted, by integration, and of Gaussians.
+    z = torch.linspace(-8, 8, 8001, dtype=torch.float64)
+    weight = torch.exp(-0.5 * z.square()) / torch.exp(-0.5 * z.square()).sum()
+    x = (0.5 * z).unsqueeze(1)
+    for _ in range(4):
+        x = x + TwoModes(1, 1)(0.0, x) / 4
+    action = torch.linspace(-4, 4, 801, dtype=torch.float64)
+    normal = torch.distributions.Normal(x, action_std)
+    density = (weight.unsqueeze(1) * normal.log_prob(action).exp()).sum(0)
+    parted = -(density * density.clamp(min=1e-300).log()).sum().item() * 8 / 800
+    exact = split * parted + (dim - split) * (GAUSSIAN + 0.5 * math.log(0.5**2 + action_std**2))
+    estimate = policy_entropy(make_actor(TwoModes(dim, split), 0.5, action_std), OBS).item()
+    assert estimate == pytest.approx(exact, abs=0.1)
+
+
+def test_entropy_counts_the_noise_along_the_flow(toy: ModuleType) -> None:
+    obs = torch.zeros(10, 1, dtype=torch.float64)
+    actor, chain = toy.make_actor("endpoint"), toy.make_actor("chain")
+    for each in (actor, chain):
+        assert policy_entropy(each, obs).item() == pytest.approx(toy.entropy(each).item(), abs=0.03)
     assert toy.entropy(chain) - toy.entropy(actor) > 0.1
+
+
+def test_measuring_the_entropy_draws_nothing_from_torchs_generator(toy: ModuleType) -> None:
+    actor, obs, state = toy.make_actor("endpoint"), torch.zeros(10, 1, dtype=torch.float64), torch.get_rng_state()
+    assert policy_entropy(actor, obs) == policy_entropy(actor, obs)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(

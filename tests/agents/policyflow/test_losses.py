@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from driftrl.agents.policyflow.algorithm import value_loss
 from driftrl.agents.policyflow.config import PolicyFlowConfig
 from driftrl.agents.policyflow.policy import FlowActor, FlowNoise
 from driftrl.agents.policyflow.ratios import chord_point, chord_velocities, clipped_surrogate, draw_chord
-from driftrl.agents.policyflow.regularizers import brownian_loss
+from driftrl.agents.policyflow.regularizers import brownian_loss, spread_rate
 from driftrl.agents.policyflow.rollout import Chord, Samples
+from driftrl.dynamics.ode import SOLVERS, odeint
 
 
 def test_surrogate_is_ppos_on_all_four_sides_of_the_band() -> None:
@@ -41,14 +43,18 @@ def test_value_loss_is_the_larger_of_the_clipped_and_the_plain_error() -> None:
     )
 
 
-def spread_after_training(form: str, std: float, base_std: float) -> float:
-    """Train a one-dimensional flow on the Brownian regularizer alone and measure the spread of its endpoints."""
+def make_actor(base_std: float, solver: str, steps: int, dim: int = 1, **fields: Any) -> FlowActor:
     torch.manual_seed(0)
-    actor = FlowActor(
-        1, 1, hidden=(32, 32), activation="silu", base="standard", base_std=base_std, log_std_init=-1.0,
-        solver="midpoint", solver_steps=8,
+    return FlowActor(
+        1, dim, hidden=(32, 32), activation="silu", base="learned", base_std=base_std, log_std_init=-1.0,
+        solver=solver, solver_steps=steps, **fields,
     )  # fmt: skip
-    optimizer = torch.optim.Adam(actor.parameters(), 3e-3)
+
+
+def spread_after_training(form: str, std: float, base_std: float, solver: str = "midpoint", steps: int = 8) -> float:
+    """Train a one-dimensional flow on the Brownian regularizer alone and measure the spread of its endpoints."""
+    actor = make_actor(base_std, solver, steps)
+    optimizer = torch.optim.Adam(actor.field.parameters(), 3e-3)
     generator = torch.Generator().manual_seed(0)
     obs = torch.zeros(512, 1)
 
@@ -57,11 +63,11 @@ def spread_after_training(form: str, std: float, base_std: float) -> float:
             sample = actor.sample(obs, FlowNoise.of(torch.randn(2, 512, 1, generator=generator)))
             samples = Samples.drawn(actor, obs, sample)
         chord = draw_chord(actor, chord_velocities(actor, samples), generator)
-        return samples._replace(chord=chord), chord
+        return samples._replace(chord=chord, spread_rate=spread_rate(actor, std).expand(512, 1)), chord
 
     for _ in range(300):
         samples, (t, _) = draw()
-        loss = brownian_loss(actor.field(t, chord_point(samples, t), obs), samples, form, std)
+        loss = brownian_loss(actor.field(t, chord_point(samples, t), obs), samples, form, steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -69,26 +75,84 @@ def spread_after_training(form: str, std: float, base_std: float) -> float:
 
 
 def test_papers_brownian_regularizer_alone_drives_the_flow_to_e() -> None:
-    assert spread_after_training("paper", std=0.0, base_std=1.0) == pytest.approx(math.e, rel=0.08)
+    assert spread_after_training("paper", std=1.0, base_std=1.0) == pytest.approx(math.e, rel=0.08)
 
 
-@pytest.mark.parametrize(("base_std", "std"), [(1.0, 0.5), (1.0, 2.0), (0.2, 0.6)])
-def test_consistent_brownian_regularizer_alone_drives_the_flow_to_its_target(base_std: float, std: float) -> None:
-    assert spread_after_training("consistent", std, base_std) == pytest.approx(std, rel=0.05)
+def test_papers_brownian_regularizer_alone_grows_the_base_as_its_solver_does() -> None:
+    assert spread_after_training("paper", 1.0, 1.0, "euler", 2) == pytest.approx(1.5**2, rel=0.08)
+
+
+@pytest.mark.parametrize(
+    ("base_std", "std", "solver", "steps"),
+    [
+        (1.0, 0.5, "midpoint", 8), (1.0, 2.0, "midpoint", 8), (0.2, 0.6, "midpoint", 8), (0.1, 0.5, "euler", 2),
+        (1.0, 0.5, "euler", 1), (0.2, 0.8, "heun", 1), (1.0, 0.4, "rk4", 1),
+    ],
+)  # fmt: skip
+def test_consistent_brownian_regularizer_alone_drives_the_flow_to_its_target(
+    base_std: float, std: float, solver: str, steps: int
+) -> None:
+    assert spread_after_training("consistent", std, base_std, solver, steps) == pytest.approx(std, rel=0.05)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+@pytest.mark.parametrize("std", [3.0, 0.5, 0.09, 0.06])
+def test_linear_field_of_the_spread_rate_is_the_minimum_and_reaches_the_target(
+    solver: str, steps: int, std: float
+) -> None:
+    actor = make_actor(0.1, solver, steps, dim=2).double()
+    with torch.no_grad():
+        actor.base_log_std[1] = math.log(0.08)  # a learned base moves, each dimension by itself
+    rate, z = spread_rate(actor, std), torch.tensor([[0.1, 0.08]], dtype=torch.float64)
+    end = odeint(lambda t, x, cond: rate * x, z, steps=steps, solver=solver)
+    torch.testing.assert_close(end, torch.full_like(end, std), rtol=1e-6, atol=0)
+    # The loss is a square, and 0 at that field whatever the point: there is no lower minimum.
+    x1, half, zero = z.expand(7, 2) + 0.3, torch.full((7,), 0.5).double(), torch.zeros(7, 2).double()
+    batch = Samples(zero, z.expand(7, 2), x1, x1, zero, zero, zero, half, half, half, chord=Chord(half, zero))
+    batch = batch._replace(spread_rate=rate.expand(7, 2))
+    assert brownian_loss(rate * chord_point(batch, half), batch, "consistent", steps) == 0
+
+
+def test_spread_rate_is_eulers_in_closed_form() -> None:
+    for std in (0.5, 0.02):
+        assert spread_rate(make_actor(0.1, "euler", 2), std).item() == pytest.approx(2 * (math.sqrt(std / 0.1) - 1))
+
+
+@pytest.mark.parametrize("noisy", [{"langevin_eps": 0.5}, {"chained": True}])
+@pytest.mark.parametrize("std", [1.5, 0.6])
+def test_spread_rate_counts_the_noise_along_the_flow(noisy: dict[str, Any], std: float) -> None:
+    actor = make_actor(0.3, "euler", 3, **noisy)
+    rate, size, generator = spread_rate(actor, std), 200_000, torch.Generator().manual_seed(0)
+    z, path = torch.randn(size, 1, generator=generator), torch.randn(actor.path_length, size, 1, generator=generator)
+    x1 = actor.flow(0.3 * z, torch.zeros(size, 1), path, lambda t, x, cond: rate * x)
+    assert x1.std().item() == pytest.approx(std, rel=0.01)
+
+
+def test_spread_rate_comes_as_near_as_it_can() -> None:
+    # R(w) = 1 + w + w^2 / 2 of midpoint has its minimum, 1/2, at w = -1.
+    assert spread_rate(make_actor(0.1, "midpoint", 2), 0.01).item() == pytest.approx(-2, abs=1e-2)
+
+
+def test_spread_that_no_step_reaches_is_refused() -> None:
+    fields: dict[str, Any] = {"spread_coef": 0.1, "spread_std": 0.02, "base_std": 0.1, "solver_steps": 2}
+    PolicyFlowConfig(**fields)
+    PolicyFlowConfig(**fields, solver="rk4")  # 0.0073
+    with pytest.raises(ValueError, match=r"spread_std: got 0\.02, expected at least 0\.025, to which midpoint"):
+        PolicyFlowConfig(**fields, solver="midpoint")
 
 
 def test_both_forms_have_the_same_gradient_for_the_policy_that_acted_and_c_one() -> None:
     # At v = v_old the paper's residual is (1 - t) v - (x - t v) = v - x: its gradient is 2 (1 - t) (v - x), the
-    # self-consistent form's with c = log(e / 1) = 1.
+    # self-consistent form's with c = 1.
     torch.manual_seed(0)
     velocity = torch.randn(9, 2, dtype=torch.float64, requires_grad=True)
     z, x1 = torch.randn(2, 9, 2, dtype=torch.float64)
     zero, zeros = torch.zeros(9, 2, dtype=torch.float64), torch.zeros(9, dtype=torch.float64)
     chord = Chord(torch.rand(9, dtype=torch.float64), velocity.detach())
-    batch = Samples(zero, z, x1, x1, zero, zero, zero, zeros, zeros, zeros, chord=chord)
+    batch = Samples(zero, z, x1, x1, zero, zero, zero, zeros, zeros, zeros, chord=chord, spread_rate=zero + 1)
     paper, consistent = (
-        torch.autograd.grad(brownian_loss(velocity, batch, form, math.e), velocity)[0]
-        for form in ("paper", "consistent")
+        torch.autograd.grad(brownian_loss(velocity, batch, form, 4), velocity)[0] for form in ("paper", "consistent")
     )
     torch.testing.assert_close(paper, consistent)
 
