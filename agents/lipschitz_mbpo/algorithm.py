@@ -99,8 +99,8 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
     config_class = LipschitzMBPOConfig
     _fixed = frozenset(
         ("buffer_size", "actor_hidden", "critic_hidden", "activation", "value_gradient", "model", "members", "elites",
-         "model_hidden", "model_jacobian_coef", "model_layer_norm", "model_dropout", "model_weight_decay", "model_batch_size",
-         "model_patience", "snapshots", "model_rollouts", "model_retain", "termination", "regularizer",
+         "model_hidden", "model_jacobian_coef", "model_layer_norm", "model_dropout", "model_weight_decay",
+         "model_batch_size", "model_patience", "snapshots", "model_rollouts", "model_retain", "termination", "regularizer",
          "spectral_bound", *_POLICY_FIELDS)
     )  # fmt: skip
     _learned = frozenset(
