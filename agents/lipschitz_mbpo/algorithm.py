@@ -27,7 +27,7 @@ from ...dynamics.transition_base import TransitionModel
 from ..common.arguments import without_neutral
 from ..common.compiling import compiles, prepared
 from ..common.config import Configured, resolve
-from ..common.networks import activation_name, check_default_dtype, check_weights
+from ..common.networks import check_default_dtype, check_weights
 from ..common.observations import FiniteReplay, FiniteUpdates
 from ..common.update import Gradient, Loss, Losses, rate_fields
 from .config import LipschitzMBPOConfig
@@ -36,7 +36,7 @@ from .diagnostics import GRADIENTS, gradient_diagnostics, model_diagnostics, run
 from .model import build_model, check_rule, termination_rule
 from .replay import CheckpointedReplay, Minibatch, TensorReplay, TransitionRing
 from .sac import SACPolicy, sac_losses
-from .sac_arguments import POLICY_ARGUMENTS, own_fields
+from .sac_arguments import POLICY_ARGUMENTS, POLICY_FIELDS, implied_fields, own_fields
 from .value_gradients import RANGE_RATE, Start, value_gradient_losses, value_range
 
 
@@ -49,24 +49,13 @@ def losses(policy: SACPolicy, batch: Minibatch, config: LipschitzMBPOConfig, tar
     return terms
 
 
+def rollout_length(config: LipschitzMBPOConfig, step: int) -> int:
+    """Length of model rollouts at an environment step."""
+    progress = (step - config.rollout_start) / max(config.rollout_end - config.rollout_start, 1)
+    return int(config.rollout_min + min(max(progress, 0.0), 1.0) * (config.rollout_max - config.rollout_min))
+
+
 _SB3_ARGUMENTS = ("buffer_size", "learning_starts", "batch_size", "tau", "gamma", "gradient_steps")
-_POLICY_FIELDS = (
-    "n_critics", "critic_layer_norm", "tau", "ema_decay", "temperature", "learn_temperature", "normalize_observation"
-)  # fmt: skip
-"""Fields of the Config that are arguments of `SACPolicy` under the same name."""
-
-
-def _implied(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the Config that arguments of `SACPolicy` stand for."""
-    fields = {name: policy_kwargs[name] for name in _POLICY_FIELDS if name in policy_kwargs}
-    if (net_arch := policy_kwargs.get("net_arch")) is not None:
-        both = net_arch if isinstance(net_arch, dict) else {"pi": net_arch, "qf": net_arch}
-        if both.keys() != {"pi", "qf"}:
-            raise ValueError(f"net_arch: got {', '.join(both)}, expected one list, or pi and qf")
-        fields |= {"actor_hidden": tuple(both["pi"]), "critic_hidden": tuple(both["qf"])}
-    if "activation_fn" in policy_kwargs:
-        fields["activation"] = activation_name(policy_kwargs["activation_fn"])
-    return fields
 
 
 class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay):
@@ -101,7 +90,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         ("buffer_size", "actor_hidden", "critic_hidden", "activation", "value_gradient", "model", "members", "elites",
          "model_hidden", "model_jacobian_coef", "model_layer_norm", "model_dropout", "model_weight_decay",
          "model_batch_size", "model_patience", "snapshots", "model_rollouts", "model_retain", "termination",
-         "regularizer", "spectral_bound", *_POLICY_FIELDS)
+         "regularizer", "spectral_bound", *POLICY_FIELDS)
     )  # fmt: skip
     _learned = frozenset(
         ("actor_hidden", "critic_hidden", "n_critics", "critic_layer_norm", "temperature", "model", "members",
@@ -123,7 +112,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         config, fields = config or LipschitzMBPOConfig(), own_fields(fields)
         policy_kwargs = without_neutral(policy_kwargs or {}, POLICY_ARGUMENTS)
         fields = rate_fields(learning_rate, resolve(config, fields)) | fields
-        self.config = resolve(config, fields | _implied(policy_kwargs))
+        self.config = resolve(config, fields | implied_fields(policy_kwargs))
         self.terminated = terminated
         self._fitted_at = self._imagined_at = self._diagnosed_at = 0  # environment steps
         self._seen = 0  # rows of the replay buffer
@@ -141,7 +130,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
 
     def _setup_model(self) -> None:
         check_default_dtype()
-        self._take_attributes(_implied(self.policy_kwargs))
+        self._take_attributes(implied_fields(self.policy_kwargs))
         config = self.config
         if self._vec_normalize_env is not None:
             raise ValueError("env: got a VecNormalize, expected raw observations; use normalize_observation=True")
@@ -155,7 +144,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
             "net_arch": {"pi": list(config.actor_hidden), "qf": list(config.critic_hidden)},
             "activation_fn": config.activation,
             "spectral_bound": config.spectral_bound if config.regularizer == "spectral" else None,
-            "bounded_values": config.value_gradient > 0, **{name: getattr(config, name) for name in _POLICY_FIELDS},
+            "bounded_values": config.value_gradient > 0, **{name: getattr(config, name) for name in POLICY_FIELDS},
         }  # fmt: skip
         if "optimizer_class" not in self.policy_kwargs:
             defaults["optimizer_kwargs"] = {"fused": True}
@@ -226,7 +215,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
             waited, interval = self.num_timesteps - self._imagined_at, config.rollout_interval
             if fits or (interval and waited >= interval) or (config.value_gradient and not len(self.model_buffer)):
                 self._imagined_at = self.num_timesteps
-                self._imagine(self.transition, config.rollout_length(self.num_timesteps))
+                self._imagine(self.transition, rollout_length(config, self.num_timesteps))
         weights, before, metrics = self._weights(), self._before_updates(), list[Tensor]()
         draw = self._starts if config.value_gradient else self._minibatches
         for batch in draw(updates, batch_size):

@@ -160,11 +160,6 @@ class LipschitzMBPOConfig:
         require(self, "model_retain", kept, f"at least the interval of rollouts, {interval}")
         require(self, "model_jacobian_coef", self.model != "none" or not self.model_jacobian_coef, "0 without a model")
 
-    def rollout_length(self, step: int) -> int:
-        """Length of model rollouts at an environment step."""
-        progress = (step - self.rollout_start) / max(self.rollout_end - self.rollout_start, 1)
-        return int(self.rollout_min + min(max(progress, 0.0), 1.0) * (self.rollout_max - self.rollout_min))
-
     def switched_off(self) -> dict[str, str]:
         """Fields that change nothing as the others are -> what would switch them on."""
         off = {}

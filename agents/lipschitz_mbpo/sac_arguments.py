@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..common.arguments import without_neutral
+from ..common.networks import activation_name
 
 _SDE = "this noise is not available; target_entropy and temperature say how much the agent explores"
 _BUFFER = "the model learns from the agent's own buffer, of buffer_size transitions"
@@ -26,6 +27,11 @@ POLICY_ARGUMENTS = {
     "share_features_extractor": ((False,), "actor and critics share no layers"),
 }
 """Of the policy of SAC."""
+
+POLICY_FIELDS = (
+    "n_critics", "critic_layer_norm", "tau", "ema_decay", "temperature", "learn_temperature", "normalize_observation"
+)  # fmt: skip
+"""Fields of the Config that are arguments of `SACPolicy` under the same name."""
 
 
 def own_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,3 +58,16 @@ def own_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         if name != "auto":
             raise ValueError(f"ent_coef: got {ent_coef!r}, expected a number above 0, auto, or such as auto_0.1")
     return {**fields, "temperature": start, "learn_temperature": learns}
+
+
+def implied_fields(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the Config that arguments of `SACPolicy` stand for."""
+    fields = {name: policy_kwargs[name] for name in POLICY_FIELDS if name in policy_kwargs}
+    if (net_arch := policy_kwargs.get("net_arch")) is not None:
+        both = net_arch if isinstance(net_arch, dict) else {"pi": net_arch, "qf": net_arch}
+        if both.keys() != {"pi", "qf"}:
+            raise ValueError(f"net_arch: got {', '.join(both)}, expected one list, or pi and qf")
+        fields |= {"actor_hidden": tuple(both["pi"]), "critic_hidden": tuple(both["qf"])}
+    if "activation_fn" in policy_kwargs:
+        fields["activation"] = activation_name(policy_kwargs["activation_fn"])
+    return fields
