@@ -168,7 +168,12 @@ def test_models_and_regularizers_are_compared_from_kept_results(
     options = {"total_timesteps": 1000, "gradient_steps": 3, "table_only": True}
 
     lipschitz.main(
-        models=("none", "ensemble"), regularizers=("none", "robust"), page=page, figure=tmp_path / "f.png", **options
+        models=("none", "ensemble"),
+        regularizers=("none", "robust"),
+        horizons=(),
+        page=page,
+        figure=tmp_path / "f.png",
+        **options,
     )
 
     rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith(("| SAC", "| ensemble"))]

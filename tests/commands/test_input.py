@@ -29,7 +29,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["policyflow", "--actor-hidden", "1000000", "1000000"], "actor_hidden: got 1000000 1000000, whose 1,000,0"),
         (["policyflow", "--critic-hidden", "1000000", "1000000"], "critic_hidden: got 1000000 1000000, whose 1,0"),
         (["mbpo", "--model-hidden", "1000000", "1000000"], "take at least 14,901 GiB of memory, the machine has"),
-        (["mbpo", "--critic-hidden", "1000000", "1000000"], "critic_hidden: got 1000000 1000000, whose 2,000,000,0"),
+        (["mbpo", "--critic-hidden", "1000000", "1000000"], "critic_hidden: got 1000000 1000000, whose 3,000,000,0"),
         (["policyflow", "--n-envs", "10000000000"], "n_envs: got 10000000000, which take at least 37,253 GiB"),
         (["policyflow", "--n-envs", "10000000", "--backend", "subproc"], "n_envs: got 10000000, which take at least"),
         (["policyflow", "--n-steps", "10000000000000"], "n_steps: got a storage of 10000000000001 x 8 x 4 numbers"),
