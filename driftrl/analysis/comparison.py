@@ -7,6 +7,7 @@ Learning at the Edge of the Statistical Precipice".
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -90,7 +91,8 @@ class Section:
         threshold_note: where the threshold comes from.
         groups: at least one.
         differing: settings that differ between groups.
-        improvement: for each ordered pair of group names the probability of improvement and its interval.
+        improvement: for each pair of group names the probability that the first is better, and its interval; one minus
+            it is the probability that the second is.
         notes: what a reader should know.
     """
 
@@ -163,9 +165,8 @@ def _section(env: str, records: Sequence[Record], threshold: float | None, chose
         notes.append(f"the runs differ in length: {min(totals):,} to {max(totals):,} steps")
     pairs = {
         (a.name, b.name): _improvement(a.scores, b.scores)
-        for a in groups
-        for b in groups
-        if a is not b and a.scores and b.scores
+        for a, b in itertools.combinations(groups, 2)
+        if a.scores and b.scores
     }
     return Section(env, measure, curve, threshold, note, groups, _differing(records), pairs, notes)
 

@@ -23,6 +23,7 @@ def draw_curves(sections: Sequence[Section], folder: Path) -> list[Path]:
         ValueError: if matplotlib is missing.
     """
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("plot: matplotlib is not installed; run pip install 'driftrl[plot]'") from error
@@ -36,7 +37,7 @@ def draw_curves(sections: Sequence[Section], folder: Path) -> list[Path]:
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
         for i, group in enumerate(section.groups):
-            color = f"C{i}"
+            color = f"C{i}" if len(section.groups) <= 10 else colormaps["turbo"](i / (len(section.groups) - 1))
             for run in group.runs:
                 if curve := run.record.curves.get(section.curve):
                     style = "-" if run.record.complete else "--"

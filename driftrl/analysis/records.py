@@ -30,7 +30,7 @@ class Record:
     """One training run as a comparison sees it.
 
     Args:
-        folder: of the run.
+        folder: of the run, relative to the working directory where it lies below that.
         agent: the algorithm, or what its folder is called.
         env_id: Gymnasium id; None where nothing tells it.
         seed: of the run; None where nothing tells it.
@@ -65,7 +65,7 @@ class Record:
     @property
     def label(self) -> str:
         """What tells a run from the others of its group."""
-        return self.folder.name if self.seed is None else f"seed {self.seed}"
+        return self.folder.resolve().name if self.seed is None else f"seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def find_records(places: Sequence[tuple[str | None, Path]]) -> Found:
     for name, place in places:
         if not place.is_dir():
             raise ValueError(f"no such folder: got {place}, expected run folders or folders that hold some")
-        for folder in _run_folders(place):
+        for folder in map(_shown, _run_folders(place)):
             names[folder] = name or names.get(folder)
     records, problems = [], list[str]()
     for folder, name in names.items():
@@ -111,6 +111,11 @@ def _run_folders(place: Path) -> Iterator[Path]:
         if any(name in files for name in _LOGS) or _monitors(folder) or _is_ours(folder):
             folders.clear()
             yield folder
+
+
+def _shown(folder: Path) -> Path:
+    """A folder as it reads best from here, and without the names above it in a report that is sent to others."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def _is_ours(folder: Path) -> bool:
@@ -178,15 +183,16 @@ def _read_foreign(folder: Path, name: str | None) -> Record:
         raise ValueError("; ".join(notes) or f"{folder} is empty: no return was logged")
     arguments = {key: value for path in folder.glob("*/args.yml") for key, value in read_zoo_file(path).items()}
     settings = {key: value for path in folder.glob("*/config.yml") for key, value in read_zoo_file(path).items()}
-    stem, seed = _by_name(folder.name)
-    above = [match[1] for each in (folder, *folder.parents) if (match := _ENVIRONMENT.fullmatch(each.name))]
+    whole = folder.resolve()
+    stem, seed = _by_name(whole.name)
+    above = [match[1] for each in (whole, *whole.parents) if (match := _ENVIRONMENT.fullmatch(each.name))]
     env_id = next((log.env_id for log in logs if log.env_id), None) or arguments.get("env") or next(iter(above), None)
     if arguments.get("seed", "").isdigit():
         seed = int(arguments["seed"])
     curves = _merged(logs)
     evaluation = float(curves["evaluation"].returns[-1]) if "evaluation" in curves else None
     return Record(
-        folder, arguments.get("algo") or _agent_of(folder, stem), env_id, seed, settings, curves, evaluation,
+        folder, arguments.get("algo") or _agent_of(whole, stem), env_id, seed, settings, curves, evaluation,
         int(max(log.steps for log in logs)), True, notes=tuple(notes), videos=_videos(folder), name=name,
     )  # fmt: skip
 

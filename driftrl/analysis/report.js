@@ -4,9 +4,9 @@
 const SHAPE = { height: 360, left: 62, right: 12, top: 10, bottom: 44 };
 const COLORS = 8;
 
-/** The color of a group, by its place; the style sheet has one set for light and one for dark. */
+/** The color of a group, by its place; the style sheet has eight for light and for dark, the rest suit both. */
 function color(group) {
-  return `var(--c${group % COLORS})`;
+  return group < COLORS ? `var(--c${group})` : `hsl(${(group * 137.5) % 360} 60% 50%)`;
 }
 
 /** All lines of a section: every run, and each group's IQM. Points are [step, return, seconds or null]. */
@@ -58,7 +58,7 @@ function scales(shown, threshold, width) {
     width,
     x: (step) => SHAPE.left + (step / last) * inner.width,
     y: (value) => SHAPE.top + ((high - value) / (high - low)) * inner.height,
-    xTicks: ticks(0, last, Math.max(3, inner.width / 110)),
+    xTicks: ticks(0, last, Math.max(4, inner.width / 110)),
     yTicks: ticks(low, high, 6),
   };
 }
@@ -185,7 +185,8 @@ function chart(figure, section) {
     tip.hidden = false;
     const left = x + 12 + tip.offsetWidth > figure.clientWidth ? x - 12 - tip.offsetWidth : x + 12;
     tip.style.left = `${Math.max(0, left)}px`;
-    tip.style.top = `${svg.offsetTop + Math.min(y + 12, SHAPE.height - tip.offsetHeight)}px`;
+    const above = box.top - figure.getBoundingClientRect().top;
+    tip.style.top = `${above + Math.min(y + 12, SHAPE.height - tip.offsetHeight)}px`;
   };
   svg.addEventListener("pointermove", point);
   svg.addEventListener("pointerdown", point);

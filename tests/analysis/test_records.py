@@ -117,3 +117,15 @@ def test_other_programs_folders_are_no_runs(tmp_path: Path) -> None:
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder: got"):
         find_records([(None, tmp_path / "nothing")])
+
+
+def test_a_folder_below_the_working_directory_is_named_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours(tmp_path / "a" / "run")
+    write(tmp_path / "ppo" / "s0" / "progress.csv", PROGRESS)
+    monkeypatch.chdir(tmp_path)
+    assert [str(run.folder) for run in find_records([(None, tmp_path)]).records] == ["a/run", "ppo/s0"]
+    monkeypatch.chdir(tmp_path / "ppo" / "s0")
+    (run,) = find_records([(None, Path())]).records
+    assert (run.agent, run.seed, run.label) == ("ppo", 0, "seed 0")

@@ -137,6 +137,7 @@ window.addEventListener("load", () => setTimeout(() => {
   const found = { errors, axis, tip: tip.innerText, tipHidden: tip.hidden, before: lines() };
   const [tipBox, figure] = [tip, svg.parentNode].map((each) => each.getBoundingClientRect());
   found.tipInside = tipBox.left >= figure.left - 1 && tipBox.right <= figure.right + 1;
+  found.tipBeside = tipBox.top >= box.top - 1 && tipBox.bottom <= box.bottom + 1 && tipBox.top - last.top < 100;
   document.querySelectorAll(".legend button")[1].click();
   found.after = lines();
   document.querySelectorAll(".legend button")[0].click();
@@ -169,7 +170,7 @@ def test_the_page_in_a_browser(page: Path, tmp_path: Path, width: int, dark: boo
     assert found["needed"] <= width, "the page scrolls sideways"
     assert found["smallest"] >= 12
     assert {"environment steps", "return while training", "20k"} <= set(found["axis"])
-    assert not found["tipHidden"] and found["tipInside"]
+    assert not found["tipHidden"] and found["tipInside"] and found["tipBeside"]
     assert found["tip"].split("\n") == ["ppo, IQM", "step 20,000", "return 400.5"]
     assert (found["before"], found["after"], found["none"]) == (8, 4, 0)
     brightness = [sum(map(int, re.findall(r"\d+", found[key])[:3])) for key in ("ground", "text")]
