@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -114,7 +115,8 @@ def compare(
 
     Args:
         records: the runs.
-        threshold: return whose first time is taken; None: the lowest of the groups' last returns while training.
+        threshold: return whose first time is taken; None: the lowest of the groups' (lower) median last returns on
+            their curves, so that over half of the runs of each group reach it.
         measure: what a score is; None: the last evaluation where all complete runs have one, else the training return,
             so that like is compared with like.
         env: environment of runs that do not tell it; None: that of the others, if there is one only.
@@ -131,7 +133,7 @@ def compare(
             problems.append(f"{record.folder} does not tell its environment; add --env ID")
             continue
         if record.env_id is None:
-            note = f"{record.folder} does not tell its environment: taken as {assumed}"
+            note = f"logs that do not tell their environment are taken as {assumed}"
             record = dataclasses.replace(record, env_id=assumed, notes=(*record.notes, note))
         arguments = " ".join(f"{key}={_text(value)}" for key, value in sorted(record.env_kwargs.items()))
         sections.setdefault(f"{record.env_id} {arguments}".strip(), []).append(record)
@@ -139,7 +141,7 @@ def compare(
 
 
 def _section(env: str, records: Sequence[Record], threshold: float | None, chosen: Measure | None) -> Section:
-    notes = [note for record in records for note in record.notes]
+    notes = list(dict.fromkeys(note for record in records for note in record.notes))
     complete = [record for record in records if record.complete]
     all_evaluated = all(record.evaluation is not None for record in complete)
     all_logged = all("training" in record.curves for record in complete)
@@ -152,11 +154,12 @@ def _section(env: str, records: Sequence[Record], threshold: float | None, chose
     note = "given"
     if threshold is None:
         ends = [
-            float(interquartile_mean(last))
+            float(statistics.median_low(last))
             for members in named.values()
             if (last := [each.curves[curve].returns[-1] for each in members if each.complete and curve in each.curves])
         ]
-        threshold, note = min(ends, default=math.nan), f"lowest IQM of the last returns ({curve}) of the groups"
+        threshold = min(ends, default=math.nan)
+        note = f"the lowest of the groups' median last returns ({curve})"
     groups = [_group(name, members, measure, curve, threshold) for name, members in named.items()]
     for group in groups:
         notes += _group_notes(group, measure)

@@ -44,8 +44,8 @@ def _main(argv: Sequence[str] | None) -> int:
         "evaluation where every run has one, else that while training)",
     )  # fmt: skip
     parser.add_argument(
-        "--threshold", type=float, metavar="R", help="return whose first time is reported (default: the lowest IQM of "
-        "the groups' last returns while training)",
+        "--threshold", type=float, metavar="R", help="return whose first time is reported (default: the lowest of "
+        "the groups' median last returns while training)",
     )  # fmt: skip
     parser.add_argument("--env", metavar="ID", help="environment of logs that do not tell it")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a report, one page that needs no network")
