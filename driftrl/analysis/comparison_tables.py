@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -138,7 +139,7 @@ def _group(group: Group, section: Section) -> dict[str, Any]:
         "interval": group.interval,
         "steps_to_threshold": _finite(group.steps),
         "seconds_to_threshold": _finite(group.seconds),
-        "settings": dict(group.settings),
+        "settings": json.loads(json.dumps(dict(group.settings)), parse_constant=str),  # "NaN": JSON has no such number
         "mean": None if group.mean is None else _short(group.mean.tolist()),
         "runs": [
             {

@@ -156,14 +156,16 @@ def _read_ours(folder: Path, config: dict[str, Any], name: str | None) -> Record
         try:
             report = json.loads(path.read_text())
             returns = [float(value) for value in report["deterministic"]["returns"]]
-            evaluation, steps = sum(returns) / len(returns), float(report["timesteps"])
-        except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+            evaluation, steps = sum(returns) / len(returns), int(report["timesteps"])
+        except (ValueError, KeyError, TypeError, ArithmeticError) as error:
             notes.append(f"{path} is damaged: {error!r}; the run counts as not evaluated")
+    recorded = config.get("versions")
+    versions = {key: str(value) for key, value in recorded.items()} if isinstance(recorded, dict) else {}
     complete = path.is_file() and (folder / "final.zip").is_file()
     return Record(
         folder, config["agent"], config["env_id"], config["seed"],
         {**{key: value for key, value in config.items() if key not in _NOT_SETTINGS}, **config["config"]},
-        _merged(logs), evaluation, int(steps), complete, config["env_kwargs"], config.get("versions") or {},
+        _merged(logs), evaluation, int(steps), complete, config["env_kwargs"], versions,
         tuple(notes + _not_finite(path, evaluation)), _videos(folder), name,
     )  # fmt: skip
 

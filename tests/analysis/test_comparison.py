@@ -110,6 +110,12 @@ def test_a_return_that_is_not_finite_does_not_count(score: float) -> None:
     assert as_json([section], [])["sections"][0]["groups"][0]["runs"][2]["score"] is None
 
 
+def test_a_setting_that_is_not_finite_is_text_in_json() -> None:
+    section = only([record(settings={"target": math.inf, "limits": [math.nan, 1]})])
+    (group,) = as_json([section], [])["sections"][0]["groups"]
+    assert group["settings"] == {"target": "Infinity", "limits": ["NaN", 1]}
+
+
 def test_without_a_finished_run_there_is_no_iqm() -> None:
     section = only([record(None, complete=False)])
     assert math.isnan(section.groups[0].iqm) and "nan" not in format_section(section)

@@ -112,6 +112,25 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
         read_evaluations(path)
 
 
+@pytest.mark.parametrize(("place", "value"), [(4, 148), (6, 1), (6, 32), (8, 99)])
+def test_a_damaged_header_of_a_zip_is_named(tmp_path: Path, place: int, value: int) -> None:
+    """Version needed, encrypted, patched, method of compression: zipfile has an error of its own for each."""
+    path = tmp_path / "evaluations.npz"
+    np.savez(path, timesteps=[1], results=[[2.0]])
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + place + 2] = value  # of the directory, two bytes longer than the header
+    content[place] = value
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"evaluations\.npz is damaged"):
+        read_evaluations(path)
+
+
+def test_steps_that_are_not_finite_are_damage(tmp_path: Path) -> None:
+    np.savez(tmp_path / "evaluations.npz", timesteps=[np.nan], results=[[2.0]])
+    with pytest.raises(ValueError, match="its steps are not finite"):
+        read_evaluations(tmp_path / "evaluations.npz")
+
+
 def test_a_monitor_file_without_its_first_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "monitor.csv").write_text("r,l,t\n1,2,3\n")
     with pytest.raises(ValueError, match=r"monitor\.csv is damaged"):

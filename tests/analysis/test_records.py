@@ -75,6 +75,12 @@ def test_damaged_files_are_named_in_one_line_and_the_others_go_on(tmp_path: Path
     assert "progress.csv is damaged" in found.records[1].notes[0] and found.records[1].evaluation == 4.0
 
 
+def test_an_evaluation_after_infinite_steps_is_damaged(tmp_path: Path) -> None:
+    write(ours(tmp_path) / "eval.json", '{"timesteps": 1e999, "deterministic": {"returns": [1]}}')
+    (run,) = find_records([(None, tmp_path)]).records
+    assert run.evaluation is None and "eval.json is damaged" in run.notes[0]
+
+
 def test_runs_of_sb3_are_named_by_their_folders(tmp_path: Path) -> None:
     for folder in ("ppo/s0", "ppo/seed_1", "ppo/2", "tb/PPO_1", "sac/Hopper-v5/s3", "a2c-s5", "plain"):
         write(tmp_path / folder / "progress.csv", PROGRESS)
