@@ -18,13 +18,15 @@ QUICKER = [
     (r"total_timesteps=[\d_]+", "total_timesteps=64"),
     (r"n_steps=\d+, batch_size=\d+", "n_steps=16, batch_size=16"),
     (r'PolicyFlow\("MlpPolicy", "InvertedPendulum-v5"(?!, config)', r"\g<0>, n_steps=16, batch_size=16"),
+    (r'PPO\("MlpPolicy", "InvertedPendulum-v5"', r"\g<0>, n_steps=16, batch_size=16"),
     (r"range\(3000\)", "range(3)"),
     (r"_freq=[\d_]+", "_freq=8"),
 ]
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/checkpoints.md", "docs/dynamics.md", "docs/export.md", "docs/sb3.md"]
+    "page",
+    ["README.md", "docs/checkpoints.md", "docs/compare.md", "docs/dynamics.md", "docs/export.md", "docs/sb3.md"],
 )
 @pytest.mark.filterwarnings("ignore::tqdm.TqdmExperimentalWarning")  # of the progress bar of Stable-Baselines3
 def test_code_of_the_documentation_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +43,8 @@ def test_code_of_the_documentation_runs(page: str, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     "page",
     [
-        "README.md", "docs/checkpoints.md", "docs/dynamics.md", "docs/export.md", "docs/multimodal.md", "docs/sb3.md",
+        "README.md", "docs/checkpoints.md", "docs/compare.md", "docs/dynamics.md", "docs/export.md",
+        "docs/multimodal.md", "docs/sb3.md",
     ],
 )  # fmt: skip
 def test_links_of_the_documentation_exist(page: str) -> None:

@@ -1,4 +1,4 @@
-"""What gets installed: one top-level name, typed, with its two commands, and the same from a wheel as from an sdist."""
+"""What gets installed: one top-level name, typed, with its commands, and the same from a wheel as from an sdist."""
 
 from __future__ import annotations
 
@@ -66,6 +66,11 @@ def test_wheel_holds_every_module_of_the_checkout(wheel_files: dict[str, bytes])
     assert {name: content for name, content in wheel_files.items() if name.endswith(".py")} == expected
 
 
+def test_wheel_holds_what_the_report_page_is_made_of(wheel_files: dict[str, bytes]) -> None:
+    for name in ("driftrl/analysis/report.css", "driftrl/analysis/report.js"):
+        assert wheel_files[name] == (ROOT / name).read_bytes()
+
+
 def test_wheel_is_marked_as_typed(wheel_files: dict[str, bytes]) -> None:
     assert "driftrl/py.typed" in wheel_files
 
@@ -75,12 +80,13 @@ def test_versions_agree(wheel_files: dict[str, bytes], dist_info: str) -> None:
     assert metadata["Version"] == driftrl.__version__
 
 
-def test_wheel_declares_the_two_commands(wheel_files: dict[str, bytes], dist_info: str) -> None:
+def test_wheel_declares_the_commands(wheel_files: dict[str, bytes], dist_info: str) -> None:
     entry_points = ConfigParser()
     entry_points.read_string(wheel_files[f"{dist_info}/entry_points.txt"].decode())
     assert dict(entry_points["console_scripts"]) == {
         "driftrl-train": "driftrl.commands.train:main",
         "driftrl-evaluate": "driftrl.commands.evaluate:main",
+        "driftrl-compare": "driftrl.commands.compare:main",
     }
 
 
@@ -100,7 +106,7 @@ def plain_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir(parents=True)
     for name in ("agents", "envs", "dynamics", "driftrl"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("train.py", "evaluate.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("train.py", "evaluate.py", "compare.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     for link in [path for path in (folder / "driftrl").iterdir() if path.is_symlink()]:
         target = os.readlink(link)
@@ -120,6 +126,7 @@ def test_a_checkout_without_links_builds_the_same_wheel(
 def test_a_checkout_without_links_runs_the_commands(plain_checkout: Path) -> None:
     assert "--resume RUN" in python("train.py", "--help", cwd=plain_checkout, path=plain_checkout)
     assert "--episodes" in python("evaluate.py", "--help", cwd=plain_checkout, path=plain_checkout)
+    assert "--html" in python("compare.py", "--help", cwd=plain_checkout, path=plain_checkout)
     where = "import driftrl.agents.policyflow, driftrl.envs.make as m; print(m.__file__)"
     assert Path(python("-c", where, cwd=plain_checkout, path=plain_checkout)).is_relative_to(plain_checkout)
 

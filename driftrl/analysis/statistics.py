@@ -1,4 +1,4 @@
-"""Statistics of returns: interquartile mean and bootstrap intervals."""
+"""Statistics of returns: interquartile mean, probability of improvement, bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -53,3 +53,36 @@ def bootstrap_interval(
     resampled = statistic(values[rng.integers(values.size, size=(resamples, values.size))])
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def probability_of_improvement(x: ArrayLike, y: ArrayLike) -> float:
+    """Probability that a value of x is larger than one of y; a tie counts half (Mann and Whitney 1947).
+
+    Raises:
+        ValueError: if x or y has no values.
+    """
+    left, right = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if left.size == 0 or right.size == 0:
+        raise ValueError("probability_of_improvement: got no values, expected at least 1 on either side")
+    return float(_share_above(left[None], right[None])[0])
+
+
+def improvement_interval(
+    x: ArrayLike, y: ArrayLike, level: float = 0.95, resamples: int = 2_000, *, rng: np.random.Generator
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of `probability_of_improvement`, both sides resampled independently.
+
+    Raises:
+        ValueError: if x or y has no values.
+    """
+    left, right = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if left.size == 0 or right.size == 0:
+        raise ValueError("improvement_interval: got no values, expected at least 1 on either side")
+    resampled = [each[rng.integers(each.size, size=(resamples, each.size))] for each in (left, right)]
+    low, high = np.quantile(_share_above(*resampled), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _share_above(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Share of the pairs where x is above y, ties half, [k, n] and [k, m] -> [k]."""
+    return np.asarray((np.sign(x[:, :, None] - y[:, None, :]).mean(axis=(1, 2)) + 1) / 2)

@@ -1,0 +1,210 @@
+"""Logs of training runs: progress.csv, Monitor's files, evaluations.npz, rl_zoo3's settings.
+
+They are those of Stable-Baselines3; our own runs write the first. What cannot be read is a ValueError that names the
+file; single rows that cannot be used are left out, and a note says how many.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+WINDOW = 100
+"""Episodes that a training return is the mean of, as in Stable-Baselines3."""
+_STEPS, _SECONDS = "time/total_timesteps", "time/time_elapsed"
+_COLUMNS = {"training": "rollout/ep_rew_mean", "evaluation": "eval/mean_reward"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A return over training.
+
+    Args:
+        steps: environment steps, ascending, [n].
+        returns: finite, [n].
+        seconds: wall seconds of training, NaN where they are not known, [n].
+    """
+
+    steps: NDArray[np.float64]
+    returns: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Log:
+    """What was read of one log.
+
+    Args:
+        curves: by what they show, "training" (mean of the last WINDOW episodes) or "evaluation".
+        notes: what was left out.
+        steps: the last step that was logged.
+        env_id: Gymnasium id, where the log tells it.
+    """
+
+    curves: Mapping[str, Curve]
+    notes: tuple[str, ...]
+    steps: float = 0.0
+    env_id: str | None = None
+
+
+class _Points:
+    """Points of a curve as they are read."""
+
+    def __init__(self) -> None:
+        self._points: list[tuple[float, float, float]] = []
+        self.not_finite = 0
+
+    def add(self, step: float, value: float, seconds: float) -> None:
+        """Add a point. A run that went on from an earlier step replaces what it had logged after that."""
+        if not math.isfinite(value):
+            self.not_finite += 1
+            return
+        while self._points and self._points[-1][0] >= step:
+            self._points.pop()
+        self._points.append((step, value, seconds))
+
+    def curve(self) -> Curve | None:
+        """The curve; None where there is no point."""
+        return Curve(*np.array(self._points, dtype=np.float64).T) if self._points else None
+
+
+def read_progress(path: Path) -> Log:
+    """Read progress.csv as Stable-Baselines3's logger writes it.
+
+    Raises:
+        ValueError: if it is damaged or has no column of steps.
+    """
+    points = {kind: _Points() for kind in _COLUMNS}
+    unreadable, last, before, elapsed = 0, 0.0, 0.0, 0.0
+    rows = list(_rows(path, path.read_bytes()))
+    if rows and _STEPS not in rows[0]:
+        raise ValueError(f"{path} is damaged: it has no column {_STEPS}")
+    for row in rows:
+        try:
+            step, seconds, *values = (_number(row.get(name)) for name in (_STEPS, _SECONDS, *_COLUMNS.values()))
+        except ValueError:
+            unreadable += 1
+            continue
+        if step is None or not math.isfinite(step):
+            unreadable += 1
+            continue
+        last = step
+        if seconds is not None:  # begins anew where a run was resumed
+            before, elapsed = before + (elapsed if seconds < elapsed else 0.0), seconds
+        for kind, value in zip(_COLUMNS, values, strict=True):
+            if value is not None:
+                points[kind].add(step, value, math.nan if seconds is None else before + seconds)
+    curves = {kind: curve for kind, each in points.items() if (curve := each.curve())}
+    not_finite = sum(each.not_finite for each in points.values())
+    return Log(curves, tuple(_notes(path, unreadable, not_finite)), last)
+
+
+def read_monitors(paths: Sequence[Path]) -> Log:
+    """Read the files of Monitor, one per parallel environment, into one curve.
+
+    Steps count all environments; episodes are ordered by the time at which they ended.
+
+    Raises:
+        ValueError: if one of them is damaged.
+    """
+    episodes: list[tuple[float, float, float]] = []
+    starts: list[float] = []
+    notes: list[str] = []
+    env_id = None
+    for path in paths:
+        first, _, rest = path.read_bytes().partition(b"\n")
+        try:
+            header = json.loads(first.decode().removeprefix("#"))
+            start, name = float(header["t_start"]), header.get("env_id")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: its first line is not that of a Monitor file") from error
+        starts.append(start)
+        env_id = name if isinstance(name, str) and name != "None" else env_id
+        unreadable = 0
+        for row in _rows(path, rest):
+            try:
+                value, length, end = (_number(row.get(key)) for key in "rlt")
+            except ValueError:
+                value = length = end = None
+            if value is None or length is None or end is None:
+                unreadable += 1
+            else:
+                episodes.append((start + end, length, value))
+        notes += _notes(path, unreadable, 0)
+    points, window, steps = _Points(), deque[float](maxlen=WINDOW), 0.0
+    for end, length, value in sorted(episodes):
+        steps += length
+        window.append(value)
+        points.add(steps, sum(window) / len(window), end - min(starts))
+    curve = points.curve()
+    notes += _notes(paths[0].parent, 0, points.not_finite)
+    return Log({"training": thinned(curve)} if curve else {}, tuple(notes), steps, env_id)
+
+
+def read_evaluations(path: Path) -> Log:
+    """Read evaluations.npz of EvalCallback; nothing in it is unpickled.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
+            steps = np.asarray(data["timesteps"], dtype=np.float64)
+            returns = np.asarray(data["results"], dtype=np.float64).reshape(len(steps), -1).mean(axis=1)
+            if not np.isfinite(steps).all():
+                raise ValueError("its steps are not finite")
+    except Exception as error:  # zipfile, zlib and NumPy fail in many ways where a file is damaged
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    points = _Points()
+    for step, value in zip(steps, returns, strict=True):
+        points.add(float(step), float(value), math.nan)
+    curve = points.curve()
+    notes = tuple(_notes(path, 0, points.not_finite))
+    return Log({"evaluation": curve} if curve else {}, notes, float(steps.max(initial=0.0)))
+
+
+def read_zoo_file(path: Path) -> dict[str, str]:
+    """The pairs of args.yml or config.yml of rl_zoo3, an OrderedDict with tags of Python, without a YAML reader.
+
+    Pairs whose value is no scalar are left out.
+    """
+    pairs = re.findall(r"^[ -]*- (\w+)\n +- (\S.*)$", path.read_text(errors="replace"), flags=re.MULTILINE)
+    return {key: value.strip("'\"") for key, value in pairs if not value.startswith(("!", "&", "- "))}
+
+
+def thinned(curve: Curve, points: int = 400) -> Curve:
+    """At most so many of a curve's points, evenly spread, the first and the last among them."""
+    if len(curve.steps) <= points:
+        return curve
+    chosen = np.linspace(0, len(curve.steps) - 1, points).round().astype(int)
+    return Curve(curve.steps[chosen], curve.returns[chosen], curve.seconds[chosen])
+
+
+def _rows(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV file; the last one only if it is whole: the program may be writing it, or was killed then."""
+    try:
+        text = content.decode()
+        yield from csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _number(text: str | None) -> float | None:
+    return float(text) if text else None
+
+
+def _notes(path: Path, unreadable: int, not_finite: int) -> Iterable[str]:
+    if unreadable:
+        yield f"{path}: {unreadable} unreadable row{'s' * (unreadable > 1)} left out"
+    if not_finite:
+        yield f"{path}: {not_finite} return{'s' * (not_finite > 1)} not finite, left out"
