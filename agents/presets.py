@@ -70,6 +70,7 @@ VALUE_GRADIENT: dict[str, Any] = {
     "n_envs": 1, "total_timesteps": 100_000, "learning_starts": 2500, "gradient_steps": 1, "value_gradient": 5,
     "gamma": 0.995, "temperature": 0.1, "normalize_observation": True, "ema_decay": 0.999, "activation": "silu",
     "actor_hidden": (256, 256, 256), "critic_hidden": (256, 256, 256), "n_critics": 3, "critic_layer_norm": True,
+    "lr_schedule": "linear",  # with a constant rate the last policies swing between 1,400 and 3,400 on Hopper-v5
     "model": "homoscedastic", "model_hidden": (256, 256, 256), "model_layer_norm": True, "model_dropout": 0.0075,
     "model_weight_decay": 1e-3, "model_patience": 125, "regularizer": "none",
     "rollout_interval": 20, "model_rollouts": 13, "model_retain": 200, "rollout_min": 20, "rollout_max": 20,
