@@ -18,7 +18,7 @@ from gymnasium import spaces
 
 from driftrl.agents.registry import AGENTS
 from driftrl.analysis.evaluation import evaluate_modes
-from driftrl.commands import train
+from driftrl.commands import train, training
 from driftrl.commands.evaluate import main as evaluate
 from driftrl.runs.folder import load_agent
 from driftrl.runs.log import open_logger
@@ -268,7 +268,7 @@ def test_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_before_the_first_step_leaves_nothing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "open_logger", with_signals(open_logger, {0: number}))
+    monkeypatch.setattr(training, "open_logger", with_signals(open_logger, {0: number}))
     assert start() == 128 + number
     assert not Path("runs").exists()
 
@@ -277,7 +277,7 @@ def test_signal_before_the_first_step_leaves_nothing(number: int, monkeypatch: p
 def test_signal_in_the_final_evaluation_says_what_is_saved(
     number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "evaluate_modes", with_signals(evaluate_modes, {0: number}))
+    monkeypatch.setattr(training, "evaluate_modes", with_signals(evaluate_modes, {0: number}))
     assert start() == 128 + number
     out, folder = capsys.readouterr().out, only_run()
     assert f"saved in {folder / 'final.zip'}" in out
