@@ -41,7 +41,8 @@ def test_code_of_the_documentation_runs(page: str, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     "page",
     [
-        "README.md", "docs/checkpoints.md", "docs/dynamics.md", "docs/export.md", "docs/multimodal.md", "docs/sb3.md",
+        "README.md", "docs/checkpoints.md", "docs/commands.md", "docs/dynamics.md", "docs/export.md",
+        "docs/multimodal.md", "docs/sb3.md",
     ],
 )  # fmt: skip
 def test_links_of_the_documentation_exist(page: str) -> None:

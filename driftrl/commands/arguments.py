@@ -35,6 +35,10 @@ class Arguments:
     """Steps between checkpoints, >= 1."""
     keep_checkpoints: int = 3
     """How many checkpoints to keep, the newest, >= 1; the best agent is kept apart."""
+    eval_interval: int | None = None
+    """Steps between evaluations of the deterministic policy while training, >= 1; best.zip is the best of them."""
+    eval_episodes: int = 10
+    """Episodes of each, >= 1."""
     env_kwargs: tuple[str, ...] = ()
     """Arguments of the environment: key=value pairs, or one JSON object."""
     backend: Backend = "auto"

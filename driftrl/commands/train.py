@@ -95,6 +95,8 @@ def _start(name: str, args: Sequence[str]) -> int:
             raise
         raise ValueError(f"{error}; the preset for {known.env} sets {', '.join(sets)}") from None  # not the user
     arguments = dataclasses.replace(arguments, env=known.env, config=without_inert(arguments.config, chosen))
+    if "eval_episodes" in chosen and arguments.eval_interval is None:
+        raise ValueError(f"eval_episodes: got {arguments.eval_episodes}, which changes nothing without eval_interval")
     check_device(arguments.device)
     settings = RunSettings(
         agent=name,
@@ -111,6 +113,8 @@ def _start(name: str, args: Sequence[str]) -> int:
         backend=arguments.backend,
         worker_timeout=arguments.worker_timeout,
         worker_restarts=arguments.worker_restarts,
+        eval_interval=arguments.eval_interval,
+        eval_episodes=arguments.eval_episodes,
     )
     with contextlib.closing(make_env(settings, settings.seed)) as env:
         agent = entry.agent(policy_alias(env), env, config=arguments.config, seed=settings.seed, device=settings.device)
