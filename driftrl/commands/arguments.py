@@ -25,6 +25,10 @@ class Arguments:
     """Environment steps to train for, >= 1, all environments together."""
     seed: int | None = None
     """Seed of everything random, 0 .. 2**31 - 1; None: drawn, and recorded."""
+    seeds: tuple[int, ...] = ()
+    """Several seeds in place of one: a run each, in a process of its own, in the folder of a group."""
+    jobs: int = 1
+    """With seeds: how many of the runs train at a time, >= 1."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where networks and rollouts live."""
     threads: int = 1

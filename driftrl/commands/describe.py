@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..agents.registry import AgentSpec
@@ -15,11 +16,12 @@ from ..runs.folder import RunSettings
 from .arguments import Arguments
 
 
-def describe(agent: Checkpointed, settings: RunSettings) -> str:
+def describe(settings: RunSettings, device: object, seeds: Sequence[int] = ()) -> str:
     """One line that says what is trained."""
     environments = f"{settings.n_envs} environment{'s' if settings.n_envs > 1 else ''}"
+    which = f"seeds {' '.join(map(str, seeds))}" if seeds else f"seed {settings.seed}"
     what = f"{settings.agent} on {settings.env_id}, {settings.total_timesteps:,} steps"
-    return f"{what}, {environments}, seed {settings.seed}, {agent.device}"
+    return f"{what}, {environments}, {which}, {device}"
 
 
 def describe_preset(entry: AgentSpec, defaults: Arguments, arguments: Arguments) -> str:

@@ -13,12 +13,13 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
+from ..agents.registry import AGENTS, policy_alias
 from ..agents.storage.files import write_json
 from ..agents.storage.saving import Checkpointed, restore
 from ..analysis.evaluation import EVALUATION_SEED, evaluate_modes, format_table
 from ..envs import make_vec
 from ..envs.make import has_time_limit
-from ..runs.callbacks import Checkpoints, Progress, reported
+from ..runs.callbacks import Checkpoints, Progress, Report, Reports, reported
 from ..runs.folder import Resumption, RunSettings, find_checkpoint, has_saved, save_agent
 from ..runs.log import open_logger, warn
 from ..runs.signals import StopOnSignal, exit_code
@@ -35,19 +36,30 @@ def make_env(settings: RunSettings, seed: int | None) -> VecEnv:
     return make_vec(settings.env_id, settings.n_envs, seed, **how, **settings.env_kwargs)
 
 
-def train(agent: Checkpointed, folder: Path, settings: RunSettings, found: Resumption | None = None) -> int:
-    """Train up to the run's total, save, evaluate and say what can be done next."""
+def make_agent(settings: RunSettings, env: VecEnv, config: Any) -> Checkpointed:
+    """The untrained agent of a run."""
+    agent = AGENTS[settings.agent].agent
+    return agent(policy_alias(env), env, config=config, seed=settings.seed, device=settings.device)
+
+
+def train(
+    agent: Checkpointed, folder: Path, settings: RunSettings, found: Resumption | None = None,
+    report_to: Report | None = None,
+) -> int:  # fmt: skip
+    """Train up to the run's total, save, evaluate and say what can be done next; `report_to` hears how it goes."""
     torch.set_num_threads(settings.threads)
     if not has_time_limit(settings.env_id, settings.env_kwargs):
         warn(f"{settings.env_id} has no time limit: an episode that never ends has no return; evaluation cuts it off")
     print(f"run folder: {folder}", flush=True)
     start, done, total = time.monotonic(), agent.num_timesteps, settings.total_timesteps
     try:
-        _learn(agent, folder, settings, found)
+        _learn(agent, folder, settings, found, report_to)
         seconds, steps = time.monotonic() - start, agent.num_timesteps - done
         print(
             f"trained {steps:,} steps in {tqdm.format_interval(seconds)} ({steps / seconds:,.0f} steps/s)", flush=True
         )
+        if report_to:
+            report_to({"evaluates": True})
         modes = ("deterministic", "sampled")
         report = evaluate_modes(agent, settings.env_id, settings.env_kwargs, _FINAL_EPISODES, EVALUATION_SEED, modes)
         with reported("eval.json", agent.num_timesteps):
@@ -76,7 +88,9 @@ def train(agent: Checkpointed, folder: Path, settings: RunSettings, found: Resum
     return 0
 
 
-def _learn(agent: Checkpointed, folder: Path, settings: RunSettings, found: Resumption | None) -> None:
+def _learn(
+    agent: Checkpointed, folder: Path, settings: RunSettings, found: Resumption | None, report_to: Report | None
+) -> None:
     """Train and save; raises KeyboardInterrupt after that where a signal ended it early.
 
     It also saves where anything else ends it, an error in the user's environment say, unless the agent is broken.
@@ -90,8 +104,9 @@ def _learn(agent: Checkpointed, folder: Path, settings: RunSettings, found: Resu
         agent.set_logger(logger)
         best = _go_on(agent, settings, found) if found else None
         checkpoints = Checkpoints(folder, settings, stop, best)
+        callbacks = [checkpoints, progress, *([Reports(done, report_to)] if report_to else [])]
         try:
-            agent.learn(total - done, callback=CallbackList([checkpoints, progress]), reset_num_timesteps=done == 0)
+            agent.learn(total - done, callback=CallbackList(callbacks), reset_num_timesteps=done == 0)
         except Exception:
             if agent.num_timesteps > done and all(each.isfinite().all() for each in agent.policy.parameters()):
                 stop.be_patient()

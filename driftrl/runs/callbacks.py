@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,30 @@ class Progress(BaseCallback):
     def close(self) -> None:
         """Leave the bar as it is, also where training was cut short."""
         self._bar.close()
+
+
+Report = Callable[[dict[str, Any]], None]
+"""Takes news of a run for the process that started it."""
+
+
+class Reports(BaseCallback):
+    """Reports the steps at most twice a second, for a line about the run elsewhere."""
+
+    def __init__(self, begin: int, report: Report) -> None:
+        super().__init__()
+        self._begin, self._report = begin, report
+        self._start, self._reported_at = time.monotonic(), -float("inf")
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        now = time.monotonic()
+        if now - self._reported_at >= 0.5:
+            self._reported_at = now
+            mean = _mean_return(self.model) if self.model.ep_info_buffer else None
+            seconds = now - self._start
+            self._report({"steps": self.num_timesteps, "begin": self._begin, "seconds": seconds, "return": mean})
 
 
 def _mean_return(model: BaseAlgorithm) -> float:
