@@ -76,7 +76,7 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
     torch.set_num_threads(1)  # batches are small: more threads wait for each other
     try:
-        args = parser.parse_args(argv)
+        args = parser.parse_intermixed_args(argv)  # runs may stand before and after options
         if not args.paths and args.env_kwargs:  # they took all that follows: --env-kwargs KEY=VALUE RUN_OR_FILE
             args.paths = [Path(args.env_kwargs.pop())]
         if not args.paths:

@@ -98,7 +98,7 @@ class _Run:
         self.folder, self._options, self._log = folder, options, folder / "output.log"
         self.state = RunState(settings.seed, total_timesteps or settings.total_timesteps)
         self.process: subprocess.Popen[bytes] | None = None
-        self.failed = False
+        self.failed = self.is_told = False
         if is_trained(folder, total_timesteps):
             self.state.end("complete")
 
@@ -144,8 +144,8 @@ class _Run:
             self.state.end("stopped")
         else:
             self.failed = True
-            how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-            self.state.end(f"failed ({how}): {self._last_words()}; see {self._log}")
+            how = f"killed by signal {-code}" if code < 0 else f"exit code {code}: {self._last_words()}"
+            self.state.end(f"failed ({how}); see {self._log}")
 
     def _last_words(self) -> str:
         """What its process said last: its error, where it says one."""
@@ -158,6 +158,7 @@ class _Run:
         """Send its process a signal, if there is one."""
         if self.process is not None:
             self.process.send_signal(number)
+            self.is_told = True
 
     def wait(self) -> None:
         """Wait for its process, and kill it where that takes too long."""
@@ -193,10 +194,14 @@ class _Signals:
             run.stop()
 
     def insist(self) -> None:
-        """Kill what is still there long after a signal."""
-        if self.number is not None and time.monotonic() - self._since > _PATIENCE:
-            for run in self._runs:
+        """After a signal, see to it that every process knows of it, and kill what is still there long after."""
+        if self.number is None:
+            return
+        for run in self._runs:
+            if time.monotonic() - self._since > _PATIENCE:
                 run.stop(signal.SIGKILL)
+            elif not run.is_told:  # its process was just being started when the signal came
+                run.stop()
 
 
 def _table(runs: Sequence[_Run]) -> str:

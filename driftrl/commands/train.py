@@ -76,6 +76,7 @@ def _overview() -> str:
     agents = "\n".join(f"  {agent:12} {entry.summary}" for agent, entry in AGENTS.items())
     return (
         f"usage: {name} AGENT [OPTIONS]    train an agent\n"
+        f"       {name} --config FILE      train the agent of a file, YAML or JSON, or of a run folder\n"
         f"       {name} --resume RUN       go on with an interrupted or finished run, or group of runs\n\n"
         f"{name} AGENT --help            options of the run and the agent's basic ones\n"
         f"{name} AGENT --help-all        all options of the agent, in groups\n"

@@ -113,8 +113,8 @@ def test_runs_of_a_group_are_those_of_single_commands(capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        ("broken", "failed (exit code 1): seeds_task:Task-v0 ended training at"),
-        ("killed", "failed (killed by signal 9)"),
+        ("broken", "failed (exit code 1: seeds_task:Task-v0 ended training at"),
+        ("killed", "failed (killed by signal 9); see "),
     ],
 )
 def test_a_run_that_fails_does_not_stop_the_others(
