@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,11 @@ def test_the_config_of_a_run_repeats_it_to_the_last_bit() -> None:
 
 
 @pytest.mark.parametrize("name", AGENTS)
-def test_every_default_survives_json(name: str) -> None:
-    config = AGENTS[name].config()
-    fields = {field: getattr(config, field) for field in config.__dataclass_fields__}
-    assert made_of(AGENTS[name].config, json.loads(json.dumps(fields))) == config
+def test_every_preset_survives_json(name: str) -> None:
+    entry = AGENTS[name]
+    for preset, env_id in ((preset, each) for preset, ids in entry.presets.items() for each in (*ids, "none-v0")):
+        config = entry.settings(env_id, preset)[1]
+        assert made_of(entry.config, json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 @pytest.mark.parametrize(
