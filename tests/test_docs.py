@@ -43,7 +43,7 @@ def test_code_of_the_documentation_runs(page: str, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     "page",
     [
-        "README.md", "docs/checkpoints.md", "docs/compare.md", "docs/dynamics.md", "docs/export.md",
+        "README.md", "docs/checkpoints.md", "docs/commands.md", "docs/compare.md", "docs/dynamics.md", "docs/export.md",
         "docs/multimodal.md", "docs/sb3.md",
     ],
 )  # fmt: skip

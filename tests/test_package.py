@@ -161,3 +161,8 @@ def test_installed_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) 
         "-m", "driftrl.commands.train", "policyflow", "--help", cwd=tmp_path, path=site
     )
     assert "--episodes" in python("-m", "driftrl.commands.evaluate", "--help", cwd=tmp_path, path=site)
+
+
+def test_commands_load_what_few_need_only_when_it_is_needed(tmp_path: Path) -> None:
+    code = "import sys, driftrl.commands.train; print({'yaml', 'matplotlib', 'onnx', 'pandas'} & set(sys.modules))"
+    assert python("-c", code, cwd=tmp_path) == "set()"

@@ -263,15 +263,30 @@ def capture(agent: Checkpointed) -> dict[str, Any]:
     return {
         "training": agent.training_state(),
         "environments": env.get_state() if tells_its_state(env) else None,  # type: ignore[union-attr]
-        "random": {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if agent.device.type == "cuda" else [],
-            "action_space": agent.action_space.np_random.bit_generator.state,
-        },
+        "random": random_state(agent),
         "log": [dict(log.name_to_value), dict(log.name_to_count), dict(log.name_to_excluded)],
     }
+
+
+def random_state(agent: Checkpointed) -> dict[str, Any]:
+    """The random generators of the process and of the action space; the agent's own is in its training state."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if agent.device.type == "cuda" else [],
+        "action_space": agent.action_space.np_random.bit_generator.state,
+    }
+
+
+def set_random_state(agent: Checkpointed, state: dict[str, Any]) -> None:
+    """Go on from what `random_state` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    agent.action_space.np_random.bit_generator.state = state["action_space"]
 
 
 def restore(agent: Checkpointed, state: dict[str, Any]) -> list[str]:
@@ -290,7 +305,7 @@ def restore(agent: Checkpointed, state: dict[str, Any]) -> list[str]:
 
 
 def _restored(agent: Checkpointed, state: dict[str, Any]) -> list[str]:
-    missing, numbers = [], state["random"]
+    missing = []
     agent.set_training_state(state["training"])
     env = agent.get_env()
     if state["environments"] is not None and tells_its_state(env):
@@ -299,12 +314,7 @@ def _restored(agent: Checkpointed, state: dict[str, Any]) -> list[str]:
         missing.append("the environments, which cannot tell their state: they start new episodes")
     if state["training"]["device"] != agent.device.type:
         missing.append(f"the random numbers, which are others on {agent.device.type}")
-    random.setstate(numbers["python"])
-    np.random.set_state(numbers["numpy"])
-    torch.set_rng_state(numbers["torch"])
-    if numbers["cuda"] and len(numbers["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(numbers["cuda"])
-    agent.action_space.np_random.bit_generator.state = numbers["action_space"]
+    set_random_state(agent, state["random"])
     log = agent.logger
     for values, saved in zip((log.name_to_value, log.name_to_count, log.name_to_excluded), state["log"], strict=True):
         cast("dict[str, Any]", values).update(saved)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -148,9 +149,44 @@ def evaluate_agent(
     """
     if episodes < 1:
         raise ValueError(f"episodes: got {episodes}, expected an integer of at least 1")
+    with contextlib.closing(evaluation_env(agent, env_id, env_kwargs, episodes, seed, max_steps)) as env:
+        agent.set_random_seed(seed)
+        return play(agent, env, env_id, episodes, sample=sample)
+
+
+def evaluation_env(
+    agent: BaseAlgorithm, env_id: str, env_kwargs: dict[str, Any], episodes: int, seed: int, max_steps: int = MAX_STEPS
+) -> VecEnv:
+    """The environments in which `evaluate_agent` plays; its arguments and errors."""
+    if not has_time_limit(env_id, env_kwargs):
+        env_kwargs = env_kwargs | {"max_episode_steps": max_steps}
+    env = make_vec(env_id, min(episodes, _MAX_ENVS), seed, **env_kwargs)
+    for kind in ("observation_space", "action_space"):
+        expected, got = getattr(agent, kind), getattr(env, kind)
+        if expected != got:
+            env.close()
+            raise ValueError(f"{kind} of {env_id}: got {got}, expected {expected} as in training; change --env")
+    return env
+
+
+def play(
+    agent: BaseAlgorithm, env: VecEnv, env_id: str, episodes: int, *, sample: bool,
+    each_step: Callable[[], None] = lambda: None,
+) -> Evaluation:  # fmt: skip
+    """Play complete episodes in environments that are there; no random generator is seeded. See `evaluate_agent`.
+
+    Args:
+        agent: what chooses the actions.
+        env: the environments, with Monitor.
+        env_id: what messages call them.
+        episodes: how many, at least 1.
+        sample: sample the actions; otherwise the deterministic ones.
+        each_step: called after each step of each environment; may raise.
+    """
 
     def check_return(progress: dict[str, Any], _: dict[str, Any]) -> None:
         """Called by evaluate_policy with its local variables, after each step of each environment."""
+        each_step()
         value = progress["info"]["episode"]["r"] if "episode" in progress["info"] else 0.0
         if not np.isfinite(value):
             number = len(progress["episode_rewards"]) + 1
@@ -159,23 +195,11 @@ def evaluate_agent(
                 "the environment's rewards"
             )
 
-    if not has_time_limit(env_id, env_kwargs):
-        env_kwargs = env_kwargs | {"max_episode_steps": max_steps}
-    env = make_vec(env_id, min(episodes, _MAX_ENVS), seed, **env_kwargs)
-    try:
-        for kind in ("observation_space", "action_space"):
-            expected, got = getattr(agent, kind), getattr(env, kind)
-            if expected != got:
-                raise ValueError(f"{kind} of {env_id}: got {got}, expected {expected} as in training; change --env")
-        agent.set_random_seed(seed)
-        model = CheckedPolicy(agent, env_id)
-        sound = _SoundEpisodes(env, 10 * episodes) if leaves_out(agent) else None
-        env = sound or env
-        results = evaluate_policy(
-            model, env, episodes, deterministic=not sample, callback=check_return, return_episode_rewards=True
-        )
-    finally:
-        env.close()
+    model = CheckedPolicy(agent, env_id)
+    sound = _SoundEpisodes(env, 10 * episodes) if leaves_out(agent) else None
+    results = evaluate_policy(
+        model, sound or env, episodes, deterministic=not sample, callback=check_return, return_episode_rewards=True
+    )
     returns, lengths = cast(tuple[list[float], list[int]], results)
     left_out = sound.left_out if sound else 0
     return Evaluation([float(value) for value in returns], [int(length) for length in lengths], left_out)

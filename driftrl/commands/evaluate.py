@@ -1,4 +1,7 @@
-"""Evaluate, film or export a saved policy: `python evaluate.py RUN_OR_FILE --episodes 20 [--video out.mp4]`."""
+"""Evaluate, film or export a saved policy: `python evaluate.py RUN_OR_FILE --episodes 20 [--video out.mp4]`.
+
+Several runs, or a group of them, are evaluated in one table: driftrl/commands/evaluate_several.py.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,9 @@ from ..envs import check_env, parse_env_kwargs
 from ..envs.known import full_id
 from ..envs.multigoal import GOAL_TASKS
 from ..runs.folder import find_checkpoint, load_saved, newest_run, read_settings, run_folder_of
+from ..runs.group import is_group
 from .errors import Parser, fail, import_from_here, output_closed, until_output_closes, users_line, whole_number
+from .evaluate_several import evaluate_several
 
 
 def _check_target(option: str, path: Path) -> None:
@@ -41,9 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     import_from_here()
-    usage = "%(prog)s RUN_OR_FILE [options]"
+    usage = "%(prog)s RUN_OR_FILE ... [options]"
     parser = Parser(prog=Path(sys.argv[0]).name, usage=usage, description="Evaluate a saved policy.")
-    parser.add_argument("path", type=Path, nargs="?", metavar="RUN_OR_FILE", help="run folder or saved .zip file")
+    parser.add_argument(
+        "paths", type=Path, nargs="*", metavar="RUN_OR_FILE", help="run folder, folder of a group, or saved .zip file; "
+        "several are evaluated in one table",
+    )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"driftrl {__version__}")
     parser.add_argument(
         "--episodes", type=whole_number, default=20, help="episodes per policy, >= 1 (default: %(default)s)"
@@ -68,12 +76,15 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
     torch.set_num_threads(1)  # batches are small: more threads wait for each other
     try:
-        args = parser.parse_args(argv)
-        if args.path is None and args.env_kwargs:  # they took all that follows: --env-kwargs KEY=VALUE RUN_OR_FILE
-            args.path = Path(args.env_kwargs.pop())
-        if args.path is None:
+        args = parser.parse_intermixed_args(argv)  # runs may stand before and after options
+        if not args.paths and args.env_kwargs:  # they took all that follows: --env-kwargs KEY=VALUE RUN_OR_FILE
+            args.paths = [Path(args.env_kwargs.pop())]
+        if not args.paths:
             parser.error("got no RUN_OR_FILE, expected a run folder or saved .zip file")
-        return _evaluate(args)
+        _check(args)
+        if len(args.paths) > 1 or is_group(args.paths[0]):
+            return evaluate_several(args)
+        return _evaluate(args, args.paths[0])
     except (ValueError, OSError) as error:
         if output_closed():
             raise
@@ -85,7 +96,10 @@ def _main(argv: Sequence[str] | None) -> int:
         return 130
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused before anything is loaded."""
+    if args.episodes < 1:
+        raise ValueError(f"episodes: got {args.episodes}, expected an integer of at least 1")
     if args.max_steps < 1:
         raise ValueError(f"max-steps: got {args.max_steps}, expected an integer of at least 1")
     if not 0 <= args.seed < 2**31:
@@ -100,9 +114,12 @@ def _evaluate(args: argparse.Namespace) -> int:
             raise ValueError(f"export: got {args.export}, expected a name that ends in {' or '.join(EXPORTERS)}")
     if args.plot and args.plot.is_file():
         raise ValueError(f"plot: got the file {args.plot}, expected a folder")
-    path = newest_run(args.path)
-    if path != args.path:
-        print(f"{args.path} holds runs; taking the newest, {path}", file=sys.stderr)
+
+
+def _evaluate(args: argparse.Namespace, given: Path) -> int:
+    path = newest_run(given)
+    if path != given:
+        print(f"{given} holds runs; taking the newest, {path}", file=sys.stderr)
     file = find_checkpoint(path)
     folder = run_folder_of(file)
     if folder is None and args.env is None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..agents.storage.files import write_json
 from ..agents.storage.saving import Checkpointed
+from .evaluations import Evaluations
 from .folder import COMPLETE, RunSettings, save_agent, save_checkpoint
 from .log import warn
 from .signals import StopOnSignal
@@ -24,8 +25,9 @@ from .signals import StopOnSignal
 class Checkpoints(BaseCallback):
     """Saves a checkpoint at intervals and when a signal came, and best.zip when the mean return is the best so far.
 
-    It looks for a new best every 1 % of the run, once 10 episodes are known: saving costs next to nothing then. What
-    cannot be written is reported, and training goes on.
+    That return is the one of the run's evaluations (`Evaluations`). Of a run without them it is the one of training: it
+    is looked at every 1 % of the run, once 10 episodes are known, for saving costs next to nothing then. What cannot be
+    written is reported, and training goes on.
 
     Args:
         folder: of the run.
@@ -41,6 +43,7 @@ class Checkpoints(BaseCallback):
     ) -> None:
         super().__init__()
         self._folder, self._settings, self._stop, self._progress = folder, settings, stop, progress
+        self._evaluations = Evaluations(settings, stop)
 
     def _on_training_start(self) -> None:
         self._last = self.model.num_timesteps
@@ -48,13 +51,17 @@ class Checkpoints(BaseCallback):
         if self._progress is None:
             path = self._folder / "best.json"
             best = json.loads(path.read_text())["mean_return"] if path.exists() else -float("inf")
-            self._progress = {"best": best, "looked_at": self._last}
+            self._progress = {"best": best, "looked_at": self._last, "evaluated_at": self._last}
+        self._progress.setdefault("evaluated_at", self._last)  # written before there were evaluations
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_start(self) -> None:  # the policy was just updated
+        assert self._progress is not None
         steps, interval = self.model.num_timesteps, self._settings.checkpoint_interval
+        if self._evaluations.are_due(steps, self._progress["evaluated_at"]):  # before a checkpoint, which knows of it
+            self._evaluate(steps)
         if self._stop.signal is not None:
             self._stop.be_patient()
             self.save()
@@ -62,7 +69,14 @@ class Checkpoints(BaseCallback):
         if steps // interval > self._last // interval or self._was_final:
             self._last, self._was_final = steps, False
             self.save()
-        self._look_for_best(steps)
+        if self._settings.eval_interval is None:
+            self._look_for_best(steps)
+
+    def _on_training_end(self) -> None:
+        assert self._progress is not None
+        steps = self.model.num_timesteps
+        if self._settings.eval_interval is not None and self._progress["evaluated_at"] != steps:
+            self._evaluate(steps)
 
     def save(self) -> None:
         """Save a checkpoint."""
@@ -72,17 +86,27 @@ class Checkpoints(BaseCallback):
             for name in COMPLETE:  # of a run that goes on: they are final no longer
                 (self._folder / name).unlink(missing_ok=True)
 
+    def _evaluate(self, steps: int) -> None:
+        assert self._progress is not None
+        mean_return = self._evaluations.evaluate(self.model)
+        if mean_return is not None:
+            self._progress["evaluated_at"] = steps
+            self._keep_if_best(mean_return, {"timesteps": steps, "eval_episodes": self._settings.eval_episodes})
+
     def _look_for_best(self, steps: int) -> None:
         progress, interval = self._progress, max(self._settings.total_timesteps // 100, 1)
         assert progress is not None
         if steps - progress["looked_at"] >= interval and len(self.model.ep_info_buffer or ()) >= 10:
             progress["looked_at"] = steps
-            mean_return = _mean_return(self.model)
-            if mean_return > progress["best"]:
-                progress["best"] = mean_return
-                with reported("best.zip", steps):
-                    save_agent(self.model, self._folder / "best.zip")
-                    write_json(self._folder / "best.json", {"mean_return": mean_return, "timesteps": steps})
+            self._keep_if_best(_mean_return(self.model), {"timesteps": steps})
+
+    def _keep_if_best(self, mean_return: float, details: dict[str, int]) -> None:
+        assert self._progress is not None
+        if mean_return > self._progress["best"]:
+            self._progress["best"] = mean_return
+            with reported("best.zip", details["timesteps"]):
+                save_agent(self.model, self._folder / "best.zip")
+                write_json(self._folder / "best.json", {"mean_return": mean_return, **details})
 
 
 @contextlib.contextmanager
@@ -128,6 +152,30 @@ class Progress(BaseCallback):
     def close(self) -> None:
         """Leave the bar as it is, also where training was cut short."""
         self._bar.close()
+
+
+Report = Callable[[dict[str, Any]], None]
+"""Takes news of a run for the process that started it."""
+
+
+class Reports(BaseCallback):
+    """Reports the steps at most twice a second, for a line about the run elsewhere."""
+
+    def __init__(self, begin: int, report: Report) -> None:
+        super().__init__()
+        self._begin, self._report = begin, report
+        self._start, self._reported_at = time.monotonic(), -float("inf")
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        now = time.monotonic()
+        if now - self._reported_at >= 0.5:
+            self._reported_at = now
+            mean = _mean_return(self.model) if self.model.ep_info_buffer else None
+            seconds = now - self._start
+            self._report({"steps": self.num_timesteps, "begin": self._begin, "seconds": seconds, "return": mean})
 
 
 def _mean_return(model: BaseAlgorithm) -> float:

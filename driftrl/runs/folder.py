@@ -1,9 +1,9 @@
 """Run folders: what a training run leaves behind, and how it is read again.
 
 A run lies in ``<root>/<env>/<agent>/<time>-s<seed>/``: config.json, progress.csv and TensorBoard's events,
-checkpoints/step_*.zip with all that training goes on from, best.zip (best mean return while training) with best.json,
-final.zip and eval.json (once training is complete). Files are written under a temporary name, brought to the disk and
-renamed: a half-written one is never found.
+checkpoints/step_*.zip with all that training goes on from, best.zip with best.json (best mean return of the evaluations
+while training, or else of training itself), final.zip and eval.json (once training is complete). Files are written
+under a temporary name, brought to the disk and renamed: a half-written one is never found.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class RunSettings:
     backend: str = "auto"
     worker_timeout: float = 60.0
     worker_restarts: int = 10
+    eval_interval: int | None = None
+    eval_episodes: int = 10
 
     def __post_init__(self) -> None:
         validate(
@@ -66,13 +68,19 @@ class RunSettings:
             {
                 "text": "agent env_id backend",
                 "names with values": "env_kwargs config",
-                "an integer of at least 1": "n_envs total_timesteps checkpoint_interval keep_checkpoints",
+                "an integer of at least 1": "n_envs total_timesteps checkpoint_interval keep_checkpoints eval_episodes",
+                "an integer of at least 1, or None": "eval_interval",
                 "an integer of 1 .. 2**31 - 1": "threads",
                 "an integer of 0 .. 2**31 - 1": "seed",
                 "a number above 0": "worker_timeout",
                 "an integer of at least 0": "worker_restarts",
             },
         )
+
+    @property
+    def folder_name(self) -> str:
+        """The environment's id as the name of a folder."""
+        return self.env_id.replace("/", "_").replace(":", "_")
 
 
 COMPLETE = ("final.zip", "eval.json")
@@ -81,9 +89,8 @@ COMPLETE = ("final.zip", "eval.json")
 @contextlib.contextmanager
 def new_run(root: Path, settings: RunSettings) -> Iterator[Path]:
     """Make the folder of a new run, with its config.json; leave nothing if the block fails before an agent is saved."""
-    environment = settings.env_id.replace("/", "_").replace(":", "_")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-s{settings.seed}"
-    folder, number = root / environment / settings.agent / name, 1
+    folder, number = root / settings.folder_name / settings.agent / name, 1
     made = [parent for parent in folder.parents if not parent.exists()]
     while True:
         try:
@@ -93,7 +100,7 @@ def new_run(root: Path, settings: RunSettings) -> Iterator[Path]:
             number += 1
             folder = folder.with_name(f"{name}-{number}")
     try:
-        write_json(folder / "config.json", {**dataclasses.asdict(settings), **_provenance(), "resumed": []})
+        write_settings(folder, settings)
         yield folder
     except BaseException:
         if not has_saved(folder):
@@ -102,6 +109,11 @@ def new_run(root: Path, settings: RunSettings) -> Iterator[Path]:
                 with contextlib.suppress(OSError):  # other runs lie there
                     parent.rmdir()
         raise
+
+
+def write_settings(folder: Path, settings: RunSettings) -> None:
+    """Write config.json of a run that begins."""
+    write_json(folder / "config.json", {**dataclasses.asdict(settings), **_provenance(), "resumed": []})
 
 
 def has_saved(folder: Path) -> bool:

@@ -39,6 +39,17 @@ class _RunLogger(Logger):
                 values.clear()
 
 
+def write_row(logger: Logger, values: dict[str, float], step: int) -> None:
+    """Write values at once, in a row of their own; what waits for the next row is left alone."""
+    row: dict[str, float] = {**values, _STEPS: step}
+    left_out: dict[str, tuple[str, ...]] = {name: ("tensorboard",) if name == _STEPS else () for name in row}
+    try:
+        for output in logger.output_formats:
+            output.write(row, left_out, step)
+    except OSError as error:
+        warn(f"the log of step {step} is lost ({error}); training goes on")
+
+
 class _Events(TensorBoardOutputFormat):
     """TensorBoard's events; of a run that goes on it hides those after the step where it does."""
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from driftrl.commands import evaluate, train
+from driftrl.commands import evaluate, train, training
 from driftrl.runs import folder as runs
 from driftrl.runs.folder import load_agent
 
@@ -49,7 +49,7 @@ class Faulty(gym.Env[np.ndarray, np.ndarray]):
 @pytest.fixture(autouse=True)
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "_FINAL_EPISODES", 2)
+    monkeypatch.setattr(training, "_FINAL_EPISODES", 2)
     kind: Any = Faulty
     gym.register("test/Faulty-v0", kind)
     yield

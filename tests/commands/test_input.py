@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from driftrl.commands import evaluate, train
+from driftrl.commands import evaluate, train, training
 from driftrl.envs import check_env, make_vec
 
 SMALL = [
@@ -20,7 +20,7 @@ SMALL = [
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "_FINAL_EPISODES", 1)
+    monkeypatch.setattr(training, "_FINAL_EPISODES", 1)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from gymnasium import spaces
 
 from driftrl.agents.registry import AGENTS
 from driftrl.analysis.evaluation import evaluate_modes
-from driftrl.commands import train
+from driftrl.commands import train, training
 from driftrl.commands.evaluate import main as evaluate
 from driftrl.runs.folder import load_agent
 from driftrl.runs.log import open_logger
@@ -155,6 +155,13 @@ def test_overview(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["policyflow", "--total-timesteps", "0"], "total_timesteps: got 0"),
         (["policyflow", "--checkpoint-interval", "0"], "checkpoint_interval: got 0"),
         (["policyflow", "--seed", "-1"], "seed: got -1"),
+        (["policyflow", "--seeds", "1", "2", "1"], "seeds: got 1 more than once, expected different integers"),
+        (["policyflow", "--seeds"], "seeds: got none, expected different integers"),
+        (["policyflow", "--seeds", "0", "-1"], "seed: got -1, expected an integer of 0 .. 2**31 - 1"),
+        (["policyflow", "--seeds", "0", "1", "--seed", "2"], "seed: got 2 and seeds, expected one of them"),
+        (["policyflow", "--seeds", "0", "--jobs", "0"], "jobs: got 0, expected an integer of at least 1"),
+        (["policyflow", "--jobs", "2"], "jobs: got 2, which changes nothing without seeds"),
+        (["policyflow", "--seeds", "0", "--env", "CartPole-v1"], "unsupported action space"),
         (["policyflow", "--backend", "threads"], "'threads'"),
         (["policyflow", "--worker-timeout", "0"], "worker_timeout: got 0"),
         (["policyflow", "--worker-restarts", "-1"], "worker_restarts: got -1"),
@@ -268,7 +275,7 @@ def test_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_before_the_first_step_leaves_nothing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "open_logger", with_signals(open_logger, {0: number}))
+    monkeypatch.setattr(training, "open_logger", with_signals(open_logger, {0: number}))
     assert start() == 128 + number
     assert not Path("runs").exists()
 
@@ -277,7 +284,7 @@ def test_signal_before_the_first_step_leaves_nothing(number: int, monkeypatch: p
 def test_signal_in_the_final_evaluation_says_what_is_saved(
     number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "evaluate_modes", with_signals(evaluate_modes, {0: number}))
+    monkeypatch.setattr(training, "evaluate_modes", with_signals(evaluate_modes, {0: number}))
     assert start() == 128 + number
     out, folder = capsys.readouterr().out, only_run()
     assert f"saved in {folder / 'final.zip'}" in out

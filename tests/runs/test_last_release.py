@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from driftrl.commands import evaluate, train
+from driftrl.commands import evaluate, train, training
 from driftrl.runs.folder import find_checkpoint, load_agent
 
 KEPT = Path(__file__).parent / "last_release"
@@ -26,7 +26,7 @@ KEPT = Path(__file__).parent / "last_release"
 def test_a_run_goes_on_as_the_release_would_have(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "_FINAL_EPISODES", 1)
+    monkeypatch.setattr(training, "_FINAL_EPISODES", 1)
     folder = tmp_path / name
     shutil.copytree(KEPT / name, folder)
     expected = json.loads((folder / "expected.json").read_text())

@@ -21,7 +21,7 @@ from driftrl import PolicyFlow
 from driftrl.agents.storage import files as durable
 from driftrl.agents.storage import format as checkpoint
 from driftrl.agents.storage import saving as resume
-from driftrl.commands import train
+from driftrl.commands import train, training
 from driftrl.envs import make_vec
 from driftrl.runs import log as run_log
 from driftrl.runs.folder import checkpoints, load_agent
@@ -47,7 +47,7 @@ def comparison() -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def few_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "_FINAL_EPISODES", 2)
+    monkeypatch.setattr(training, "_FINAL_EPISODES", 2)
 
 
 def run(root: Path, *arguments: str) -> Path:

@@ -1,0 +1,59 @@
+"""Several runs in one table, with the interquartile mean over runs that differ in their seed only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .statistics import bootstrap_interval, interquartile_mean
+
+MODES = ("deterministic", "sampled")
+
+
+class Row(NamedTuple):
+    """A run in the table.
+
+    Args:
+        name: what the table calls it.
+        report: of `evaluate_modes`, None where there is none.
+        note: what the row says beside its report, or in place of it.
+    """
+
+    name: str
+    report: dict[str, Any] | None
+    note: str = ""
+
+
+def over_runs(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """IQM of the runs' mean returns with a 95 % bootstrap interval, by mode; each run counts once."""
+    found: dict[str, Any] = {"runs": len(reports)}
+    for mode in (mode for mode in MODES if mode in reports[0]):
+        means = [report[mode]["mean"] for report in reports]
+        low, high = bootstrap_interval(means, interquartile_mean, rng=np.random.default_rng(0))
+        found[mode] = {"iqm": float(interquartile_mean(means)), "iqm_low": low, "iqm_high": high}
+    return found
+
+
+def format_runs(head: str, rows: Sequence[Row], summaries: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """A row for each run with its mean returns, and one for each summary of `over_runs`."""
+    reports = [row.report for row in rows if row.report is not None]
+    modes = [mode for mode in MODES if reports and mode in reports[0]]
+    width = max(len(text) for text in (head, *(row.name for row in rows), *(name for name, _ in summaries)))
+    lines = ["  ".join([f"{head:{width}}", f"{'steps':>11}", *(f"{mode:>26}" for mode in modes)])]
+    for row in rows:
+        if row.report is None:
+            lines.append(f"{row.name:{width}}  {row.note}")
+        else:
+            returns = (f"{row.report[mode]['mean']:.1f}" for mode in modes)
+            steps = f"{row.report['timesteps']:>11,}"
+            lines.append("  ".join([f"{row.name:{width}}", steps, *(f"{each:>26}" for each in returns), row.note]))
+    for name, summary in summaries:
+        intervals = (_interval(summary[mode]) for mode in modes)
+        lines.append("  ".join([f"{name:{width}}", " " * 11, *(f"{each:>26}" for each in intervals)]))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _interval(summary: dict[str, float]) -> str:
+    return f"{summary['iqm']:.1f} [{summary['iqm_low']:.1f}, {summary['iqm_high']:.1f}]"

@@ -1,0 +1,55 @@
+"""The options of `train.py AGENT` that belong to the run; those of the agent are the fields of its Config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from ..envs.make import Backend
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of `train.py <agent>`: those of the run, and as flags of their own those of the agent's Config."""
+
+    env: str
+    """Gymnasium id with Box actions, e.g. Hopper-v5."""
+    n_envs: int
+    """Parallel environments, >= 1."""
+    preset: str = "standard"
+    """Which of the agent's presets to begin from."""
+    total_timesteps: int = 1_000_000
+    """Environment steps to train for, >= 1, all environments together."""
+    seed: int | None = None
+    """Seed of everything random, 0 .. 2**31 - 1; None: drawn, and recorded."""
+    seeds: tuple[int, ...] = ()
+    """Several seeds in place of one: a run each, in a process of its own, in the folder of a group."""
+    jobs: int = 1
+    """With seeds: how many of the runs train at a time, >= 1."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where networks and rollouts live."""
+    threads: int = 1
+    """CPU threads of PyTorch, >= 1. Networks of some 100 units are fastest with one: more wait for each other."""
+    run_dir: Path = Path("runs")
+    """Folder under which the run's folder is made."""
+    checkpoint_interval: int = 100_000
+    """Steps between checkpoints, >= 1."""
+    keep_checkpoints: int = 3
+    """How many checkpoints to keep, the newest, >= 1; the best agent is kept apart."""
+    eval_interval: int | None = None
+    """Steps between evaluations of the deterministic policy while training, >= 1; best.zip is the best of them."""
+    eval_episodes: int = 10
+    """Episodes of each, >= 1."""
+    env_kwargs: tuple[str, ...] = ()
+    """Arguments of the environment: key=value pairs, or one JSON object."""
+    backend: Backend = "auto"
+    """How environments are stepped: MuJoCo tasks as a batch, one by one, or each in its own process."""
+    worker_timeout: float = 60.0
+    """Seconds for a step, > 0, after which such a process counts as hung and is restarted."""
+    worker_restarts: int = 10
+    """Restarts of processes that died or hang, >= 0, all together; the next is an error."""
+    config: tyro.conf.OmitArgPrefixes[Any] = None
+    """Hyperparameters of the agent."""

@@ -1,0 +1,145 @@
+"""`--config FILE`: options of `train.py AGENT` from YAML or JSON, or from the config.json of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, get_type_hints
+
+from ..agents.registry import AGENTS
+from ..runs.fields import fitted
+from .arguments import Arguments
+
+_OF_A_RUN = {"versions", "git", "resumed"}
+"""What a run's config.json records and no option sets."""
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """What a file sets.
+
+    Args:
+        path: of the file; None where there is none.
+        agent: its agent, None if it names none.
+        run: options of the run, by the fields of `Arguments`.
+        fields: fields of the agent's Config.
+        is_of_a_run: whether a run wrote it. Then it holds all options, and one that flags leave without effect goes
+            back to its default, as one of a preset does.
+    """
+
+    path: Path | None = None
+    agent: str | None = None
+    run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    is_of_a_run: bool = False
+
+    @property
+    def chosen(self) -> set[str]:
+        """The names that somebody wrote down, so that they have to mean something."""
+        return set() if self.is_of_a_run else {*self.run, *self.fields}
+
+    @contextlib.contextmanager
+    def blamed(self, flags: Collection[str] = ()) -> Iterator[None]:
+        """Name the file in a ValueError about something that it sets, and that no flag sets after it."""
+        try:
+            yield
+        except ValueError as error:
+            name = str(error).partition(":")[0]
+            if name in flags or name not in {*self.run, *self.fields}:
+                raise
+            raise ValueError(f"{self.path}: {error}") from None
+
+
+def read_config_file(path: Path, agent: str | None) -> ConfigFile:
+    """Read options from a file, or from the config.json of a run folder. Nothing in it is executed.
+
+    Args:
+        path: what the user gave.
+        agent: the agent that the command names; None: the file does.
+
+    Raises:
+        ValueError: if there is none, it cannot be read, or a key or a value is none of this agent's, in one line.
+    """
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise ValueError(f"config: got {path}, expected a .yaml or .json file, or a run folder; check the path")
+    data = _read(path)
+    named = data.pop("agent", None)
+    if named is not None and named not in AGENTS:
+        raise ValueError(f"{path}: agent: got {named!r}, expected {' or '.join(AGENTS)}")
+    if named and agent and named != agent:
+        raise ValueError(f"{path}: agent: got {named}, but the command is for {agent}; name one of them")
+    if named is None and agent is None:
+        raise ValueError(f"{path}: agent: got none, expected {' or '.join(AGENTS)}, there or in the command")
+    is_of_a_run = "versions" in data
+    nested = data.pop("config", {})
+    if not isinstance(nested, dict):
+        raise ValueError(f"{path}: config: got {nested!r}, expected names with values")
+    if both := sorted(nested.keys() & data.keys()):
+        raise ValueError(f"{path}: {both[0]}: got it twice, expected it in config or beside it")
+    run_hints = get_type_hints(Arguments)
+    del run_hints["config"]
+    hints = get_type_hints(AGENTS[agent or str(named)].config)
+    run: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
+    for key, value in {**data, **nested}.items():
+        name = "env" if key == "env_id" else str(key).replace("-", "_")
+        if is_of_a_run and name in _OF_A_RUN:
+            continue
+        if name not in run_hints and name not in hints:
+            near = difflib.get_close_matches(name, [*run_hints, *hints], 1)
+            hint = f"did you mean {near[0]}?" if near else "train.py AGENT --help-all lists them"
+            raise ValueError(f"{path}: {key}: unknown key; {hint}")
+        try:
+            if name in hints:
+                fields[name] = fitted(name, value, hints[name])
+            elif name == "env_kwargs" and isinstance(value, dict):
+                run[name] = (json.dumps(value),)
+            else:
+                run[name] = fitted(name, value, run_hints[name])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return ConfigFile(path, agent or named, run, fields, is_of_a_run)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The names and values of a JSON or YAML file."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            data = json.load(file, object_pairs_hook=_once) if path.suffix == ".json" else _read_yaml(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: no {'JSON' if path.suffix == '.json' else 'YAML'} that we can read: {error}"
+        ) from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: got {type(data).__name__}, expected names with values")
+    return data
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of pairs; json and yaml would keep the last of two equal names without a word."""
+    for i, (name, _) in enumerate(pairs):
+        if name in (earlier for earlier, _ in pairs[:i]):
+            raise ValueError(f"{name} stands there twice")
+    return dict(pairs)
+
+
+def _read_yaml(file: IO[str]) -> Any:
+    """The content of a YAML file: plain data, no objects."""
+    import yaml  # costs some 20 ms, which only those pay who use it
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # it ships no types
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+            _once([(self.construct_object(key, deep=True), None) for key, _ in node.value])
+            return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
+
+    try:
+        return yaml.load(file, Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None

@@ -1,0 +1,129 @@
+"""`evaluate.py RUN RUN2 ...`: several runs, or a group of them, in one table, with the IQM over runs of one setting."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..agents.storage.files import write_json
+from ..analysis.evaluation import evaluate_modes
+from ..analysis.several import MODES, Row, format_runs, over_runs
+from ..envs import check_env, parse_env_kwargs
+from ..envs.known import full_id
+from ..runs.folder import find_checkpoint, has_saved, load_saved, read_settings, run_folder_of
+from ..runs.group import is_group, is_member, members
+
+_OF_ONE = ("video", "plot", "export", "start")
+"""Options that are about one policy."""
+
+
+def evaluate_several(args: argparse.Namespace) -> int:
+    """Evaluate all runs that the command line names; returns 0, or 1 where runs of a group have nothing saved.
+
+    Raises:
+        ValueError: if an option is about one policy, a path is no run, or nothing at all is saved.
+    """
+    if wrong := [name for name in _OF_ONE if getattr(args, name)]:
+        raise ValueError(f"{wrong[0]}: got several runs, expected one; name one of them")
+    runs = [_Run(path, args) for path in _expanded(args.paths)]
+    if not any(run.is_saved for run in runs):
+        raise ValueError(f"got {args.paths[0]}, where no run has saved anything yet, expected saved agents; train on")
+    for run in runs:
+        if run.is_saved:
+            check_env(run.env_id, **run.env_kwargs)
+    out = sys.stderr if args.json == "-" else sys.stdout
+    episodes = f"{args.episodes} episode{'s' if args.episodes != 1 else ''} each"
+    print(f"{len(runs)} runs, {episodes}", file=out, flush=True)
+    for run in runs:
+        run.evaluate(args)
+    groups = _over_groups(runs)
+    summaries = [(name, summary) for name, _, summary in groups]
+    print(format_runs("run", [run.row() for run in runs], summaries), file=out)
+    data = {
+        "runs": [{"file": str(run.file), **run.report} for run in runs if run.report is not None],
+        "groups": [{"files": [str(run.file) for run in those], **summary} for _, those, summary in groups],
+    }
+    if args.json == "-":
+        print(json.dumps(data, indent=2, allow_nan=False))
+    elif args.json is not None:
+        write_json(Path(args.json), data)
+    return 0 if all(run.is_saved for run in runs) else 1
+
+
+class _Run:
+    """One run or saved file and what came of it."""
+
+    def __init__(self, path: Path, args: argparse.Namespace) -> None:
+        self.path = path
+        self.report: dict[str, Any] | None = None
+        self.setting: str | None = None
+        self.is_saved = not is_member(path) or has_saved(path)
+        if not self.is_saved:
+            self.file, self.env_id, self.env_kwargs = path, "", dict[str, Any]()
+            return
+        self.file = find_checkpoint(path)
+        folder = run_folder_of(self.file)
+        if folder is None and args.env is None:
+            raise ValueError(f"env: got none, and {self.file} lies in no run folder that would tell it; add --env ID")
+        settings = read_settings(folder) if folder else None
+        self.env_id = settings.env_id if settings and args.env is None else full_id(args.env)
+        is_same = settings is not None and self.env_id == settings.env_id
+        self.env_kwargs = settings.env_kwargs if settings and is_same else {}
+        if args.env_kwargs is not None:
+            self.env_kwargs = parse_env_kwargs(args.env_kwargs)
+        if settings is not None:
+            fields = dataclasses.asdict(settings) | {"seed": None}
+            group = str(path.parent) if is_member(path) else ""  # two of one command are not one of twice the size
+            self.setting = json.dumps([group, fields, self.file.name if path.is_file() else ""], sort_keys=True)
+
+    def evaluate(self, args: argparse.Namespace) -> None:
+        """Play its episodes, if it has saved anything."""
+        if not self.is_saved:
+            return
+        self.file, agent, skipped = load_saved(self.path, args.device)
+        for reason in skipped:
+            print(f"warning: skipped {reason}", file=sys.stderr)
+        modes = ("sampled",) if args.sample else MODES
+        self.report = evaluate_modes(
+            agent, self.env_id, self.env_kwargs, args.episodes, args.seed, modes, max_steps=args.max_steps
+        )
+
+    def row(self) -> Row:
+        """Its row of the table, with what the numbers leave out."""
+        if self.report is None:
+            return Row(str(self.path), None, "nothing saved yet")
+        notes = []
+        for key, text in (("cut_off", "cut off"), ("left_out", "left out")):
+            if count := sum(self.report[mode].get(key, 0) for mode in MODES if mode in self.report):
+                notes.append(f"{count} episodes {text}")
+        return Row(str(self.path), self.report, ", ".join(notes))
+
+
+def _expanded(paths: Sequence[Path]) -> list[Path]:
+    """The paths, with the runs of a group in its place; each once.
+
+    Raises:
+        ValueError: if a run is named twice: it would count twice.
+    """
+    found = [run for path in paths for run in (members(path) if is_group(path) else [path])]
+    places = [path.resolve() for path in found]
+    if twice := [path for path, place in zip(found, places, strict=True) if places.count(place) > 1]:
+        raise ValueError(f"got {twice[0]} twice, expected different runs")
+    return found
+
+
+def _over_groups(runs: Sequence[_Run]) -> list[tuple[str, list[_Run], dict[str, Any]]]:
+    """For each setting of which there are two runs or more: what to call it, the runs, their IQM."""
+    found = []
+    for setting in dict.fromkeys(run.setting for run in runs if run.setting):
+        those = [run for run in runs if run.setting == setting and run.report is not None]
+        if len(those) > 1:
+            summary = over_runs([run.report for run in those if run.report is not None])
+            where = those[0].path.parent if is_member(those[0].path) else those[0].env_id
+            found.append((f"{where}: IQM of {len(those)} [95 %]", those, summary))
+    return found

@@ -1,0 +1,128 @@
+"""Train an agent in its run folder: learn, save, evaluate, report; whatever ends it, what was learned is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.vec_env import VecEnv
+from tqdm import tqdm
+
+from ..agents.registry import AGENTS, policy_alias
+from ..agents.storage.files import write_json
+from ..agents.storage.saving import Checkpointed, restore
+from ..analysis.evaluation import EVALUATION_SEED, evaluate_modes, format_table
+from ..envs import make_vec
+from ..envs.make import has_time_limit
+from ..runs.callbacks import Checkpoints, Progress, Report, Reports, reported
+from ..runs.folder import Resumption, RunSettings, find_checkpoint, has_saved, save_agent
+from ..runs.log import open_logger, warn
+from ..runs.signals import StopOnSignal, exit_code
+from .describe import describe_commands
+from .errors import output_closed, users_line
+
+_FINAL_EPISODES = 10
+
+
+def make_env(settings: RunSettings, seed: int | None) -> VecEnv:
+    """The environments of a run."""
+    names = ("backend", "worker_timeout", "worker_restarts")
+    how = {name: getattr(settings, name) for name in names}
+    return make_vec(settings.env_id, settings.n_envs, seed, **how, **settings.env_kwargs)
+
+
+def make_agent(settings: RunSettings, env: VecEnv, config: Any) -> Checkpointed:
+    """The untrained agent of a run."""
+    agent = AGENTS[settings.agent].agent
+    return agent(policy_alias(env), env, config=config, seed=settings.seed, device=settings.device)
+
+
+def train(
+    agent: Checkpointed, folder: Path, settings: RunSettings, found: Resumption | None = None,
+    report_to: Report | None = None,
+) -> int:  # fmt: skip
+    """Train up to the run's total, save, evaluate and say what can be done next; `report_to` hears how it goes."""
+    torch.set_num_threads(settings.threads)
+    if not has_time_limit(settings.env_id, settings.env_kwargs):
+        warn(f"{settings.env_id} has no time limit: an episode that never ends has no return; evaluation cuts it off")
+    print(f"run folder: {folder}", flush=True)
+    start, done, total = time.monotonic(), agent.num_timesteps, settings.total_timesteps
+    try:
+        _learn(agent, folder, settings, found, report_to)
+        seconds, steps = time.monotonic() - start, agent.num_timesteps - done
+        print(
+            f"trained {steps:,} steps in {tqdm.format_interval(seconds)} ({steps / seconds:,.0f} steps/s)", flush=True
+        )
+        if report_to:
+            report_to({"evaluates": True})
+        modes = ("deterministic", "sampled")
+        report = evaluate_modes(agent, settings.env_id, settings.env_kwargs, _FINAL_EPISODES, EVALUATION_SEED, modes)
+        with reported("eval.json", agent.num_timesteps):
+            write_json(folder / "eval.json", {"file": "final.zip", **report})
+    except Exception as error:
+        kept = f"kept what was saved before, in {folder}" if has_saved(folder) else "nothing was saved"
+        where = users_line(error)
+        if isinstance(error, BrokenPipeError) and output_closed():
+            print(f"output closed at {agent.num_timesteps:,} of {total:,} steps; {kept}", file=sys.stderr, flush=True)
+            raise
+        if where is None and isinstance(error, ValueError | ChildProcessError) and has_saved(folder):
+            raise ValueError(f"{error}; {kept}") from error
+        print(
+            f"error: {settings.env_id} ended training at {agent.num_timesteps:,} of {total:,} steps"
+            f"{f', in {where}' if where else ''} ({type(error).__name__}); {kept}", file=sys.stderr, flush=True,
+        )  # fmt: skip
+        raise
+    except KeyboardInterrupt as interrupt:
+        if not has_saved(folder):
+            raise
+        print(f"stopped at {agent.num_timesteps:,} of {total:,} steps; last saved in {find_checkpoint(folder)}")
+        print(describe_commands(agent, folder, total))
+        return exit_code(interrupt)
+    print(f"\n{_FINAL_EPISODES} episodes each\n{format_table(report)}\n")
+    print(describe_commands(agent, folder, total))
+    return 0
+
+
+def _learn(
+    agent: Checkpointed, folder: Path, settings: RunSettings, found: Resumption | None, report_to: Report | None
+) -> None:
+    """Train and save; raises KeyboardInterrupt after that where a signal ended it early.
+
+    It also saves where anything else ends it, an error in the user's environment say, unless the agent is broken.
+    """
+    done, total = agent.num_timesteps, settings.total_timesteps
+    with (
+        contextlib.closing(open_logger(folder, done)) as logger,
+        contextlib.closing(Progress(done, total)) as progress,
+        StopOnSignal() as stop,
+    ):
+        agent.set_logger(logger)
+        best = _go_on(agent, settings, found) if found else None
+        checkpoints = Checkpoints(folder, settings, stop, best)
+        callbacks = [checkpoints, progress, *([Reports(done, report_to)] if report_to else [])]
+        try:
+            agent.learn(total - done, callback=CallbackList(callbacks), reset_num_timesteps=done == 0)
+        except Exception:
+            if agent.num_timesteps > done and all(each.isfinite().all() for each in agent.policy.parameters()):
+                stop.be_patient()
+                checkpoints.save()
+            raise
+        stop.be_patient()
+        checkpoints.save()
+        with reported("final.zip", agent.num_timesteps):
+            save_agent(agent, folder / "final.zip")
+    if stop.signal is not None:
+        raise KeyboardInterrupt(stop.signal)
+
+
+def _go_on(agent: Checkpointed, settings: RunSettings, found: Resumption) -> dict[str, Any] | None:
+    """Put back all that the checkpoint holds beside the agent and say what it lacks; returns the best so far."""
+    agent.set_random_seed((settings.seed + agent.num_timesteps) % 2**31)  # of what cannot be put back
+    missing = ["all but the agent: the file is no checkpoint"] if found.state is None else restore(agent, found.state)
+    print("\n".join(f"not restored: {each}" for each in missing) or "all restored: as if it had not been interrupted")
+    return found.state["progress"] if found.state is not None and not missing else None

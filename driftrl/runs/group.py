@@ -1,0 +1,86 @@
+"""Groups: runs that differ in their seed only, in one folder that is trained, resumed and evaluated as a whole.
+
+A group lies in ``<root>/<env>/<agent>/<time>-group/``: group.json names its runs, s0/, s1/ and so on, one per seed.
+Each of them is a run folder, which has its config.json from the beginning, and output.log, what the run printed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..agents.storage.files import write_json
+from .folder import RunSettings, is_complete, read_settings, write_settings
+
+_FILE = "group.json"
+
+
+def is_group(folder: Path) -> bool:
+    """Whether a folder is a group's."""
+    return (folder / _FILE).is_file()
+
+
+def is_member(folder: Path) -> bool:
+    """Whether a folder is that of a run of a group, which may not have begun yet."""
+    return is_group(folder.resolve().parent) and (folder / "config.json").is_file()
+
+
+def members(group: Path) -> list[Path]:
+    """The folders of a group's runs, in the order of the seeds as they were given.
+
+    Raises:
+        ValueError: if group.json is damaged.
+    """
+    try:
+        names = json.loads((group / _FILE).read_text())["runs"]
+        return [group / name for name in names]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"unreadable group: {group / _FILE} is damaged ({error!r}); restore it") from error
+
+
+def new_group(root: Path, runs: Sequence[RunSettings]) -> Path:
+    """Make the folder of a new group, with the folders of its runs, each with its config.json."""
+    name, number = f"{time.strftime('%Y%m%d-%H%M%S')}-group", 1
+    group = _parent(root, runs[0]) / name
+    while True:
+        try:
+            group.mkdir(parents=True)
+            break
+        except FileExistsError:
+            number += 1
+            group = group.with_name(f"{name}-{number}")
+    for run in runs:
+        (group / f"s{run.seed}").mkdir()
+        write_settings(group / f"s{run.seed}", run)
+    write_json(group / _FILE, {"runs": [f"s{run.seed}" for run in runs]})  # last: what is half made is no group
+    return group
+
+
+def incomplete_group(root: Path, runs: Sequence[RunSettings]) -> Path | None:
+    """The newest group of just these runs that are not all complete, None if there is none."""
+    wanted = [_plain(run) for run in runs]
+    for file in sorted(_parent(root, runs[0]).glob(f"*/{_FILE}"), reverse=True):
+        folders = members(file.parent)
+        if not all(map(is_trained, folders)) and [_plain(read_settings(each)) for each in folders] == wanted:
+            return file.parent
+    return None
+
+
+def is_trained(folder: Path, total_timesteps: int | None = None) -> bool:
+    """Whether a run has come to its end, or to that of so many steps."""
+    if not is_complete(folder):
+        return False
+    done = json.loads((folder / "eval.json").read_text())["timesteps"]
+    return bool(done >= (total_timesteps or read_settings(folder).total_timesteps))
+
+
+def _parent(root: Path, settings: RunSettings) -> Path:
+    return root / settings.folder_name / settings.agent
+
+
+def _plain(settings: RunSettings) -> object:
+    """Settings as they are read again."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
