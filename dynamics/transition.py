@@ -21,6 +21,9 @@ from .transition_settings import TransitionSettings
 
 SNAPSHOT_UPDATES, SCALE_DRAWS = 25, 8
 """Updates from one snapshot to the next; minibatches that scale the steps of each weight."""
+TAME, WIDEST = 10.0, 0.01
+"""Largest gradient along a Langevin path, in root mean squares at its start; largest noise of a step, in those of the
+weights."""
 MIN_STD = 1e-3
 """Of a homoscedastic model, in units of the normalised target."""
 
@@ -146,10 +149,20 @@ class GaussianTransition(TransitionModel):
         gradient = torch.func.grad(potential)
         vector = torch.cat([each.detach().flatten() for each in named.values()])
         scale = torch.stack([gradient(vector).square() for _ in range(SCALE_DRAWS)]).mean(0).sqrt()
+        scale = scale + 1e-3 * scale.mean()
+
+        # Where the data say nothing about a weight it would walk far within the few steps of a path.
+        widest = (WIDEST * vector.square().mean().sqrt()) ** 2 / (2 * self.settings.learning_rate)
+
+        def tamed(vector: Tensor) -> Tensor:  # far from where scale was measured the gradient can be huge
+            return torch.clamp(gradient(vector), -TAME * scale, TAME * scale)
+
         snapshots = weight_snapshots(
-            gradient, vector, count=len(posterior.weights[0]), every=SNAPSHOT_UPDATES, step=self.settings.learning_rate,
-            preconditioner=1 / (scale + 1e-3 * scale.mean()), generator=generator,
+            tamed, vector, count=len(posterior.weights[0]), every=SNAPSHOT_UPDATES, step=self.settings.learning_rate,
+            preconditioner=(1 / scale).clamp(max=widest), generator=generator,
         )  # fmt: skip
+        if not snapshots.isfinite().all():
+            raise ValueError("the weights diverged along the Langevin path; use snapshots=0, or a homoscedastic model")
         for name, each in posterior.named_parameters():
             each.copy_(torch.cat([by_name(vector)[name] for vector in snapshots]))
 

@@ -18,6 +18,6 @@ def without_neutral(given: Mapping[str, Any], neutral: Neutral) -> dict[str, Any
     for name in given.keys() & neutral.keys():
         accepted, remedy = neutral[name]
         if given[name] not in accepted:
-            expected = " or ".join(map(repr, accepted))
+            expected = " or ".join(map(repr, accepted)) or "it elsewhere"
             raise ValueError(f"{name}: got {given[name]!r}, expected {expected}; {remedy}")
     return {name: value for name, value in given.items() if name not in neutral}

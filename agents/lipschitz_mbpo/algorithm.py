@@ -113,6 +113,10 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         policy_kwargs = without_neutral(policy_kwargs or {}, POLICY_ARGUMENTS)
         fields = rate_fields(learning_rate, resolve(config, fields)) | fields
         self.config = resolve(config, fields | implied_fields(policy_kwargs))
+        if terminated is not None and self.config.termination in ("learned", "never"):
+            raise ValueError(
+                f"terminated: got a rule, which changes nothing with termination={self.config.termination!r}"
+            )
         self.terminated = terminated
         self._fitted_at = self._imagined_at = self._diagnosed_at = 0  # environment steps
         self._seen = 0  # rows of the replay buffer
@@ -191,7 +195,11 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
                 the weights were changed so that some would not learn.
         """
         self._adopt_policy()
-        done = 0 if reset_num_timesteps else self.num_timesteps  # a run that goes on is compiled as the whole would be
+        done = self.num_timesteps  # a run that goes on is compiled as the whole would be
+        if reset_num_timesteps:  # the clock starts anew, what was done by it lies before its start
+            for name in ("_fitted_at", "_imagined_at", "_diagnosed_at", "_seen"):
+                setattr(self, name, getattr(self, name) - done)
+            done = 0
         updates, device = (done + total_timesteps) * abs(self.config.gradient_steps), torch.device(self.device)
         compiled = compiles(self.policy, self.config.compile, updates, device)
         self._gradient = prepared(self._gradient, compiled, device)
@@ -201,7 +209,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         """Learn from what was seen and imagined: gradient_steps updates per environment, or as many as it saw if -1."""
         config, policy = self.config, self.policy
         fewest = 1 if self.transition is None else 2  # one to fit the model to, one to hold out
-        if len(self._real) < max(config.learning_starts, fewest):  # also loaded without its replay buffer
+        if len(self._real) < max(min(config.learning_starts, self.buffer_size), fewest):  # also loaded without them
             return
         updates = gradient_steps * (self.n_envs if config.gradient_steps > 0 else 1)
         policy.set_training_mode(True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..common.arguments import without_neutral
+from ..common.arguments import Neutral, without_neutral
 from ..common.networks import activation_name
 
 _SDE = "this noise is not available; target_entropy and temperature say how much the agent explores"
@@ -22,9 +23,16 @@ ARGUMENTS = {
     "use_sde_at_warmup": ((False,), _SDE),
 }
 """Of SAC; see `without_neutral`."""
-POLICY_ARGUMENTS = {
+POLICY_ARGUMENTS: Neutral = {
     "use_sde": ((False,), _SDE),
     "share_features_extractor": ((False,), "actor and critics share no layers"),
+    "features_extractor_kwargs": ((None, {}), "features extractors are not available"),
+    "normalize_images": ((True, False), "observations are vectors"),
+    "log_std_init": ((-3,), "the first standard deviation is about 1; temperature says how much the agent explores"),
+    "use_expln": ((False,), _SDE),
+    "clip_mean": ((2.0,), _SDE),
+    "bounded_values": ((), "value_gradient bounds values"),
+    "spectral_bound": ((), "give it to the agent, with regularizer='spectral'"),
 }
 """Of the policy of SAC."""
 
@@ -57,6 +65,8 @@ def own_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
             name = ""
         if name != "auto":
             raise ValueError(f"ent_coef: got {ent_coef!r}, expected a number above 0, auto, or such as auto_0.1")
+    if isinstance(start, bool) or not isinstance(start, int | float) or not 0 < start < math.inf:
+        raise ValueError(f"ent_coef: got {ent_coef!r}, expected a number above 0, auto, or such as auto_0.1")
     return {**fields, "temperature": start, "learn_temperature": learns}
 
 

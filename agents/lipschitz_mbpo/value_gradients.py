@@ -120,10 +120,12 @@ def value_gradient_losses(
 def value_range(rewards: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """Lowest and highest value, scalars: what all but the rarest rewards are worth if they go on for ever.
 
+    The rarest count once: a value may be the reward at a goal that is seldom reached.
+
     Args:
         rewards: of any shape.
         gamma: discount factor.
     """
     low, high = torch.quantile(rewards.flatten(), rewards.new_tensor(RANGE_SHARES)).unbind()
     horizon = 1 / max(1 - gamma, 1e-4)
-    return low * horizon, high * horizon
+    return torch.minimum(low * horizon, rewards.amin()), torch.maximum(high * horizon, rewards.amax())

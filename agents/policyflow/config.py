@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from ...dynamics.ode import least_growth
 from ..common.config import require, validate
 from ..storage.values import storable
 from .other_ratios import RATIOS, RatioName
+from .policy import LOG_STD_RANGE
 
 
 @storable(upgrade=lambda fields: upgraded(fields))
@@ -142,6 +144,10 @@ class PolicyFlowConfig:
         require(self, "lr_schedule", adaptive, "adaptive with on_collapse lower_rate")
         steered = self.target_entropy is None or self.spread_coef > 0
         require(self, "spread_coef", steered, "a number above 0 with target_entropy")
+        low, high = (math.exp(bound) for bound in LOG_STD_RANGE)
+        for name in ("action_std", "base_std"):
+            inside = low <= getattr(self, name) <= high or (name == "base_std" and self.base_std == 0)
+            require(self, name, inside, f"a number in [{low:.3g}, {high:.3g}], where its logarithm is kept")
         gaussian = {} if self.base_std else {"base": "standard", "ratio": "endpoint", "langevin_eps": 0.0}
         gaussian |= {"spread": "score"} if gaussian and self.spread_coef else {}
         for why, needed in ((f"ratio {self.ratio}", RATIOS[self.ratio].requires), ("base_std 0", gaussian)):

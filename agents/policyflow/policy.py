@@ -276,7 +276,11 @@ class FlowPolicy(BoxPolicy):
         """
         from .density import marginal_log_prob  # it is made of this module's actor
 
-        vector, normalised = self.obs_norm(self.features(obs)), self.to_normalised(actions.flatten(1))
+        flat = actions.reshape(len(actions), -1).to(self.actor.log_std)
+        if flat.shape[1] != self.action_dim or latents < 1:
+            got = f"{list(actions.shape)} and {latents}"
+            raise ValueError(f"actions and latents: got {got}, expected [B, {self.action_dim}] and at least 1")
+        vector, normalised = self.obs_norm(self.features(obs).to(flat)), self.to_normalised(flat)
         log_prob = marginal_log_prob(self.actor, vector, normalised, latents) - self.log_half_ranges()
         return self.value(vector).unsqueeze(-1), log_prob, None
 

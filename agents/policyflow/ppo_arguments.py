@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from ..common.arguments import without_neutral
+from ..common.arguments import Neutral, without_neutral
 from ..common.networks import activation_name
 
 _SDE = "the flow draws its noise at its base and at the action; see base_std, action_std and exploration_noise"
@@ -19,10 +19,15 @@ ARGUMENTS = {
     "rollout_buffer_kwargs": ((None,), _BUFFER),
 }
 """Of PPO; see `without_neutral`."""
-POLICY_ARGUMENTS = {
+POLICY_ARGUMENTS: Neutral = {
     "ortho_init": ((True,), "all weights are orthogonal at first; critic_gain is the gain of the critic's last layer"),
     "use_sde": ((False,), _SDE),
     "squash_output": ((False,), "actions are clipped to their bounds"),
+    "use_expln": ((False,), _SDE),
+    "full_std": ((True,), _SDE),
+    "share_features_extractor": ((True, False), "actor and critic share no layers"),
+    "features_extractor_kwargs": ((None, {}), "features extractors are not available"),
+    "normalize_images": ((True, False), "observations are vectors"),
 }
 """Of the policy of PPO."""
 POLICY_FIELDS = ("base", "base_std", "solver", "solver_steps", "langevin_eps", "critic_gain", "ema_decay",
@@ -50,6 +55,8 @@ def implied_fields(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: policy_kwargs[name] for name in POLICY_FIELDS if name in policy_kwargs}
     if (net_arch := policy_kwargs.get("net_arch")) is not None:
         both = net_arch if isinstance(net_arch, dict) else {"pi": net_arch, "vf": net_arch}
+        if not both.keys() <= {"pi", "vf"}:
+            raise ValueError(f"net_arch: got {', '.join(both)}, expected one list, or pi and vf")
         fields |= {"actor_hidden": tuple(both.get("pi", ())), "critic_hidden": tuple(both.get("vf", ()))}
     if "activation_fn" in policy_kwargs:
         fields["activation"] = activation_name(policy_kwargs["activation_fn"])

@@ -69,7 +69,7 @@ class RolloutView:
     @property
     def observations(self) -> np.ndarray | dict[str, np.ndarray]:
         """What the policy saw, [T, N, ...]; of Dict observations by their keys."""
-        vectors = self._agent.storage.features[:-1].cpu().numpy()
+        vectors = self._agent.storage.features[:-1].cpu().numpy().copy()  # the next rollout writes to it
         found = split_vectors(vectors, self._agent.observation_space)
         return {key: _locked(part) for key, part in found.items()} if isinstance(found, dict) else _locked(found)
 

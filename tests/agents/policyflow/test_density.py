@@ -121,3 +121,13 @@ def test_a_dimension_of_zero_width_counts_for_nothing() -> None:
     obs, action = torch.zeros(3, 2), torch.tensor([[0.5, 1.0]]).expand(3, 2)
     assert torch.equal(policy.to_normalised(action), torch.tensor([[0.25, 0.0]]).expand(3, 2))
     assert policy.evaluate_actions(obs, action)[1].isfinite().all()
+
+
+def test_actions_of_another_width_and_no_latents_are_refused() -> None:
+    policy = make().policy
+    obs = torch.zeros(4, 2)
+    for actions, latents in ((torch.zeros(4, 1), 64), (torch.zeros(4, 3), 64), (torch.zeros(4, 2), 0)):
+        with pytest.raises(ValueError, match=r"actions and latents: got .* expected \[B, 2\] and at least 1"):
+            policy.evaluate_actions(obs, actions, latents)
+    double = policy.evaluate_actions(obs.double(), torch.zeros(4, 2, dtype=torch.float64))[1]
+    assert torch.equal(double, policy.evaluate_actions(obs, torch.zeros(4, 2))[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from driftrl import PolicyFlow
 from driftrl.agents.policyflow.entropy import policy_entropy, steered_weight
-from driftrl.agents.policyflow.policy import FlowActor
+from driftrl.agents.policyflow.policy import FlowActor, FlowNoise, FlowSample
 from driftrl.dynamics import VelocityField
 
 GAUSSIAN = 0.5 * math.log(2 * math.pi * math.e)  # entropy of N(0, 1), in nats
@@ -132,3 +133,20 @@ def test_steered_weight_is_saved_and_a_given_one_is_used(tmp_path: Path) -> None
     agent.save(tmp_path / "agent")
     assert PolicyFlow.load(tmp_path / "agent")._spread_coef == agent._spread_coef
     assert PolicyFlow.load(tmp_path / "agent", spread_coef=0.7)._spread_coef == 0.7
+
+
+@pytest.mark.parametrize(("steps", "envs"), [(2048, 4), (512, 8), (100, 1), (3, 1)])
+def test_states_of_the_estimate_come_from_all_environments(steps: int, envs: int, monkeypatch: Any) -> None:
+    seen: list[Tensor] = []
+    actor = make_actor(Linear(1), 0.5, 0.3)
+    original = actor.sample
+
+    def spied(obs: Tensor, noise: FlowNoise) -> FlowSample:
+        seen.append(obs)
+        return original(obs, noise)
+
+    monkeypatch.setattr(actor, "sample", spied)
+    rows = torch.arange(envs, dtype=torch.float32).repeat(steps)[:, None].expand(-1, OBS.shape[1])
+    policy_entropy(actor, rows.contiguous())
+    counts = torch.bincount(seen[0][:, 0].long(), minlength=envs)
+    assert len(counts) == envs and counts.min() > 0.4 * counts.float().mean()

@@ -18,7 +18,10 @@ def make(**arguments: Any) -> PolicyFlow:
 
 
 def test_what_ppo_does_by_default_is_accepted() -> None:
-    policy_kwargs = {"ortho_init": True, "use_sde": False, "squash_output": False}
+    policy_kwargs = {
+        "ortho_init": True, "use_sde": False, "squash_output": False, "use_expln": False, "full_std": True,
+        "normalize_images": True, "features_extractor_kwargs": None, "share_features_extractor": True,
+    }  # fmt: skip
     agent = make(use_sde=False, sde_sample_freq=-1, rollout_buffer_class=None, policy_kwargs=policy_kwargs)
     weight = agent.policy.state_dict()["critic.2.weight"]
     assert torch.allclose(weight @ weight.T, 2 * torch.eye(len(weight)), atol=1e-5)  # orthogonal, gain sqrt(2)
@@ -32,6 +35,14 @@ def test_what_ppo_does_by_default_is_accepted() -> None:
         ({"policy_kwargs": {"squash_output": True}}, "squash_output: got True, expected False; .*clipped"),
         ({"rollout_buffer_class": RolloutBuffer}, "rollout_buffer_class: got .*expected None; .*ratio"),
         ({"sde_sample_freq": 4}, "sde_sample_freq: got 4, expected -1; .*base_std"),
+        ({"policy_kwargs": {"net_arch": {"pi": [8], "qf": [8]}}}, "net_arch: got pi, qf, expected .* pi and vf"),
+        ({"policy_kwargs": {"full_std": False}}, "full_std: got False, expected True"),
+        (
+            {"policy_kwargs": {"log_std_init": -20}},
+            r"action_std: got 2\.06\d*e-09, expected a number in .0.00674",
+        ),
+        ({"action_std": 10.0}, "action_std: got 10.0, expected a number in"),
+        ({"base_std": 1e-6}, "base_std: got 1e-06, expected a number in"),
     ],
 )
 def test_what_is_not_available_is_refused_by_our_name(arguments: dict[str, Any], message: str) -> None:

@@ -127,3 +127,13 @@ def test_a_saved_agent_lacks_the_rollout_and_a_loaded_one_has_a_new_one(tmp_path
     agent.save(tmp_path / "agent")
     loaded = PolicyFlow.load(tmp_path / "agent", device="cpu")
     assert (loaded.rollout_buffer.full, loaded.rollout_buffer.pos) == (False, 0)
+
+
+def test_what_was_read_stays_when_the_next_rollout_comes() -> None:
+    agent = make()
+    agent.learn(8)
+    observations, actions = agent.rollout_buffer.observations, agent.rollout_buffer.actions
+    assert isinstance(observations, np.ndarray)
+    before = np.array(observations), np.array(actions)
+    agent.learn(8, reset_num_timesteps=False)
+    assert np.array_equal(observations, before[0]) and np.array_equal(actions, before[1])

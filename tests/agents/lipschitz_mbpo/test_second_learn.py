@@ -1,0 +1,79 @@
+"""A second call of `learn`, small buffers, and arguments that would mean nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from driftrl import LipschitzMBPO
+from driftrl.dynamics.transition import GaussianTransition
+from driftrl.envs import make_vec
+
+SMALL: dict[str, Any] = {
+    "learning_starts": 60, "model_epochs": 2, "model_hidden": (16,), "model_interval": 40, "model_retain": 60,
+    "model_rollouts": 4, "gradient_steps": 1, "seed": 0, "device": "cpu", "actor_hidden": (16,), "critic_hidden": (16,),
+    "batch_size": 16, "compile": "off", "rollout_max": 2, "rollout_min": 2,
+}  # fmt: skip
+
+
+def agent(**fields: Any) -> LipschitzMBPO:
+    if fields.get("model") == "none":
+        learner = {name: SMALL[name] for name in ("gradient_steps", "seed", "device", "batch_size", "compile")}
+        return LipschitzMBPO("MlpPolicy", make_vec("InvertedPendulum-v5", 1, 0), **(learner | fields))
+    return LipschitzMBPO("MlpPolicy", make_vec("InvertedPendulum-v5", 1, 0), **(SMALL | fields))
+
+
+@pytest.mark.parametrize("reset", [True, False])
+@pytest.mark.parametrize("fields", [{}, {"value_gradient": 2, "rollout_interval": 20}])
+def test_a_second_call_of_learn_fits_and_imagines_as_often_as_the_first(
+    fields: dict[str, Any], reset: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, calls = agent(**fields), {"_fit_model": 0, "_imagine": 0}
+    for name in calls:
+        original = getattr(learner, name)
+
+        def counted(*arguments: Any, _name: str = name, _original: Any = original) -> Any:
+            calls[_name] += 1
+            return _original(*arguments)
+
+        monkeypatch.setattr(learner, name, counted)
+    learner.learn(300)
+    first = dict(calls)
+    learner.learn(240, reset_num_timesteps=reset)
+    fits = 5 if reset else 6  # a clock that starts anew passes learning_starts once more, as in SAC
+    assert first["_fit_model"] == 6 and calls["_fit_model"] - first["_fit_model"] == fits
+    imagined = calls["_imagine"] - first["_imagine"]
+    assert imagined == fits if not fields else fits < imagined <= 2 * fits + 1
+
+
+def test_observation_statistics_see_every_row_once_over_calls_of_learn() -> None:
+    learner = agent(model="none", regularizer="none", normalize_observation=True, learning_starts=30)
+    learner.learn(100)
+    learner.learn(200)
+    learner._learn_scales()
+    assert learner.policy.obs_norm.count == 300
+
+
+def test_a_buffer_smaller_than_learning_starts_learns_once_it_is_full() -> None:
+    learner = agent(model="none", regularizer="none", buffer_size=20, learning_starts=30).learn(60)
+    assert learner._n_updates > 0
+
+
+@pytest.mark.parametrize("termination", ["learned", "never"])
+def test_a_rule_that_would_not_be_used_is_refused(termination: str) -> None:
+    with pytest.raises(ValueError, match="terminated: got a rule, which changes nothing with termination="):
+        agent(terminated=lambda obs: torch.ones(len(obs), dtype=torch.bool), termination=termination)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_snapshots_of_a_heteroscedastic_model_stay_finite(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, generator = GaussianTransition(4, 1, hidden=(64, 64), snapshots=3), torch.Generator().manual_seed(seed)
+    obs, action = torch.randn(500, 4, generator=generator), torch.rand(500, 1, generator=generator)
+    next_obs = obs + 0.02 * obs.roll(1, 1)  # a step without noise: the precision is large
+    model.fit(obs, action, torch.ones(500), next_obs, generator=generator, max_epochs=20)
+    assert model.posterior is not None
+    largest = max(each.abs().max().item() for each in model.posterior.parameters())
+    assert largest < 1.5 * max(each.abs().max().item() for each in model.net.parameters())
