@@ -43,7 +43,7 @@ def ours(folder: Path, returns: Any = (3.0, 5.0), **changes: Any) -> Path:
 def test_a_run_folder_written_by_the_library() -> None:
     found = find_records([(None, LAST_RELEASE)])
     assert found.problems == []
-    assert [each.agent for each in found.records] == ["mbpo", "policyflow"]
+    assert [each.agent for each in found.records] == ["mbpo", "policyflow", "policyflow"]
     run = found.records[1]
     assert (run.env_id, run.seed, run.complete, run.evaluation) == ("driftrl/MultiGoal-v0", 1, False, None)
     assert run.settings["ratio"] == "endpoint" and run.settings["n_envs"] == 4
