@@ -167,26 +167,31 @@ def policyflow(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
 
 def mbpo(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     """LipschitzMBPO as `python train.py mbpo --preset fast --env ENV` makes it; model=none is SAC alone."""
-    from driftrl import LipschitzMBPO
-    from driftrl.agents.registry import AGENTS, policy_alias
-    from driftrl.envs import make_vec
+    from driftrl.agents.registry import AGENTS
 
     settings, config = AGENTS["mbpo"].settings(run.env, "fast", **overrides)
-    env = make_vec(run.env, settings["n_envs"], run.seed)
-    agent = LipschitzMBPO(policy_alias(env), env, config=config, seed=run.seed, device="cpu")
-    return agent, asdict(config) | {"n_envs": 1}
+    return _model_based(run, config, settings["n_envs"])
 
 
 def value_gradient(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     """LipschitzMBPO as `python train.py mbpo --env ENV` makes it: value gradients through one model."""
-    from driftrl import LipschitzMBPO
-    from driftrl.agents.registry import AGENTS, policy_alias
-    from driftrl.envs import make_vec
+    from driftrl.agents.registry import AGENTS
 
     settings, config = AGENTS["mbpo"].settings(run.env, "standard", **overrides)
-    env = make_vec(run.env, settings["n_envs"], run.seed, **OBSERVATIONS.get(run.env, {}))
+    env_kwargs = OBSERVATIONS.get(run.env, {})
+    agent, stated = _model_based(run, config, settings["n_envs"], **env_kwargs)
+    return agent, stated | {"env_kwargs": env_kwargs}
+
+
+def _model_based(run: Run, config: Any, n_envs: int = 1, **env_kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """LipschitzMBPO, and its settings."""
+    from driftrl import LipschitzMBPO
+    from driftrl.agents.registry import policy_alias
+    from driftrl.envs import make_vec
+
+    env = make_vec(run.env, n_envs, run.seed, **env_kwargs)
     agent = LipschitzMBPO(policy_alias(env), env, config=config, seed=run.seed, device="cpu")
-    return agent, asdict(config) | {"n_envs": 1, "env_kwargs": OBSERVATIONS.get(run.env, {})}
+    return agent, asdict(config) | {"n_envs": n_envs}
 
 
 # The observations that model-based papers use: Ant's 27 and Humanoid's 45.
@@ -206,15 +211,10 @@ SAC_HIDDEN = (128, 128)
 
 def sac(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     """LipschitzMBPO without model and regularizer, with the hyperparameters of the arm sb3-sac."""
-    from driftrl import LipschitzMBPO, LipschitzMBPOConfig
-    from driftrl.agents.registry import policy_alias
-    from driftrl.envs import make_vec
+    from driftrl import LipschitzMBPOConfig
 
     plain = {"model": "none", "regularizer": "none", "actor_hidden": SAC_HIDDEN, "critic_hidden": SAC_HIDDEN}
-    config = LipschitzMBPOConfig(**(SAC | plain | overrides))
-    env = make_vec(run.env, 1, run.seed)
-    agent = LipschitzMBPO(policy_alias(env), env, config=config, seed=run.seed, device="cpu")
-    return agent, asdict(config) | {"n_envs": 1}
+    return _model_based(run, LipschitzMBPOConfig(**(SAC | plain | overrides)))
 
 
 def sb3_sac(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:

@@ -235,7 +235,8 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
             if config.value_gradient:
                 low, high = scalars["value_gradient/lowest_value"], scalars["value_gradient/highest_value"]
                 policy.move_value_range(low, high, RANGE_RATE)
-            policy.power_iteration()
+            if config.regularizer == "spectral":
+                policy.power_iteration()
             policy.average_actor()
         self._record(self._settle(list(scalars), metrics, before))
         self._record_faults()

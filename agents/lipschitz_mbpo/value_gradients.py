@@ -27,7 +27,7 @@ from ..common.update import Loss, Losses
 from .config import LipschitzMBPOConfig
 from .critic_regularizers import robust_penalty
 from .replay import Search
-from .sac import SACPolicy, frozen, lower
+from .sac import SACPolicy, SquashedSample, frozen, lower
 
 Ended = Callable[[Tensor, Tensor, Tensor], Tensor]
 """obs [B, O], action [B, D], next_obs [B, O] -> whether the episode terminates there, bool [B]."""
@@ -65,16 +65,13 @@ def value_gradient_losses(
     """
     alpha = policy.log_alpha.exp().detach()
     obs, gamma = start.obs, config.gamma
-    states: list[Tensor] = []
-    actions: list[Tensor] = []
-    log_probs: list[Tensor] = []
+    taken: list[tuple[Tensor, SquashedSample]] = []  # state as the networks see it, action
     soft_rewards: list[Tensor] = []
     soft_return, alive = torch.zeros_like(obs[:, 0]), torch.ones_like(obs[:, 0])
     for h, model_noise in enumerate(start.model_noise):
-        states.append(policy.obs_norm(obs))
-        chosen = policy.actor.sample(states[h], start.noise[h])
-        actions.append(chosen.action)
-        log_probs.append(chosen.log_prob)
+        state = policy.obs_norm(obs)
+        chosen = policy.actor.sample(state, start.noise[h])
+        taken.append((state, chosen))
         next_obs, reward = model.step(obs, chosen.action, model_noise)
         soft_rewards.append(reward - alpha * chosen.log_prob)
         soft_return = soft_return + gamma**h * alive * soft_rewards[h]
@@ -82,20 +79,21 @@ def value_gradient_losses(
         obs = next_obs
     last = policy.obs_norm(obs)
     chosen = policy.actor.sample(last, start.noise[-1])
-    weight = gamma ** len(states) * alive
+    weight = gamma ** len(taken) * alive
+    first, begun = taken[0]
 
     with torch.no_grad():
         slow = policy.target_critic
         bound = slow.half_width
         after = lower(slow(last, chosen.action), start.pair).clamp(slow.center - bound, slow.center + bound)
-        target = soft_return + alpha * log_probs[0] + weight * (after - alpha * chosen.log_prob)
-    first, action = states[0], actions[0].detach()
+        target = soft_return + alpha * begun.log_prob + weight * (after - alpha * chosen.log_prob)
+    action = begun.action.detach()
     values = policy.critic(first, action)
     critic_loss = 0.5 * (values - target).square().mean(1).sum()
 
     ahead = frozen(policy.critic, last, chosen.action).mean(0) - alpha * chosen.log_prob
     actor_loss = -(soft_return + weight * ahead).mean()
-    surplus = (log_probs[0].detach() + target_entropy).mean()
+    surplus = (begun.log_prob.detach() + target_entropy).mean()
     temperature_loss = -(policy.log_alpha * surplus).sum()
     table = {
         "train/critic_loss": Loss(critic_loss),
@@ -108,7 +106,7 @@ def value_gradient_losses(
     low, high = value_range(torch.stack(soft_rewards).detach(), gamma)
     metrics = {
         "train/ent_coef": alpha.sum(),
-        "train/entropy": -log_probs[0].mean(),
+        "train/entropy": -begun.log_prob.mean(),
         "train/value": values.mean(),
         "value_gradient/lowest_value": low,
         "value_gradient/highest_value": high,

@@ -22,13 +22,13 @@ from ..analysis.export import EXPORTERS
 from ..analysis.multimodality import has_several_solutions
 from ..analysis.plots import draw_pictures
 from ..analysis.video import choose_renderer, record_video
-from ..envs import check_env, parse_env_kwargs
-from ..envs.known import full_id
+from ..envs import check_env
 from ..envs.multigoal import GOAL_TASKS
-from ..runs.folder import find_checkpoint, load_saved, newest_run, read_settings, run_folder_of
+from ..runs.folder import load_saved, newest_run
 from ..runs.group import is_group
 from .errors import Parser, fail, import_from_here, output_closed, until_output_closes, users_line, whole_number
 from .evaluate_several import evaluate_several
+from .target import target_of
 
 
 def _check_target(option: str, path: Path) -> None:
@@ -120,16 +120,7 @@ def _evaluate(args: argparse.Namespace, given: Path) -> int:
     path = newest_run(given)
     if path != given:
         print(f"{given} holds runs; taking the newest, {path}", file=sys.stderr)
-    file = find_checkpoint(path)
-    folder = run_folder_of(file)
-    if folder is None and args.env is None:
-        raise ValueError(f"env: got none, and {file} lies in no run folder that would tell it; add --env ID")
-    settings = read_settings(folder) if folder else None
-    same_env = settings is not None and (args.env is None or full_id(args.env) == settings.env_id)
-    env_id = settings.env_id if settings and args.env is None else full_id(args.env)
-    env_kwargs = settings.env_kwargs if settings and same_env else {}
-    if args.env_kwargs is not None:
-        env_kwargs = parse_env_kwargs(args.env_kwargs)
+    _, _, env_id, env_kwargs = target_of(path, args)
     if args.start is not None and env_id not in GOAL_TASKS:
         raise ValueError(f"start: {env_id} has no choice of it; only {' and '.join(GOAL_TASKS)} do")
     if args.plot and not has_several_solutions(env_id):

@@ -13,10 +13,10 @@ from typing import Any
 from ..agents.storage.files import write_json
 from ..analysis.evaluation import evaluate_modes
 from ..analysis.several import MODES, Row, format_runs, over_runs
-from ..envs import check_env, parse_env_kwargs
-from ..envs.known import full_id
-from ..runs.folder import find_checkpoint, has_saved, load_saved, read_settings, run_folder_of
+from ..envs import check_env
+from ..runs.folder import has_saved, load_saved
 from ..runs.group import is_group, is_member, members
+from .target import target_of
 
 _OF_ONE = ("video", "plot", "export", "start")
 """Options that are about one policy."""
@@ -66,16 +66,7 @@ class _Run:
         if not self.is_saved:
             self.file, self.env_id, self.env_kwargs = path, "", dict[str, Any]()
             return
-        self.file = find_checkpoint(path)
-        folder = run_folder_of(self.file)
-        if folder is None and args.env is None:
-            raise ValueError(f"env: got none, and {self.file} lies in no run folder that would tell it; add --env ID")
-        settings = read_settings(folder) if folder else None
-        self.env_id = settings.env_id if settings and args.env is None else full_id(args.env)
-        is_same = settings is not None and self.env_id == settings.env_id
-        self.env_kwargs = settings.env_kwargs if settings and is_same else {}
-        if args.env_kwargs is not None:
-            self.env_kwargs = parse_env_kwargs(args.env_kwargs)
+        self.file, settings, self.env_id, self.env_kwargs = target_of(path, args)
         if settings is not None:
             fields = dataclasses.asdict(settings) | {"seed": None}
             group = str(path.parent) if is_member(path) else ""  # two of one command are not one of twice the size

@@ -90,25 +90,31 @@ COMPLETE = ("final.zip", "eval.json")
 def new_run(root: Path, settings: RunSettings) -> Iterator[Path]:
     """Make the folder of a new run, with its config.json; leave nothing if the block fails before an agent is saved."""
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-s{settings.seed}"
-    folder, number = root / settings.folder_name / settings.agent / name, 1
-    made = [parent for parent in folder.parents if not parent.exists()]
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            number += 1
-            folder = folder.with_name(f"{name}-{number}")
+    parent = root / settings.folder_name / settings.agent
+    made = [each for each in (parent, *parent.parents) if not each.exists()]
+    folder = new_folder(parent / name)
     try:
         write_settings(folder, settings)
         yield folder
     except BaseException:
         if not has_saved(folder):
             shutil.rmtree(folder, ignore_errors=True)
-            for parent in made:
+            for each in made:
                 with contextlib.suppress(OSError):  # other runs lie there
-                    parent.rmdir()
+                    each.rmdir()
         raise
+
+
+def new_folder(path: Path) -> Path:
+    """Make a folder of that name; where there is one, with a number after it."""
+    folder, number = path, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = path.with_name(f"{path.name}-{number}")
 
 
 def write_settings(folder: Path, settings: RunSettings) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..agents.storage.files import write_json
-from .folder import RunSettings, is_complete, read_settings, write_settings
+from .folder import RunSettings, is_complete, new_folder, read_settings, write_settings
 
 _FILE = "group.json"
 
@@ -43,15 +43,7 @@ def members(group: Path) -> list[Path]:
 
 def new_group(root: Path, runs: Sequence[RunSettings]) -> Path:
     """Make the folder of a new group, with the folders of its runs, each with its config.json."""
-    name, number = f"{time.strftime('%Y%m%d-%H%M%S')}-group", 1
-    group = _parent(root, runs[0]) / name
-    while True:
-        try:
-            group.mkdir(parents=True)
-            break
-        except FileExistsError:
-            number += 1
-            group = group.with_name(f"{name}-{number}")
+    group = new_folder(_parent(root, runs[0]) / f"{time.strftime('%Y%m%d-%H%M%S')}-group")
     for run in runs:
         (group / f"s{run.seed}").mkdir()
         write_settings(group / f"s{run.seed}", run)
