@@ -91,8 +91,8 @@ def model_diagnostics(model: TransitionModel, policy: SACPolicy, real: Transitio
             Left out if no such stretch is whole.
         model/exploitation: mean reward that 20 steps of the model's prediction along these actions promise, minus the
             real one: above 0 where the policy has learned to live on the model's errors.
-        model/disagreement: of the predictions of an ensemble, root mean square deviation from their mean, in running
-            standard deviations.
+        model/disagreement: of the predictions of an ensemble or of snapshots, root mean square deviation from their
+            mean, in running standard deviations.
         model/spectral_radius: mean over these states of the largest absolute eigenvalue of d next_obs / d obs; above 1
             errors of the state grow along a rollout.
     """
@@ -103,8 +103,9 @@ def model_diagnostics(model: TransitionModel, policy: SACPolicy, real: Transitio
     error = (policy.value(value) - policy.value(there)).square().mean()
 
     found = {"model/value_error": error.item(), "model/spectral_radius": spectral_radius(model, batch).item()}
-    if len(model.elite_members) > 1:
-        spread = model.disagreement(batch.obs, batch.action) * policy.obs_norm.scale
+    deviations = model.disagreement(batch.obs, batch.action)
+    if len(deviations) > 1:  # members of an ensemble, or snapshots
+        spread = deviations * policy.obs_norm.scale
         found["model/disagreement"] = spread.square().mean().sqrt().item()
 
     obs, next_obs, action = batch.obs, batch.next_obs, batch.action

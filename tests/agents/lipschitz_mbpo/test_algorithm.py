@@ -209,6 +209,7 @@ def test_diagnostics_of_a_perfect_model_and_a_linear_value() -> None:
     perfect: Any = SimpleNamespace(
         sample=replayed, predict=replayed, elite_members=[0], draw=lambda *_: (),
         step=lambda obs, action, noise: (0.5 * obs, action[:, 0]),
+        disagreement=lambda obs, action: torch.zeros(1, *obs.shape),
     )  # fmt: skip
     found = model_diagnostics(perfect, learner.policy, real, 1)
     assert found.pop("model/spectral_radius") == pytest.approx(0.5)

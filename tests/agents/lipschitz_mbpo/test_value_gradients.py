@@ -221,3 +221,9 @@ def test_spectral_radius_is_that_of_a_linear_system() -> None:
 
     rows = Transitions(torch.randn(50, 2), torch.zeros(50, 1), torch.zeros(50, 2), torch.zeros(50), torch.zeros(50))
     assert spectral_radius(Linear(), rows).item() == pytest.approx(0.97**0.5, rel=1e-5)  # type: ignore[arg-type]
+
+
+def test_snapshots_disagree_in_the_log() -> None:
+    fields = FIELDS | {"model": "homoscedastic", "snapshots": 3, "model_interval": 50, "diagnostics_interval": 40}
+    learner = LipschitzMBPO("MlpPolicy", Point(), **fields).learn(180, log_interval=10**6)
+    assert learner.logger.name_to_value["model/disagreement"] > 0
