@@ -126,7 +126,7 @@ def make_seats(prototype: gym.Env[Any, Any], episodes: Episodes, own: Callable[[
         mine: dict[str, Any] = {}
         for name, value in vars(env).items():
             # The first has the spaces of the batch, as in DummyVecEnv; Pusher writes into its init_qpos.
-            own_copy = isinstance(value, np.ndarray) or (i and isinstance(value, spaces.Space))
+            own_copy = isinstance(value, np.ndarray | dict | list) or (i and isinstance(value, spaces.Space))
             mine[name] = copy.deepcopy(value) if own_copy else value
         layer: Any = _filled(kind, mine | own(i))
         for wrapper in reversed(layers):

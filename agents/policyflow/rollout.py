@@ -21,7 +21,7 @@ from ..common.networks import lazy_zeros
 from ..common.observations import FiniteUpdates, batch_of_one, observation_vectors, to_box
 from ..storage.saving import Checkpointed
 from .policy import FlowActor, FlowNoise, FlowPolicy, FlowSample
-from .rollout_view import Collected, RolloutView
+from .rollout_view import Collected, RolloutView, weight_norms
 
 
 class Chord(NamedTuple):
@@ -185,11 +185,6 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
         for name, value in state["exploration"].items():
             setattr(self._exploration, name, value.to(self.device))
 
-    @property
-    def iteration(self) -> int:
-        """How often the agent has learned."""
-        return self._iteration
-
     def dump_logs(self, iteration: int = 0) -> None:
         """As Stable-Baselines3, but a run that goes on goes on counting its iterations."""
         super().dump_logs(self._iteration + 1)
@@ -276,7 +271,7 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
             past=PastNoise(*(torch.cat(each) for each in zip(*moments, strict=True))) if moments else None,
             path=FlowNoise.of(noise.transpose(0, 1)).path.movedim(0, 2).flatten(0, 1) if path_length else None,
         )
-        self.collected = Collected(self.samples, scaled, starts, self._iteration)
+        self.collected = Collected(self.samples, scaled, starts, weight_norms(self.policy.actor))
         if left_out.any():
             self.samples = self.samples.rows(_replacements(to_device(left_out).flatten(), self._generator))
         callback.on_rollout_end()
