@@ -198,7 +198,7 @@ class PolicyFlow(FlowRollouts):
         if config.spread_coef != self._first_spread_coef:
             self._spread_coef = self._first_spread_coef = config.spread_coef
         terms = partial(losses, ratio=self._ratio, config=config)
-        self._use_gradient(Gradient(self.policy, terms, config.max_grad_norm))
+        self._use_gradient(Gradient(self.policy, terms, config.max_grad_norm, config.nonfinite == "skip"))
         if "_act" not in vars(self) or owner(self._act) is not self.policy:
             self._act = self.policy.act
 
@@ -216,8 +216,8 @@ class PolicyFlow(FlowRollouts):
         done = 0 if reset_num_timesteps else self.num_timesteps  # a run that goes on is compiled as the whole would be
         updates = (done + total_timesteps) * self.config.n_epochs // self.config.batch_size
         compiled = compiles(self.policy, self.config.compile, updates, self.device)
-        for name in ("_act", "_gradient"):
-            setattr(self, name, prepared(getattr(self, name), compiled, self.device))
+        self._act = prepared(self._act, compiled, self.device)
+        self._compile_updates(compiled)
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def train(self) -> None:
@@ -254,12 +254,11 @@ class PolicyFlow(FlowRollouts):
                 epoch = epoch._replace(error_time=time)
             order = torch.randperm(len(epoch.obs), generator=generator, device=self.device)
             for minibatch in epoch.minibatches(config.batch_size, order):
-                gradient, scalars = self._gradient(minibatch, spread_coef)  # of the sum of `losses`, clipped
-                if config.nonfinite == "skip" and self._refuses(scalars):
-                    continue
-                weights.update(gradient)  # the optimizer's step, then the weight average follows
-                metrics.append(torch.stack(list(scalars.values())))
-            means = self._settle(list(scalars), metrics, before)
+                # The gradient of the sum of `losses`, its clip, the optimizer's step, then the weight average follows.
+                scalars = self._update(weights, minibatch, spread_coef)
+                if scalars is not None:  # else it was left out
+                    metrics.append(scalars)
+            means = self._settle(metrics, before)
             passes = [*passes, means] if means else []
             if not means or (config.target_kl is not None and means["train/approx_kl"] > 1.5 * config.target_kl):
                 break

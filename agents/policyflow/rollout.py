@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ...dynamics.noise import StepNoise, step_noise
 from ..common.config import Configured
+from ..common.finite_updates import FiniteUpdates
 from ..common.networks import lazy_zeros
-from ..common.observations import FiniteUpdates, batch_of_one, observation_vectors, to_box
+from ..common.observations import batch_of_one, observation_vectors, to_box
 from ..storage.saving import Checkpointed
 from .policy import FlowActor, FlowNoise, FlowPolicy, FlowSample
 from .rollout_view import Collected, RolloutView, weight_norms
@@ -155,7 +156,7 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
     _exploration: StepNoise | None  # action noise with memory, which lasts from rollout to rollout
     _diverged = 0  # unstable simulations so far
     _iteration: int  # so many times `train` was called
-    _remade = ("samples", "_ratio", "_monitor", "_discounted_return", "_act", "_gradient", "_exploration",
+    _remade = ("samples", "_ratio", "_monitor", "_discounted_return", "_act", "_gradient", "_step", "_exploration",
                "storage", "collected", "steps_collected")  # fmt: skip
 
     def _setup_rollout(self) -> None:
