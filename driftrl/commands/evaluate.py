@@ -23,6 +23,7 @@ from ..analysis.multimodality import has_several_solutions
 from ..analysis.plots import draw_pictures
 from ..analysis.video import choose_renderer, record_video
 from ..envs import check_env
+from ..envs.avoid import AVOID
 from ..envs.multigoal import GOAL_TASKS
 from ..runs.folder import load_saved, newest_run
 from ..runs.group import is_group
@@ -68,7 +69,9 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument(
         "--start", type=float, nargs=2, metavar=("X", "Y"), help="goal tasks: where trajectories begin (default: 0 0)"
     )
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="goal tasks and mazes: also write pictures, .png")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FOLDER", help="tasks with several solutions: also write pictures, .png"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write all results as JSON; - for stdout, and nothing else")
     parser.add_argument(
         "--export", type=Path, metavar="FILE", help="also write the policy for other programs, .onnx or .pt2 (PyTorch)"
@@ -124,7 +127,9 @@ def _evaluate(args: argparse.Namespace, given: Path) -> int:
     if args.start is not None and env_id not in GOAL_TASKS:
         raise ValueError(f"start: {env_id} has no choice of it; only {' and '.join(GOAL_TASKS)} do")
     if args.plot and not has_several_solutions(env_id):
-        raise ValueError(f"plot: nothing to draw for {env_id}, only for {', '.join(GOAL_TASKS)} and PointMaze ids")
+        raise ValueError(
+            f"plot: nothing to draw for {env_id}, only for {', '.join((*GOAL_TASKS, AVOID))} and PointMaze ids"
+        )
     start = args.start or (0.0, 0.0)
     if args.video:
         choose_renderer()
