@@ -7,25 +7,13 @@ shares, where to go and where not to go.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from .avoid import Avoid
-from .batch import Array
+from .episodes import Array, Episode
 
 
-class Demonstration(NamedTuple):
-    """An episode of T steps."""
-
-    observations: Array  # float32, [T + 1, O]
-    actions: Array  # float32, [T, D]
-    rewards: Array  # float64, [T]
-    terminated: Array  # bool, [T]
-    truncated: Array  # bool, [T]
-
-
-def avoid_demonstrations(episodes: int, seed: int, *, success: float = 1.0, noise: float = 0.1) -> list[Demonstration]:
+def avoid_demonstrations(episodes: int, seed: int, *, success: float = 1.0, noise: float = 0.1) -> list[Episode]:
     """Play the script.
 
     Args:
@@ -50,7 +38,7 @@ def avoid_demonstrations(episodes: int, seed: int, *, success: float = 1.0, nois
     return [_episode(task, i % task.n_routes, bool(good[i]), noise, rng) for i in range(episodes)]
 
 
-def _episode(task: Avoid, route: int, good: bool, noise: float, rng: np.random.Generator) -> Demonstration:
+def _episode(task: Avoid, route: int, good: bool, noise: float, rng: np.random.Generator) -> Episode:
     """One episode along a route; the script does not look at where obstacles are, only at its waypoints."""
     position, waypoints = task.draw_start(rng), _waypoints(task, route, good, rng)
     observations, actions, rewards, ends = [position.astype(np.float32)], [], [], []
@@ -71,7 +59,7 @@ def _episode(task: Avoid, route: int, good: bool, noise: float, rng: np.random.G
     terminated_at = np.array(ends)
     truncated_at = np.zeros(len(ends), dtype=bool)
     truncated_at[-1] = not ends[-1]
-    return Demonstration(np.stack(observations), np.stack(actions), np.array(rewards), terminated_at, truncated_at)
+    return Episode(np.stack(observations), np.stack(actions), np.array(rewards), terminated_at, truncated_at)
 
 
 def _waypoints(task: Avoid, route: int, good: bool, rng: np.random.Generator) -> list[Array]:

@@ -142,7 +142,7 @@ def test_what_is_no_avoid_is_refused() -> None:
 
 @pytest.mark.parametrize("success", [1.0, 0.5, 0.0])
 def test_demonstrations_show_all_routes_and_fail_as_often_as_asked(success: float) -> None:
-    episodes = avoid_demonstrations(240, 0, success=success)
+    episodes: list[Any] = avoid_demonstrations(240, 0, success=success)
     longest = max(len(each.observations) for each in episodes)
     padded = [np.concatenate([e.observations, np.repeat(e.observations[-1:], longest - len(e.observations), 0)])
               for e in episodes]  # fmt: skip
@@ -154,7 +154,8 @@ def test_demonstrations_show_all_routes_and_fail_as_often_as_asked(success: floa
 
 def test_demonstrations_are_courses_of_the_environment() -> None:
     env: Any = gym.make(AVOID).unwrapped
-    for episode in avoid_demonstrations(12, 3, success=0.5):
+    episodes: list[Any] = avoid_demonstrations(12, 3, success=0.5)
+    for episode in episodes:
         env.reset(seed=0)
         env.state[0] = episode.observations[0]  # rounded to float32, as what follows is
         for k, action in enumerate(episode.actions):
