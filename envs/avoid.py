@@ -22,11 +22,12 @@ AVOID = "driftrl/Avoid-v0"
 
 
 class Avoid:
-    """The task: positions (x, y), float64 [N, 2], in units of half the arena's width.
+    """The task: states (x, y, last move in x, in y), float64 [N, 4]; lengths in units of half the arena's width.
 
-    Episodes begin at y = -1, x uniform in +-0.05. A step is ``p += 0.05 clip(a, -1, 1)``. The episode terminates where
-    the point is inside an obstacle, or leaves the arena by the sides or the bottom, with reward 0; and where it reaches
-    y >= 1, with reward 1. Every other step earns 0.
+    Episodes begin at rest at y = -1, x uniform in +-0.05. A step is ``p += 0.1 clip(a, -1, 1)``. The last move, a
+    clipped action, tells where the point is heading. The episode terminates where the way of the step touches an
+    obstacle, or leaves the arena by the sides or the bottom, with reward 0; and where the point reaches y >= 1, with
+    reward 1. Every other step earns 0.
 
     Attributes:
         rows: y and the obstacles' x of each row, from the start to the goal.
@@ -35,38 +36,44 @@ class Avoid:
         steps: time limit.
     """
 
-    rows: tuple[tuple[float, tuple[float, ...]], ...] = ((-0.4, (0.0,)), (0.4, (-0.4, 0.4)))
-    radius = 0.2
-    step_length = 0.05
+    rows: tuple[tuple[float, tuple[float, ...]], ...] = ((-0.4, (0.0,)), (0.4, (-0.45, 0.45)))
+    radius = 0.25
+    step_length = 0.1
     start_y, start_half_width, goal_y = -1.0, 0.05, 1.0
-    steps = 100
+    steps = 50
     n_routes = 6
 
     def __init__(self) -> None:
         self.obstacles: Array = np.array([(x, y) for y, xs in self.rows for x in xs])
-        bounds = np.array([1.1, 1.1], dtype=np.float32)  # a step beyond the arena is the last
+        bounds = np.array([1.1, 1.1, 1, 1], dtype=np.float32)  # a step beyond the arena is the last
         self.observation_space = spaces.Box(-bounds, bounds)
         self.action_space = spaces.Box(-1, 1, (2,))
 
     def draw_start(self, rng: np.random.Generator) -> Array:
-        """Position [2] where an episode begins."""
-        return np.array([rng.uniform(-self.start_half_width, self.start_half_width), self.start_y])
+        """State [4] in which an episode begins."""
+        return np.array([rng.uniform(-self.start_half_width, self.start_half_width), self.start_y, 0.0, 0.0])
 
-    def step(self, position: Array, action: Array) -> tuple[Array, Array, Array]:
-        """Next positions [N, 2], rewards [N] and terminated [N] after the actions [N, 2], float64."""
-        position = position + self.step_length * action.clip(-1, 1)
-        success = self.succeeded(position)
-        outside = (np.abs(position[:, 0]) > 1) | (position[:, 1] < self.start_y - self.step_length)
-        return position, success.astype(np.float64), success | outside | self.collided(position)
+    def step(self, state: Array, action: Array) -> tuple[Array, Array, Array]:
+        """Next states [N, 4], rewards [N] and terminated [N] after the actions [N, 2], float64."""
+        before, move = state[:, :2], action.clip(-1, 1)
+        after = before + self.step_length * move
+        hit = self.touched(before, after)
+        success = self.succeeded(after) & ~hit
+        outside = (np.abs(after[:, 0]) > 1) | (after[:, 1] < self.start_y - 0.5 * self.step_length)
+        return np.concatenate([after, move], axis=1), success.astype(np.float64), success | outside | hit
 
     def succeeded(self, position: Array) -> Array:
         """Whether positions [N, 2] are at the goal line, within the arena; [N]."""
         return (position[:, 1] >= self.goal_y) & (np.abs(position[:, 0]) <= 1)
 
-    def collided(self, position: Array) -> Array:
-        """Whether positions [N, 2] are inside an obstacle, [N]."""
-        squares = np.square(position[:, None] - self.obstacles)
-        inside: Array = squares[..., 0] + squares[..., 1] < self.radius**2
+    def touched(self, before: Array, after: Array) -> Array:
+        """Whether the straight ways from positions [N, 2] to others touch an obstacle, [N]."""
+        way, to = after - before, self.obstacles - before[:, None]  # [N, 2], [N, obstacles, 2]
+        length = way[:, 0] * way[:, 0] + way[:, 1] * way[:, 1]
+        along = to[..., 0] * way[:, None, 0] + to[..., 1] * way[:, None, 1]
+        share = (along / np.where(length > 0, length, 1)[:, None]).clip(0, 1)  # of the way, to its nearest point
+        gap_x, gap_y = to[..., 0] - share * way[:, None, 0], to[..., 1] - share * way[:, None, 1]
+        inside: Array = gap_x * gap_x + gap_y * gap_y < self.radius**2
         return np.asarray(inside.any(axis=1))
 
     def routes(self, positions: Array) -> Array:
@@ -90,7 +97,7 @@ class Avoid:
 
 
 class AvoidEnv(gym.Env[Array, Array]):
-    """``driftrl/Avoid-v0``, see `Avoid`; 100 steps. ``info["is_success"]`` tells whether the goal line is reached.
+    """``driftrl/Avoid-v0``, see `Avoid`; 50 steps. ``info["is_success"]`` tells whether the goal line is reached.
 
     Args:
         render_mode: None, or "rgb_array" for pictures of 240 x 240: obstacles grey, the goal line green, the point red.
@@ -103,10 +110,10 @@ class AvoidEnv(gym.Env[Array, Array]):
     def __init__(self, render_mode: str | None = None) -> None:
         self.render_mode = render_mode
         self.observation_space, self.action_space = self.task.observation_space, self.task.action_space
-        self.state: Array = np.zeros((1, 2))  # written in place: it may be a row of a batch
+        self.state: Array = np.zeros((1, 4))  # written in place: it may be a row of a batch
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
-        """Begin an episode; returns the observation, the position [2] in float32.
+        """Begin an episode; returns the observation, the state [4] in float32.
 
         Raises:
             ValueError: if options are given: there are none.
@@ -130,16 +137,17 @@ class AvoidEnv(gym.Env[Array, Array]):
         axis = np.linspace(-1.1, 1.1, 240)
         x, y = np.meshgrid(axis, -axis)
         picture = np.full((240, 240, 3), 255, dtype=np.uint8)
-        picture[self.task.collided(np.stack([x.ravel(), y.ravel()], axis=1)).reshape(x.shape)] = (120, 120, 120)
+        plane = np.stack([x.ravel(), y.ravel()], axis=1)
+        picture[self.task.touched(plane, plane).reshape(x.shape)] = (120, 120, 120)
         picture[np.abs(y - self.task.goal_y) < 0.01] = (0, 140, 0)
         picture[np.square(x - self.state[0, 0]) + np.square(y - self.state[0, 1]) < 0.04**2] = (220, 0, 0)
         return picture
 
 
-def advance(task: Avoid, position: Array, action: Array) -> tuple[Array, Array, Array, dict[str, Array]]:
-    """Move positions [N, 2] in place by actions [N, 2]: observations, rewards, terminated and the entries of info."""
-    position[:], reward, terminated = task.step(position, action.astype(np.float64))
-    return position.astype(np.float32), reward, terminated, {"is_success": task.succeeded(position)}
+def advance(task: Avoid, state: Array, action: Array) -> tuple[Array, Array, Array, dict[str, Array]]:
+    """Move states [N, 4] in place by actions [N, 2]: observations, rewards, terminated and the entries of info."""
+    state[:], reward, terminated = task.step(state, action.astype(np.float64))
+    return state.astype(np.float32), reward, terminated, {"is_success": reward > 0}
 
 
 class AvoidVecEnv(BatchVecEnv):
@@ -159,7 +167,7 @@ class AvoidVecEnv(BatchVecEnv):
             raise ValueError(f"batched: got {id!r}, expected {AVOID}; use another backend")
         prototype = make_prototype(id, n_envs, env_kwargs)
         self.task = AvoidEnv.task
-        self.states: Array = np.zeros((n_envs, 2))
+        self.states: Array = np.zeros((n_envs, 4))
         super().__init__(prototype, n_envs)
 
     def _advance(self, actions: Array) -> tuple[Array, Array, Array, dict[str, Array]]:

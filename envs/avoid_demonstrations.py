@@ -40,35 +40,33 @@ def avoid_demonstrations(episodes: int, seed: int, *, success: float = 1.0, nois
 
 def _episode(task: Avoid, route: int, good: bool, noise: float, rng: np.random.Generator) -> Episode:
     """One episode along a route; the script does not look at where obstacles are, only at its waypoints."""
-    position, waypoints = task.draw_start(rng), _waypoints(task, route, good, rng)
-    observations, actions, rewards, ends = [position.astype(np.float32)], [], [], []
+    state, waypoints = task.draw_start(rng), _waypoints(task, route, good, rng)
+    observations, actions, rewards, ends = [state.astype(np.float32)], [], [], []
     for _ in range(task.steps):
-        while len(waypoints) > 1 and position[1] >= waypoints[0][1]:
+        while len(waypoints) > 1 and state[1] >= waypoints[0][1]:
             waypoints.pop(0)
-        direction = waypoints[0] - position
+        direction = waypoints[0] - state[:2]
         action = direction / np.sqrt(np.square(direction).sum()) + noise * rng.standard_normal(2)
         action = action.clip(-1, 1).astype(np.float32)
-        moved, reward, terminated = task.step(position[None], action[None].astype(np.float64))
-        position = moved[0]
-        observations.append(position.astype(np.float32))
+        moved, reward, terminated = task.step(state[None], action[None].astype(np.float64))
+        state = moved[0]
+        observations.append(state.astype(np.float32))
         actions.append(action)
         rewards.append(float(reward[0]))
         ends.append(bool(terminated[0]))
         if ends[-1]:
             break
-    terminated_at = np.array(ends)
     truncated_at = np.zeros(len(ends), dtype=bool)
     truncated_at[-1] = not ends[-1]
-    return Episode(np.stack(observations), np.stack(actions), np.array(rewards), terminated_at, truncated_at)
+    return Episode(np.stack(observations), np.stack(actions), np.array(rewards), np.array(ends), truncated_at)
 
 
 def _waypoints(task: Avoid, route: int, good: bool, rng: np.random.Generator) -> list[Array]:
     """Points to steer for: through the middle of each gap, then straight up."""
     (first_y, _), (second_y, obstacles) = task.rows
-    first, second = (-0.45, 0.45)[route // 3], (-0.8, 0.0, 0.8)[route % 3]
+    first, second = (-0.55, 0.55)[route // 3], (-0.85, 0.0, 0.85)[route % 3]
     if not good:  # the obstacle beside the gap; the middle gap has two
         beside = [x for x in obstacles if abs(x - second) < 0.5]
         second = beside[int(rng.integers(len(beside)))]
-    below, above = second_y - 0.25, second_y + 0.2
-    points = [(first, first_y + 0.15), (second, below), (second, above), (second, task.goal_y + 0.5)]
-    return [np.array(point) for point in points]
+    ways = [(first, first_y), (first, first_y + 0.2), (second, second_y - 0.25), (second, second_y)]
+    return [np.array(point) for point in (*ways, (second, task.goal_y + 0.5))]

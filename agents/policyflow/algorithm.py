@@ -23,6 +23,7 @@ from ..common.update import Gradient, Loss, Losses, rate_fields
 from .config import PolicyFlowConfig
 from .diagnostics import flow_diagnostics
 from .entropy import steered_weight
+from .imitation import Imitation
 from .monitor import CollapseMonitor
 from .other_ratios import RATIOS
 from .policy import FlowPolicy
@@ -30,7 +31,7 @@ from .posterior import posterior_noise
 from .ppo_arguments import ARGUMENTS, POLICY_FIELDS, implied_fields, own_policy_kwargs
 from .ratios import Ratio, chord_point, draw_epoch, record_references
 from .regularizers import spread_loss, spread_rate, transport_cost
-from .rollout import FlowRollouts, Samples
+from .rollout import Samples
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> Tensor:
@@ -90,7 +91,7 @@ def losses(policy: FlowPolicy, samples: Samples, spread_coef: Tensor, ratio: Rat
 _SB3_ARGUMENTS = ("n_steps", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm")  # of OnPolicyAlgorithm
 
 
-class PolicyFlow(FlowRollouts):
+class PolicyFlow(Imitation):
     """PPO with a continuous normalizing flow as its policy (Yang, Liu, Chen 2026, arXiv 2602.01156).
 
     A Stable-Baselines3 algorithm: `learn`, `save`, `load`, `predict`, callbacks and loggers are those of its PPO.
@@ -267,7 +268,7 @@ class PolicyFlow(FlowRollouts):
             self.logger.record(name, value)
         if passes:
             self._report(passes, epoch)
-        if self._iteration > 0:  # the first rollout's are known already
+        if self._iteration > 0 and not self._is_pretrained:  # the first rollout's are known already
             policy.obs_norm.update(self.storage.features[:-1].flatten(0, 1))
         self._iteration += 1
 

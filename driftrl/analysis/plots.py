@@ -92,8 +92,8 @@ def _goal_views(task: GoalTask, start: Sequence[float]) -> dict[str, Any]:
 
 def _avoid_views() -> dict[str, Any]:
     """Observations where ways part: the start, and behind the first obstacle on the left and the right."""
-    points = [(0.0, -1.0), (-0.45, -0.25), (0.45, -0.25)]
-    return {f"at ({x:g}, {y:g})": np.array([x, y], np.float32) for x, y in points}
+    points = [(0.0, -1.0, 0.0), (-0.55, -0.2, 1.0), (0.55, -0.2, 1.0)]
+    return {f"at ({x:g}, {y:g})": np.array([x, y, 0, up], np.float32) for x, y, up in points}
 
 
 def _maze_views(maze: Any) -> dict[str, Any]:

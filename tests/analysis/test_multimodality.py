@@ -147,10 +147,10 @@ class Router:
 
     def predict(self, observation: Any, *args: Any, deterministic: bool = False) -> tuple[np.ndarray, None]:
         index = np.arange(len(observation)) * (not deterministic)
-        x, y = observation.T
-        goal = np.where(y < -0.12, np.where(index % 6 < 3, -0.45, 0.45), np.array([-0.8, 0.0, 0.8])[index % 3])
-        up = np.where((np.abs(goal - x) < 0.05) | (y < -0.75), 1.0, 0.0)
-        action = np.stack([(20 * (goal - x)).clip(-1, 1), up], axis=1)
+        x, y = observation.T[:2]
+        goal = np.where(y < -0.12, np.where(index % 6 < 3, -0.55, 0.55), np.array([-0.85, 0.0, 0.85])[index % 3])
+        up = np.where((np.abs(goal - x) < 0.05) | (y < -0.85), 1.0, 0.0)
+        action = np.stack([(10 * (goal - x)).clip(-1, 1), up], axis=1)
         return np.where((index % 10 == 9)[:, None], 0.0, action), None
 
 

@@ -39,7 +39,7 @@ def test_several_runs_are_recorded_into_one_data_set(tmp_path: Path, capsys: pyt
             obs, reward, terminated, _, _ = env.step(action)
             np.testing.assert_allclose(obs, episode.observations[k + 1], atol=1e-5)
             assert (reward, terminated) == (episode.rewards[k], episode.terminated[k])
-        assert episode.truncated[-1] == (len(episode.actions) == 100) != episode.terminated[-1]
+        assert episode.truncated[-1] == (len(episode.actions) == 50) != episode.terminated[-1]
     starts = np.array([episode.observations[0] for episode in episodes])
     assert len(np.unique(starts, axis=0)) == 26
 

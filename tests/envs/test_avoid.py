@@ -20,50 +20,63 @@ def test_the_checkers_are_content() -> None:
 
 
 def play(x: float, actions: list[tuple[float, float]]) -> tuple[np.ndarray, list[float], list[bool]]:
-    """Positions, rewards and terminated of a course that begins at (x, -1)."""
-    task, position = Avoid(), np.array([[x, -1.0]])
-    positions, rewards, ends = [position], [], []
+    """States, rewards and terminated of a course that begins at rest at (x, -1)."""
+    task, state = Avoid(), np.array([[x, -1.0, 0, 0]])
+    states, rewards, ends = [state], [], []
     for action in actions:
-        position, reward, terminated = task.step(position, np.array([action]))
-        positions.append(position)
+        state, reward, terminated = task.step(state, np.array([action]))
+        states.append(state)
         rewards.append(float(reward[0]))
         ends.append(bool(terminated[0]))
-    return np.stack(positions), rewards, ends
+    return np.concatenate(states), rewards, ends
 
 
 def test_straight_up_hits_the_first_obstacle_when_its_edge_is_reached() -> None:
-    _, rewards, ends = play(0.1, [(0, 1)] * 9)
-    # At x = 0.1 the edge is at y = -0.4 - sqrt(0.2^2 - 0.1^2) = -0.573: past it with the ninth step of 0.05.
-    assert ends == [False] * 8 + [True] and sum(rewards) == 0
-    positions, _, _ = play(0.0, [(5, -3)])  # clipped to 1
-    np.testing.assert_allclose(positions[1, 0], [0.05, -1.05])
+    _, rewards, ends = play(0.1, [(0, 1)] * 4)
+    # At x = 0.1 the edge is at y = -0.4 - sqrt(0.25^2 - 0.1^2) = -0.629: touched with the fourth step of 0.1.
+    assert ends == [False] * 3 + [True] and sum(rewards) == 0
+    states, _, _ = play(0.0, [(0.5, -0.25), (5, 0.3)])  # the first is within the bounds, the second is clipped to 1
+    np.testing.assert_allclose(states[1:], [[0.05, -1.025, 0.5, -0.25], [0.15, -0.995, 1, 0.3]])
 
 
-def test_obstacles_have_a_radius_of_a_fifth() -> None:
-    for x, hit in ((0.195, True), (0.205, False), (-0.195, True)):
-        assert any(play(x, [(0, 1)] * 20)[2]) == hit
-    assert Avoid().collided(np.array([[0.4, 0.21], [-0.4, 0.59], [0.0, 0.4]])).tolist() == [True, True, False]
+def test_a_step_across_the_edge_of_an_obstacle_touches_it() -> None:
+    # Both ends lie outside the disc, 0.251 from its middle; the way between them comes as near as 0.2462.
+    angle, half = math.radians(45), math.radians(11.2)
+    ends = [(0.251 * math.cos(a), -0.4 + 0.251 * math.sin(a)) for a in (angle - half, angle + half)]
+    before, after = np.array(ends[:1]), np.array(ends[1:])
+    task = Avoid()
+    assert not task.touched(before, before).any() and not task.touched(after, after).any()
+    assert task.touched(before, after).all() and task.touched(after, before).all()
+    further = before + 1.2 * (before - np.array([[0, -0.4]]))
+    assert not task.touched(before, further).any()  # away from it: the nearest point is where it begins
 
 
-@pytest.mark.parametrize(("x", "n", "ended"), [(-0.99, 1, True), (0.99, 1, True), (0.9, 2, False), (0.9, 3, True)])
+@pytest.mark.parametrize(("x", "n", "ended"), [(-0.99, 1, True), (0.99, 1, True), (0.9, 1, False), (0.9, 2, True)])
 def test_the_arena_ends_at_its_sides(x: float, n: int, ended: bool) -> None:
     _, rewards, ends = play(x, [(math.copysign(1, x) * 0.9, 0)] * n)
     assert ends[-1] == ended and sum(rewards) == 0
 
 
 def test_only_the_goal_line_is_rewarded_and_ends_the_episode() -> None:
-    _, rewards, ends = play(-0.8, [(0, 1)] * 40)  # x = -0.8 passes both rows
-    assert rewards == [0.0] * 39 + [1.0] and ends == [False] * 39 + [True]
+    _, rewards, ends = play(-0.85, [(0, 1)] * 19 + [(0, 0.9), (0, 0.5)])  # x = -0.85 passes both rows
+    assert rewards == [0.0] * 20 + [1.0] and ends == [False] * 20 + [True]
+
+
+def test_obstacles_have_a_radius_of_a_quarter() -> None:
+    for x, hit in ((0.245, True), (0.255, False), (-0.245, True)):
+        assert any(play(x, [(0, 1)] * 8)[2]) == hit
+    points = np.array([[0.45, 0.16], [-0.45, 0.64], [0.0, 0.4]])
+    assert Avoid().touched(points, points).tolist() == [True, True, False]
 
 
 def test_routes_are_told_by_the_gap_of_each_row() -> None:
     task, number = Avoid(), 0
-    for first in (-0.5, 0.5):
-        for second in (-0.8, 0.0, 0.8):
-            corners = np.array([[0, -1], [first, -0.5], [first, -0.2], [second, 0.2], [second, 1.0]])
+    for first in (-0.55, 0.55):
+        for second in (-0.85, 0.0, 0.85):
+            corners = np.array([[0, -1], [first, -0.5], [first, -0.2], [second, 0.1], [second, 1.0]])
             times = np.linspace(0, 4, 81)
             path = np.stack([np.interp(times, np.arange(5), corners[:, k]) for k in range(2)], axis=1)
-            assert not task.collided(path).any()
+            assert not task.touched(path[:-1], path[1:]).any()
             assert task.routes(path[:, None]).tolist() == [number]
             number += 1
     assert number == task.n_routes
@@ -77,16 +90,16 @@ def test_the_crossing_of_a_row_is_interpolated() -> None:
     assert Avoid().routes(positions).tolist() == [0]
 
 
-def test_a_position_steps_the_same_alone_and_in_a_batch() -> None:
+def test_a_state_steps_the_same_alone_and_in_a_batch() -> None:
     task, rng = Avoid(), np.random.default_rng(0)
-    positions, actions = rng.uniform(-1, 1, (1003, 2)), rng.uniform(-1.2, 1.2, (1003, 2))
-    together = task.step(positions, actions)
-    for i in range(len(positions)):
-        for one, many in zip(task.step(positions[i : i + 1], actions[i : i + 1]), together, strict=True):
+    states, actions = rng.uniform(-1, 1, (1003, 4)), rng.uniform(-1.2, 1.2, (1003, 2))
+    together = task.step(states, actions)
+    for i in range(len(states)):
+        for one, many in zip(task.step(states[i : i + 1], actions[i : i + 1]), together, strict=True):
             np.testing.assert_array_equal(one[0], many[i], strict=True)
 
 
-@pytest.mark.parametrize("env_kwargs", [{}, {"max_episode_steps": 17}])
+@pytest.mark.parametrize("env_kwargs", [{}, {"max_episode_steps": 9}])
 def test_the_batch_equals_single_environments_to_the_last_bit(env_kwargs: dict[str, Any]) -> None:
     ours, theirs = make_vec(AVOID, 5, 3, **env_kwargs), make_vec(AVOID, 5, 3, "sync", **env_kwargs)
     assert isinstance(ours, AvoidVecEnv) and isinstance(theirs, DummyVecEnv)
@@ -146,7 +159,7 @@ def test_demonstrations_show_all_routes_and_fail_as_often_as_asked(success: floa
     longest = max(len(each.observations) for each in episodes)
     padded = [np.concatenate([e.observations, np.repeat(e.observations[-1:], longest - len(e.observations), 0)])
               for e in episodes]  # fmt: skip
-    routes = Avoid().routes(np.stack(padded, 1))
+    routes = Avoid().routes(np.stack(padded, 1)[..., :2])
     good = int(240 * success)
     assert np.bincount(routes + 1, minlength=7).tolist() == [240 - good, *[good // 6] * 6]
     assert sum(each.rewards.sum() for each in episodes) == good
@@ -169,7 +182,7 @@ def test_demonstrations_are_courses_of_the_environment() -> None:
 def test_the_same_seed_gives_the_same_demonstrations() -> None:
     first, again, other = (avoid_demonstrations(6, seed)[0].actions for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
-    assert not np.array_equal(first[:20], other[:20])
+    assert not np.array_equal(first[:10], other[:10])
 
 
 @pytest.mark.parametrize(
