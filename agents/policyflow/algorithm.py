@@ -23,12 +23,14 @@ from ..common.update import Gradient, Loss, Losses, rate_fields
 from .config import PolicyFlowConfig
 from .diagnostics import flow_diagnostics
 from .entropy import steered_weight
+from .fine_tuning import SteeringRatio
 from .imitation import Imitation
 from .monitor import CollapseMonitor
 from .other_ratios import RATIOS
 from .policy import FlowPolicy
 from .posterior import posterior_noise
 from .ppo_arguments import ARGUMENTS, POLICY_FIELDS, implied_fields, own_policy_kwargs
+from .pretraining import imitation_loss
 from .ratios import Ratio, chord_point, draw_epoch, record_references
 from .regularizers import spread_loss, spread_rate, transport_cost
 from .rollout import Samples
@@ -79,6 +81,8 @@ def losses(policy: FlowPolicy, samples: Samples, spread_coef: Tensor, ratio: Rat
         t = samples.error_time
         error = local_error_penalty(actor.field, t, chord_point(samples, t), obs, h=0.5).mean()
         table["flow/solver_error"] = Loss(error, config.solver_error_coef)
+    if samples.expert is not None and samples.expert.weight is not None:
+        table["flow/bc_loss"] = Loss(imitation_loss(actor, samples.expert), samples.expert.weight[0])
     return Losses(
         table,
         {
@@ -114,8 +118,8 @@ class PolicyFlow(Imitation):
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": FlowPolicy, "MultiInputPolicy": FlowPolicy}
     config_class = PolicyFlowConfig
     _fixed = frozenset(
-        ("n_steps", "ratio", "ratio_draws", "exploration_noise", "noise_time", "hurst", "actor_hidden", "action_std",
-         "critic_hidden", "activation", "weight_decay", *POLICY_FIELDS)
+        ("n_steps", "ratio", "ratio_draws", "freeze_flow", "exploration_noise", "noise_time", "hurst", "actor_hidden",
+         "action_std", "critic_hidden", "activation", "weight_decay", *POLICY_FIELDS)
     )  # fmt: skip
     _learned = frozenset(("actor_hidden", "action_std", "critic_hidden", "base_std", "critic_gain", "weight_decay"))
 
@@ -174,7 +178,8 @@ class PolicyFlow(Imitation):
         ).to(self.device)
         decay = self.policy.optimizer.defaults.get("weight_decay", 0.0)  # an optimizer_class may have its own default
         self._config = config = replace(config, weight_decay=decay)
-        self._ratio = RATIOS[config.ratio](config.ratio_draws)
+        self._ratio = SteeringRatio() if config.freeze_flow else RATIOS[config.ratio](config.ratio_draws)
+        self.policy.actor.field.requires_grad_(not config.freeze_flow)
         self._setup_rollout()
         self._config_changed()
 
@@ -247,18 +252,19 @@ class PolicyFlow(Imitation):
             rate = spread_rate(actor, config.spread_std).expand_as(samples.z)
             references = references._replace(samples=references.samples._replace(spread_rate=rate))
 
-        passes = list[dict[str, float]]()
+        passes, update = list[dict[str, float]](), self._stepping(weights)
         for _ in range(config.n_epochs):
             epoch, metrics = draw_epoch(actor, self._ratio, references, generator), list[Tensor]()
             if config.solver_error_coef > 0:
                 time = torch.empty_like(samples.values).uniform_(0, 0.5, generator=generator)
                 epoch = epoch._replace(error_time=time)
+            epoch = self._with_expert(epoch)
             order = torch.randperm(len(epoch.obs), generator=generator, device=self.device)
             for minibatch in epoch.minibatches(config.batch_size, order):
                 gradient, scalars = self._gradient(minibatch, spread_coef)  # of the sum of `losses`, clipped
                 if config.nonfinite == "skip" and self._refuses(scalars):
                     continue
-                weights.update(gradient)  # the optimizer's step, then the weight average follows
+                update(gradient)  # the optimizer's step, then the weight average follows
                 metrics.append(torch.stack(list(scalars.values())))
             means = self._settle(list(scalars), metrics, before)
             passes = [*passes, means] if means else []
@@ -282,7 +288,8 @@ class PolicyFlow(Imitation):
         config, policy = self.config, self.policy
         self._n_updates += len(passes)
         means = {name: sum(each[name] for each in passes) / len(passes) for name in passes[0]}
-        if config.lr_schedule == "adaptive":
+        means |= self._adapt_weight(means)
+        if config.lr_schedule == "adaptive" and not self.is_warming_up:
             self._adapt_learning_rate(means["train/approx_kl"])
         if self._monitor is not None:
             self._rate, watched = self._monitor.watch(policy, means, self.ep_info_buffer, self._rate)

@@ -33,6 +33,7 @@ class Expert(NamedTuple):
     action: Tensor  # normalised action units, [B, D]
     base: Tensor  # standard normals, [B, D]
     time: Tensor  # uniform in [0, 1), [B]
+    weight: Tensor | None = None  # of the loss beside others, the same in all rows, [B]; None where it is the only one
 
 
 def imitation_loss(actor: FlowActor, expert: Expert) -> Tensor:
@@ -140,7 +141,7 @@ class Pretraining:
         generator = torch.Generator(obs.device).manual_seed(seed + 1)
         repeats = max(1, _VALIDATED // len(obs))  # few rows get several draws of the noise each
         rows = torch.arange(0, len(obs), -(-len(obs) // _VALIDATED), device=obs.device).repeat(repeats)
-        return _with_noise(obs[rows], actions[rows], generator)
+        return with_noise(obs[rows], actions[rows], generator)
 
     @property
     def is_over(self) -> bool:
@@ -154,7 +155,7 @@ class Pretraining:
             rows = torch.randint(
                 len(self._obs), (settings.batch_size,), generator=self._generator, device=self._obs.device
             )
-            loss = imitation_loss(self.learner, _with_noise(self._obs[rows], self._actions[rows], self._generator))
+            loss = imitation_loss(self.learner, with_noise(self._obs[rows], self._actions[rows], self._generator))
             self.optimizer.param_groups[0]["lr"] = settings.rate(self.step)
             self.optimizer.zero_grad()
             loss.backward()
@@ -216,7 +217,8 @@ def normalised(policy: FlowPolicy, data: Demonstrations) -> tuple[Tensor, Tensor
         return policy.obs_norm(obs), policy.to_normalised(actions)
 
 
-def _with_noise(obs: Tensor, action: Tensor, generator: torch.Generator) -> Expert:
+def with_noise(obs: Tensor, action: Tensor, generator: torch.Generator) -> Expert:
+    """Demonstrated actions [B, D] given obs [B, O] with noise drawn for their loss."""
     base = torch.randn(action.shape, generator=generator, device=action.device)
     return Expert(obs, action, base, torch.rand(len(action), generator=generator, device=action.device))
 

@@ -196,8 +196,8 @@ def _check_pretraining(name: str, arguments: Arguments, chosen: Collection[str])
         return
     if not hasattr(AGENTS[name].agent, "pretrain"):
         raise ValueError(f"demonstrations: got them for {name}, which cannot learn from them; use policyflow")
-    if not arguments.pretrain_steps:
-        raise ValueError("demonstrations: got them, which change nothing without pretrain_steps above 0")
+    if not arguments.pretrain_steps and not arguments.config.bc_coef:
+        raise ValueError("demonstrations: got them, which change nothing without pretrain_steps or bc_coef above 0")
     find_dataset(arguments.demonstrations)  # refused here, not in the run
 
 

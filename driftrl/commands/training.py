@@ -22,7 +22,7 @@ from ..envs.make import has_time_limit
 from ..runs.callbacks import Checkpoints, Progress, Report, Reports, reported
 from ..runs.folder import Resumption, RunSettings, find_checkpoint, has_saved, save_agent
 from ..runs.log import open_logger, warn
-from ..runs.pretraining import pretrain
+from ..runs.pretraining import pretrain, use_demonstrations
 from ..runs.signals import StopOnSignal, exit_code
 from .describe import describe_commands
 from .errors import output_closed, users_line
@@ -56,6 +56,8 @@ def train(
     try:
         if settings.pretrain_steps and not getattr(agent, "is_pretrained", True):
             pretrain(agent, folder, settings)
+        elif settings.demonstrations is not None:
+            use_demonstrations(agent, settings)
         start = time.monotonic()
         if settings.total_timesteps > 0:
             _learn(agent, folder, settings, found, report_to)

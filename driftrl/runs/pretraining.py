@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..agents.common.demonstrations import Demonstrations
 from ..agents.policyflow.imitation import Imitation
 from ..agents.policyflow.pretraining import Pretraining, PretrainSettings
 from ..agents.storage import format as checkpoint
@@ -28,11 +29,23 @@ _SAVE_EVERY = 60.0
 """Seconds between two saved states."""
 
 
+def use_demonstrations(agent: Checkpointed, settings: RunSettings) -> None:
+    """Give a run's agent the demonstrations that it learns from beside its rollouts; saved agents do not hold them."""
+    assert isinstance(agent, Imitation)
+    if agent.config.bc_coef > 0:
+        agent.use_demonstrations(_read(agent, settings))
+
+
+def _read(agent: Checkpointed, settings: RunSettings) -> Demonstrations:
+    assert settings.demonstrations is not None
+    spaces = (agent.observation_space, agent.action_space)
+    return read_demonstrations(settings.demonstrations, *spaces, settings.demonstration_keys)
+
+
 def pretrain(agent: Checkpointed, folder: Path, settings: RunSettings) -> None:
     """Pretrain a run's agent, or go on with it, and evaluate it; raises KeyboardInterrupt where a signal ended it."""
-    assert isinstance(agent, Imitation) and settings.demonstrations is not None
-    spaces = (agent.observation_space, agent.action_space)
-    data = read_demonstrations(settings.demonstrations, *spaces, settings.demonstration_keys)
+    assert isinstance(agent, Imitation)
+    data = _read(agent, settings)
     steps, episodes = len(data.actions), len(data.lengths)
     mean = data.returns.mean()
     print(f"{settings.demonstrations}: {episodes} episodes, {steps:,} steps, mean return {mean:.2f}", flush=True)

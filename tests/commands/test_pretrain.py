@@ -90,7 +90,10 @@ def test_a_signal_breaks_pretraining_off_and_resume_ends_where_the_whole_would(
     ("options", "message"),
     [
         (["--pretrain-steps", "5"], "pretrain_steps: got 5, which changes nothing without demonstrations"),
-        (["--demonstrations", "DATA"], "demonstrations: got them, which change nothing without pretrain_steps above 0"),
+        (
+            ["--demonstrations", "DATA"],
+            "demonstrations: got them, which change nothing without pretrain_steps or bc_coef above 0",
+        ),
         (["--pretrain-batch-size", "5"], "pretrain_batch_size: got 5, which changes nothing without demonstrations"),
         (["--demonstrations", "nowhere", "--pretrain-steps", "5"], "no data set: got nowhere"),
         (["--total-timesteps", "0"], "total_timesteps: got 0, expected an integer of at least 1"),
