@@ -24,6 +24,7 @@ __all__ = ["LipschitzMBPO", "LipschitzMBPOConfig", "PolicyFlow", "PolicyFlowConf
 
 gymnasium.register("driftrl/MultiGoal-v0", "driftrl.envs.multigoal:MultiGoalEnv", max_episode_steps=50)
 gymnasium.register("driftrl/SoftMultiGoal-v0", "driftrl.envs.multigoal:SoftMultiGoalEnv", max_episode_steps=30)
+gymnasium.register("driftrl/Avoid-v0", "driftrl.envs.avoid:AvoidEnv", max_episode_steps=50)
 gymnasium.register("driftrl/PointMazeMedium-v0", "driftrl.envs.point_maze:PointMazeMedium", max_episode_steps=600)
 
 if TYPE_CHECKING:

@@ -28,6 +28,7 @@ TASK_CLASSES: dict[str, str] = {
     f"{_MUJOCO}.walker2d_v5:Walker2dEnv": "Walker2d-v5",
     "driftrl.envs.multigoal:MultiGoalEnv": "driftrl/MultiGoal-v0",
     "driftrl.envs.multigoal:SoftMultiGoalEnv": "driftrl/SoftMultiGoal-v0",
+    "driftrl.envs.avoid:AvoidEnv": "driftrl/Avoid-v0",
     "driftrl.envs.point_maze:PointMazeMedium": "driftrl/PointMazeMedium-v0",
 }
 """Entry point of a class -> the task as we call it, by the id under which it usually is registered."""

@@ -18,6 +18,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
+from .avoid import AVOID, AvoidVecEnv
 from .batch import BatchVecEnv
 from .known import bare_task_of_id
 from .memory import check_fits
@@ -28,9 +29,11 @@ from .workers import SupervisedVecEnv
 
 Backend = Literal["auto", "batched", "sync", "subproc"]
 
-_BATCHED: dict[str, Callable[..., BatchVecEnv]] = dict.fromkeys(TASKS, MujocoVecEnv) | dict.fromkeys(
-    GOAL_TASKS, GoalVecEnv
-)
+_BATCHED: dict[str, Callable[..., BatchVecEnv]] = {
+    **dict.fromkeys(TASKS, MujocoVecEnv),
+    **dict.fromkeys(GOAL_TASKS, GoalVecEnv),
+    AVOID: AvoidVecEnv,
+}
 _REGISTERED_BY = {"PointMaze_": "gymnasium_robotics", "driftrl/": "driftrl"}
 """Beginnings of ids -> the module whose import registers them, also in the processes of "subproc"."""
 _ENVIRONMENT, _PROCESS = 4000, 30_000_000
@@ -47,9 +50,10 @@ def make_vec(
         id: Gymnasium id, e.g. "HalfCheetah-v5" or "package.module:Name-v0".
         n_envs: number of environments, at least 1.
         seed: environment i is seeded with seed + i at its first reset; None for random seeds.
-        backend: "batched" steps MuJoCo's v5 tasks on all cores (`MujocoVecEnv`) and the multi-goal tasks in NumPy
-            (`GoalVecEnv`), with the same results; "sync" steps one after the other in this process, "subproc" each in
-            a process of its own (`SupervisedVecEnv`); "auto" is "batched" where that is possible, else "sync".
+        backend: "batched" steps MuJoCo's v5 tasks on all cores (`MujocoVecEnv`), the multi-goal tasks and Avoid in
+            NumPy (`GoalVecEnv`, `AvoidVecEnv`), with the same results; "sync" steps one after the other in this
+            process, "subproc" each in a process of its own (`SupervisedVecEnv`); "auto" is "batched" where that is
+            possible, else "sync".
         worker_timeout: subproc: seconds for a step, > 0, after which a process counts as hung and is restarted.
         worker_restarts: subproc: restarts of processes that died or hang, >= 0, all together; the next is an error.
         **env_kwargs: arguments of the environment.

@@ -112,9 +112,14 @@ class _CudaGraph:
         self._seen.clear()
 
 
+def eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself, where it is compiled."""
+    return function.function if isinstance(function, Compiled) else function
+
+
 def owner(function: Callable[..., Any]) -> Any:
     """The object whose method a function is, compiled or not; None if it is no method."""
-    return getattr(function.function if isinstance(function, Compiled) else function, "__self__", None)
+    return getattr(eager(function), "__self__", None)
 
 
 def prepared(function: Callable[..., Any], compiled: bool, device: torch.device) -> Callable[..., Any]:

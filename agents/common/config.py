@@ -36,6 +36,7 @@ RANGES: dict[str, Callable[[Any], bool]] = {
     "a number of at least 0": lambda x: _number(x) and x >= 0,
     "a number of at least 0, or None": lambda x: x is None or (_number(x) and x >= 0),
     "a number in [0, 1]": lambda x: _number(x) and 0 <= x <= 1,
+    "a number in (0, 1)": lambda x: _number(x) and 0 < x < 1,
     "a number in [0, 1)": lambda x: _number(x) and 0 <= x < 1,
     "a number above 0, at most 1": lambda x: _number(x) and 0 < x <= 1,
     "a number in [0.3, 1)": lambda x: _number(x) and 0.3 <= x < 1,

@@ -50,24 +50,26 @@ class FiniteUpdates(LearningRate, FiniteTransitions):
             )
 
     def _compile_updates(self, wanted: bool) -> None:
-        """Make updates compiled or eager. On a CPU the whole update is compiled, on CUDA the gradient."""
+        """Make updates compiled or eager. On a CPU the whole of an update is one program, where nothing hinders it."""
         device, gradient = torch.device(self.device), owner(self._gradient)
-        self._gradient = prepared(self._gradient, wanted and device.type == "cuda", device)
+        self._gradient = prepared(self._gradient, wanted, device)
         if device.type == "cpu":
             self._step = prepared(self._step or gradient.step, True, device) if wanted else None
 
-    def _update(self, weights: Weights, *batch: Any) -> Tensor | None:
+    def _update(self, step: Callable[[Tensor], None], *batch: Any) -> Tensor | None:
         """One update: the gradient of the sum of the losses, clipped; the optimizer's step; then the average follows.
 
         Args:
-            weights: `_weights()`.
+            step: takes the step given a gradient: `Weights.update`, or another.
             *batch: of the losses.
 
         Returns:
             The scalars, [number of `_names`]; None if the update was left out.
         """
         skips = self.config.nonfinite == "skip"
-        if self._step is not None and (joined := weights.joined()) is not None:  # the same as one program
+        weights = owner(step)
+        joined = weights.joined() if self._step is not None and isinstance(weights, Weights) else None
+        if self._step is not None and joined is not None:  # the same as one program
             table: Tensor = self._step(joined, *batch)
             self._names = owner(self._step).names
             return None if skips and self._refuses(table) else table
@@ -75,7 +77,7 @@ class FiniteUpdates(LearningRate, FiniteTransitions):
         self._names, table = tuple(scalars), torch.stack(list(scalars.values()))
         if skips and self._refuses(table):
             return None
-        weights.update(gradient)
+        step(gradient)
         return table
 
     def _adopt_policy(self) -> None:

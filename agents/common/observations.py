@@ -107,6 +107,12 @@ class RunningNorm(nn.Module):
         self.register_buffer("scale", torch.ones(dim))
 
     @torch.no_grad()
+    def reset(self) -> None:
+        """Forget all batches."""
+        for name, value in vars(RunningNorm(len(self.mean)))["_buffers"].items():
+            getattr(self, name).copy_(value)
+
+    @torch.no_grad()
     def update(self, batch: Tensor) -> None:
         """Merge a batch [B, dim] into the statistics."""
         batch = batch.double()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...dynamics.transition_base import TransitionModel
 from ..common.arguments import without_neutral
-from ..common.compiling import compiles
+from ..common.compiling import compiles, eager
 from ..common.config import Configured, resolve
 from ..common.finite_updates import FiniteUpdates
 from ..common.networks import check_default_dtype, check_weights
@@ -229,7 +229,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         draw = self._starts if config.value_gradient else self._minibatches
         for batch in draw(updates, batch_size):
             # The gradient of the sum of `losses`, the optimizer's step, then the slow critics follow.
-            scalars = self._update(weights, batch)
+            scalars = self._update(weights.update, batch)
             if scalars is None:  # it was left out
                 continue
             metrics.append(scalars)
@@ -384,7 +384,9 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         if self.config.value_gradient:
             generator = torch.Generator(self.device).manual_seed(0)  # its own: measuring must not change training
             starts = self._starts(GRADIENTS, self.batch_size, generator)
-            found |= gradient_diagnostics(self.policy, (self._gradient(start)[0] for start in starts), self._real)
+            found |= gradient_diagnostics(
+                self.policy, (eager(self._gradient)(start)[0] for start in starts), self._real
+            )
         runaway = runs_away(found["lipschitz/largest_value"], self._real, self.config.gamma)
         self._ran_away |= runaway
         if self._ran_away:

@@ -23,14 +23,17 @@ from ..common.update import Gradient, Loss, Losses, rate_fields
 from .config import PolicyFlowConfig
 from .diagnostics import flow_diagnostics
 from .entropy import steered_weight
+from .fine_tuning import SteeringRatio
+from .imitation import Imitation
 from .monitor import CollapseMonitor
 from .other_ratios import RATIOS
 from .policy import FlowPolicy
 from .posterior import posterior_noise
 from .ppo_arguments import ARGUMENTS, POLICY_FIELDS, implied_fields, own_policy_kwargs
+from .pretraining import imitation_loss
 from .ratios import Ratio, chord_point, draw_epoch, record_references
 from .regularizers import spread_loss, spread_rate, transport_cost
-from .rollout import FlowRollouts, Samples
+from .rollout import Samples
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> Tensor:
@@ -78,6 +81,8 @@ def losses(policy: FlowPolicy, samples: Samples, spread_coef: Tensor, ratio: Rat
         t = samples.error_time
         error = local_error_penalty(actor.field, t, chord_point(samples, t), obs, h=0.5).mean()
         table["flow/solver_error"] = Loss(error, config.solver_error_coef)
+    if samples.expert is not None and samples.expert.weight is not None:
+        table["flow/bc_loss"] = Loss(imitation_loss(actor, samples.expert), samples.expert.weight[0])
     return Losses(
         table,
         {
@@ -90,7 +95,7 @@ def losses(policy: FlowPolicy, samples: Samples, spread_coef: Tensor, ratio: Rat
 _SB3_ARGUMENTS = ("n_steps", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm")  # of OnPolicyAlgorithm
 
 
-class PolicyFlow(FlowRollouts):
+class PolicyFlow(Imitation):
     """PPO with a continuous normalizing flow as its policy (Yang, Liu, Chen 2026, arXiv 2602.01156).
 
     A Stable-Baselines3 algorithm: `learn`, `save`, `load`, `predict`, callbacks and loggers are those of its PPO.
@@ -113,8 +118,8 @@ class PolicyFlow(FlowRollouts):
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": FlowPolicy, "MultiInputPolicy": FlowPolicy}
     config_class = PolicyFlowConfig
     _fixed = frozenset(
-        ("n_steps", "ratio", "ratio_draws", "exploration_noise", "noise_time", "hurst", "actor_hidden", "action_std",
-         "critic_hidden", "activation", "weight_decay", *POLICY_FIELDS)
+        ("n_steps", "ratio", "ratio_draws", "freeze_flow", "exploration_noise", "noise_time", "hurst", "actor_hidden",
+         "action_std", "critic_hidden", "activation", "weight_decay", *POLICY_FIELDS)
     )  # fmt: skip
     _learned = frozenset(("actor_hidden", "action_std", "critic_hidden", "base_std", "critic_gain", "weight_decay"))
 
@@ -173,7 +178,8 @@ class PolicyFlow(FlowRollouts):
         ).to(self.device)
         decay = self.policy.optimizer.defaults.get("weight_decay", 0.0)  # an optimizer_class may have its own default
         self._config = config = replace(config, weight_decay=decay)
-        self._ratio = RATIOS[config.ratio](config.ratio_draws)
+        self._ratio = SteeringRatio() if config.freeze_flow else RATIOS[config.ratio](config.ratio_draws)
+        self.policy.actor.field.requires_grad_(not config.freeze_flow)
         self._setup_rollout()
         self._config_changed()
 
@@ -246,16 +252,17 @@ class PolicyFlow(FlowRollouts):
             rate = spread_rate(actor, config.spread_std).expand_as(samples.z)
             references = references._replace(samples=references.samples._replace(spread_rate=rate))
 
-        passes = list[dict[str, float]]()
+        passes, step = list[dict[str, float]](), self._stepping(weights)
         for _ in range(config.n_epochs):
             epoch, metrics = draw_epoch(actor, self._ratio, references, generator), list[Tensor]()
             if config.solver_error_coef > 0:
                 time = torch.empty_like(samples.values).uniform_(0, 0.5, generator=generator)
                 epoch = epoch._replace(error_time=time)
+            epoch = self._with_expert(epoch)
             order = torch.randperm(len(epoch.obs), generator=generator, device=self.device)
             for minibatch in epoch.minibatches(config.batch_size, order):
                 # The gradient of the sum of `losses`, its clip, the optimizer's step, then the weight average follows.
-                scalars = self._update(weights, minibatch, spread_coef)
+                scalars = self._update(step, minibatch, spread_coef)
                 if scalars is not None:  # else it was left out
                     metrics.append(scalars)
             means = self._settle(metrics, before)
@@ -266,7 +273,7 @@ class PolicyFlow(FlowRollouts):
             self.logger.record(name, value)
         if passes:
             self._report(passes, epoch)
-        if self._iteration > 0:  # the first rollout's are known already
+        if self._iteration > 0 and not self._is_pretrained:  # the first rollout's are known already
             policy.obs_norm.update(self.storage.features[:-1].flatten(0, 1))
         self._iteration += 1
 
@@ -280,7 +287,8 @@ class PolicyFlow(FlowRollouts):
         config, policy = self.config, self.policy
         self._n_updates += len(passes)
         means = {name: sum(each[name] for each in passes) / len(passes) for name in passes[0]}
-        if config.lr_schedule == "adaptive":
+        means |= self._adapt_weight(means)
+        if config.lr_schedule == "adaptive" and not self.is_warming_up:
             self._adapt_learning_rate(means["train/approx_kl"])
         if self._monitor is not None:
             self._rate, watched = self._monitor.watch(policy, means, self.ep_info_buffer, self._rate)

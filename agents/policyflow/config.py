@@ -24,6 +24,10 @@ class PolicyFlowConfig:
 
     learning_rate: float = 3e-4
     """Learning rate (initial one if lr_schedule is adaptive or linear), >= 0."""
+    critic_learning_rate: float | None = None
+    """Learning rate of the critic, > 0; None: the same. It falls as learning_rate does if lr_schedule is linear."""
+    critic_warmup: int = 0
+    """Iterations at the start of training in which only the critic learns, >= 0."""
     n_steps: int = 2048
     """Steps per environment and rollout, >= 1. The rollout holds n_steps x number of environments samples."""
     batch_size: int = 64
@@ -75,6 +79,8 @@ class PolicyFlowConfig:
     """(Initial) standard deviation of the base, >= 0, in units of half the action range; 0: Gaussian PPO."""
     action_std: float = 0.5
     """Initial standard deviation of the action noise (of all steps of a chain), > 0, in half action ranges."""
+    action_std_min: float | None = None
+    """Floor of the action noise's standard deviation, > 0; None: as low as its logarithm is kept."""
     exploration_noise: Literal["gaussian", "ou", "fractional"] = "gaussian"
     """Action noise over an episode: independent, Ornstein-Uhlenbeck, increments of fractional Brownian motion."""
     noise_time: float = 2.0
@@ -96,6 +102,12 @@ class PolicyFlowConfig:
     """Weight of the squared Frobenius norm of the field's Jacobian, >= 0; 0 switches it off."""
     solver_error_coef: float = 0.0
     """Weight of the estimated error of a DOPRI5 step of half the flow time, >= 0; 0 switches it off."""
+    bc_coef: float = 0.0
+    """(Initial) weight of the imitation loss on demonstrations, >= 0; above 0 the agent needs demonstrations."""
+    bc_schedule: Literal["constant", "linear", "adaptive"] = "constant"
+    """Course of it. linear: falls to 0; adaptive: keeps the loss within a tenth of what it was at first."""
+    freeze_flow: bool = False
+    """Steering: the velocity field does not learn, only base and action noise; the ratio is exact."""
     actor_hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of the velocity field (and of the base's mean); none: both are linear."""
     critic_hidden: tuple[int, ...] = (64, 64)
@@ -126,17 +138,17 @@ class PolicyFlowConfig:
             "a number above 0": "max_grad_norm desired_kl lr_min lr_max action_std spread_std noise_time",
             "a number above 0, at most 1": "collapse_drop",
             "a number in [0.3, 1)": "hurst",
-            "a number above 0, or None": "clip_range_vf target_kl",
+            "a number above 0, or None": "clip_range_vf target_kl critic_learning_rate action_std_min",
             "a number of at least 0": "learning_rate clip_range ent_coef vf_coef weight_decay spread_coef "
             "transport_coef "
-            "jacobian_coef solver_error_coef base_std critic_gain",
+            "jacobian_coef solver_error_coef base_std critic_gain bc_coef",
             "a number in [0, 1]": "gamma gae_lambda langevin_eps",
             "a number in [0, 1)": "ema_decay",
             "an integer of at least 1": "n_steps batch_size n_epochs solver_steps ratio_draws",
-            "an integer of at least 0": "diagnostics_interval",
+            "an integer of at least 0": "diagnostics_interval critic_warmup",
             "positive integers": "actor_hidden critic_hidden",
             "two numbers, or None": "target_entropy",
-            "True or False": "normalize_advantage normalize_observation normalize_reward",
+            "True or False": "normalize_advantage normalize_observation normalize_reward freeze_flow",
         }
         validate(self, ranges)
         require(self, "solver", not self.langevin_eps or self.solver == "euler", "euler with langevin_eps above 0")
@@ -148,6 +160,14 @@ class PolicyFlowConfig:
         for name in ("action_std", "base_std"):
             inside = low <= getattr(self, name) <= high or (name == "base_std" and self.base_std == 0)
             require(self, name, inside, f"a number in [{low:.3g}, {high:.3g}], where its logarithm is kept")
+        floor = self.action_std_min or low
+        require(self, "action_std", self.action_std >= floor, f"a number of at least action_std_min = {floor:.3g}")
+        same = self.critic_learning_rate is None or self.lr_schedule != "function"
+        require(self, "critic_learning_rate", same, "None with lr_schedule function")
+        if self.freeze_flow:
+            require(self, "base", self.base != "standard", "learned or gaussian with freeze_flow: else nothing steers")
+            for name in ("spread_coef", "transport_coef", "jacobian_coef", "solver_error_coef", "bc_coef"):
+                require(self, name, getattr(self, name) == 0, "0 with freeze_flow")
         gaussian = {} if self.base_std else {"base": "standard", "ratio": "endpoint", "langevin_eps": 0.0}
         gaussian |= {"spread": "score"} if gaussian and self.spread_coef else {}
         for why, needed in ((f"ratio {self.ratio}", RATIOS[self.ratio].requires), ("base_std 0", gaussian)):
@@ -169,6 +189,12 @@ class PolicyFlowConfig:
             off["hurst"] = "exploration_noise fractional"
         if not RATIOS[self.ratio].has_draws:
             off["ratio_draws"] = f"ratio {', '.join(name for name, kind in RATIOS.items() if kind.has_draws)}"
+        if self.freeze_flow:
+            off |= dict.fromkeys(("ratio", "ratio_draws"), "freeze_flow off, which has an exact ratio of its own")
+        if self.bc_coef == 0:
+            off["bc_schedule"] = "bc_coef above 0"
+        if self.vf_coef == 0:
+            off |= dict.fromkeys(("critic_learning_rate", "critic_warmup"), "vf_coef above 0")
         if self.spread_coef == 0:
             off["spread"] = "spread_coef above 0"
         if self.spread_coef == 0 or self.spread != "consistent":
@@ -210,7 +236,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "normalize_observation", "normalize_reward", "actor_hidden", "critic_hidden", "activation",
     ),
     "flow": ("ratio", "ratio_draws", "solver", "solver_steps", "langevin_eps", "base", "base_std"),
-    "exploration": ("action_std", "ent_coef", "exploration_noise", "noise_time", "hurst"),
+    "demonstrations": ("critic_learning_rate", "critic_warmup", "bc_coef", "bc_schedule", "freeze_flow"),
+    "exploration": ("action_std", "action_std_min", "ent_coef", "exploration_noise", "noise_time", "hurst"),
     "spread": ("spread", "spread_coef", "spread_std", "target_entropy"),
     "regularizers": ("weight_decay", "transport_coef", "jacobian_coef", "solver_error_coef"),
     "numerics": (

@@ -72,13 +72,16 @@ class FlowActor(nn.Module):
         solver_steps: number of its steps.
         langevin_eps: noise of the flow while sampling, see `langevin_flow`; 0: an ODE. Above 0 only by euler.
         chained: learned noise at every step instead, see `gaussian_chain`; only by euler.
+        action_std_min: floor of the standard deviation of the action noise; None: that of `LOG_STD_RANGE`.
     """
 
     def __init__(
         self, obs_dim: int, action_dim: int, *, hidden: tuple[int, ...], activation: str, base: str, base_std: float,
         log_std_init: float, solver: str, solver_steps: int, langevin_eps: float = 0.0, chained: bool = False,
+        action_std_min: float | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.log_std_range = (math.log(action_std_min), LOG_STD_RANGE[1]) if action_std_min else LOG_STD_RANGE
         self.solver, self.solver_steps, self.langevin_eps = solver, solver_steps, langevin_eps
         self.path_length = solver_steps if langevin_eps else solver_steps - 1 if chained else 0
         """Standard normals per dimension along the flow: K of `FlowNoise`."""
@@ -107,7 +110,7 @@ class FlowActor(nn.Module):
 
     def noise_log_std(self) -> Tensor:
         """Log standard deviation of the action noise, [D]."""
-        return self.log_std.clamp(*LOG_STD_RANGE)
+        return self.log_std.clamp(*self.log_std_range)
 
     def gaussians(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and log standard deviation of z, [B, D] each, given obs [B, O]; the latter of the action noise, [D]."""
@@ -177,7 +180,7 @@ class FlowPolicy(BoxPolicy):
         lr_schedule: progress remaining (1 to 0) -> learning rate.
         net_arch: widths of the hidden layers, one list for both networks or {"pi": [...], "vf": [...]}.
         activation_fn: a key of `ACTIVATIONS` or one of its torch modules.
-        base, base_std, log_std_init, solver, solver_steps, langevin_eps, chained: see `FlowActor`.
+        base, base_std, log_std_init, solver, solver_steps, langevin_eps, chained, action_std_min: see `FlowActor`.
         critic_gain: of the critic's last layer at the start; 0: all values are 0, no state is preferred.
         normalize_observation: standardise observations with running statistics.
         ema_decay: decay of the weight average used for prediction; 0 for none.
@@ -195,7 +198,7 @@ class FlowPolicy(BoxPolicy):
         net_arch: list[int] | dict[str, list[int]] | None = None, activation_fn: str | type[nn.Module] = "silu",
         base: str = "learned", base_std: float = 0.1, log_std_init: float = math.log(0.5), solver: str = "euler",
         solver_steps: int = 2, langevin_eps: float = 0.0, chained: bool = False, critic_gain: float = 1.0,
-        normalize_observation: bool = True, ema_decay: float = 0.0,
+        normalize_observation: bool = True, ema_decay: float = 0.0, action_std_min: float | None = None,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
@@ -219,14 +222,15 @@ class FlowPolicy(BoxPolicy):
             "net_arch": net_arch, "activation_fn": activation, "base": base, "base_std": base_std,
             "log_std_init": log_std_init, "solver": solver, "solver_steps": solver_steps, "langevin_eps": langevin_eps,
             "chained": chained, "critic_gain": critic_gain, "normalize_observation": normalize_observation,
-            "ema_decay": ema_decay, "optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs,
+            "ema_decay": ema_decay, "action_std_min": action_std_min,
+            "optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs,
         }  # fmt: skip
         self.obs_norm = RunningNorm(self.obs_dim, enabled=normalize_observation)
         self.return_norm = RunningNorm(1)
         self.actor = FlowActor(
             self.obs_dim, self.action_dim, hidden=tuple(net_arch["pi"]), activation=activation, base=base,
             base_std=base_std, log_std_init=log_std_init, solver=solver, solver_steps=solver_steps,
-            langevin_eps=langevin_eps, chained=chained,
+            langevin_eps=langevin_eps, chained=chained, action_std_min=action_std_min,
         )  # fmt: skip
         self.critic = mlp([self.obs_dim, *net_arch["vf"], 1], activation, critic_gain)
         self.averaging = 1 - ema_decay

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from ..common.observations import batch_of_one, observation_vectors, to_box
 from ..storage.saving import Checkpointed
 from .policy import FlowActor, FlowNoise, FlowPolicy, FlowSample
 from .rollout_view import Collected, RolloutView, weight_norms
+
+if TYPE_CHECKING:
+    from .pretraining import Expert
 
 
 class Chord(NamedTuple):
@@ -63,6 +66,7 @@ class Samples(NamedTuple):
     posterior_noise: Tensor | None = (
         None  # E[n | a, s] of the action noise, [B, D], where the entropy's gradient is used
     )
+    expert: Expert | None = None  # demonstrations to learn from beside the rollout, where bc_coef is above 0
     error_time: Tensor | None = None  # [B], where the solver's error is penalised
 
     @classmethod
@@ -156,8 +160,8 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
     _exploration: StepNoise | None  # action noise with memory, which lasts from rollout to rollout
     _diverged = 0  # unstable simulations so far
     _iteration: int  # so many times `train` was called
-    _remade = ("samples", "_ratio", "_monitor", "_discounted_return", "_act", "_gradient", "_step", "_exploration",
-               "storage", "collected", "steps_collected")  # fmt: skip
+    _remade = ("_expert_data", "samples", "_ratio", "_monitor", "_discounted_return", "_act", "_gradient", "_step",
+               "_exploration", "storage", "collected", "steps_collected")  # fmt: skip
 
     def _setup_rollout(self) -> None:
         config, envs, size = self.config, self.n_envs, (self.n_envs, self.policy.action_dim)

@@ -1,7 +1,7 @@
-"""Several solutions in numbers: which goals a policy reaches from one start, which cells of a maze it visits.
+"""Several solutions in numbers: which goals or routes a policy takes from one start, which cells of a maze it visits.
 
-`multimodality` plays trajectories on the tasks that have several solutions (the `GOAL_TASKS` and Gymnasium-Robotics'
-PointMaze) and measures them; docs/multimodal.md has the formulas.
+`multimodality` plays trajectories on the tasks that have several solutions (the `GOAL_TASKS`, Avoid and
+Gymnasium-Robotics' PointMaze) and measures them; docs/multimodal.md has the formulas.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.vec_env import VecEnv
 
 from ..agents.common.observations import batch_of_one
+from ..envs.avoid import AVOID, Avoid, AvoidEnv
 from ..envs.make import make_vec
 from ..envs.multigoal import GOAL_TASKS
 
@@ -98,6 +99,29 @@ def goal_metrics(distances: NDArray[Any], radius: float) -> dict[str, Any]:
     }
 
 
+def route_metrics(routes: NDArray[Any], n_routes: int) -> dict[str, Any]:
+    """How trajectories are spread over routes.
+
+    Args:
+        routes: the route of each trajectory, -1 where it fails, [N].
+        n_routes: number of routes.
+
+    Returns:
+        "success": share of the trajectories that take a route to its end. "fractions": share of each route,
+        [n_routes]. "routes_found": number of routes that at least 1 % take. "entropy_bits": entropy of the routes of
+        those that succeed, of at most "entropy_bits_max" = log2 n_routes.
+    """
+    counts = np.bincount(routes[routes >= 0], minlength=n_routes)
+    fractions = counts / len(routes)
+    return {
+        "success": float((routes >= 0).mean()),
+        "routes_found": int((fractions >= _FOUND).sum()),
+        "entropy_bits": entropy_bits(counts),
+        "entropy_bits_max": float(np.log2(n_routes)),
+        "fractions": fractions.tolist(),
+    }
+
+
 def visit_metrics(visits: NDArray[Any], free: NDArray[Any]) -> dict[str, Any]:
     """How visits are spread over the cells of a maze.
 
@@ -140,17 +164,17 @@ def is_maze(env_id: str) -> bool:
 
 def has_several_solutions(env_id: str) -> bool:
     """Whether `multimodality` can measure a policy on the environment."""
-    return env_id in GOAL_TASKS or is_maze(env_id)
+    return env_id in GOAL_TASKS or env_id == AVOID or is_maze(env_id)
 
 
 def play_from_start(
     policy: PolicyPredictor, env_id: str, env_kwargs: dict[str, Any], start: Sequence[float], number: int, seed: int, *,
     deterministic: bool,
 ) -> tuple[Trajectories, Any]:  # fmt: skip
-    """Trajectories on a task with several solutions, with what describes it: its `GoalTask`, or the maze.
+    """Trajectories on a task with several solutions, with what describes it: its `GoalTask`, `Avoid`, or the maze.
 
-    On a goal task they begin at rest at `start`, for the task's evaluation_steps; in a maze where the maze says, until
-    the time limit.
+    On a goal task they begin at rest at `start`, for the task's evaluation_steps; elsewhere where the environment
+    says, until the time limit.
 
     Raises:
         ValueError: if the start is no point of the task.
@@ -159,7 +183,7 @@ def play_from_start(
     if task is not None:
         env_kwargs = env_kwargs | {"start": start, "max_episode_steps": task.evaluation_steps}
     with contextlib.closing(make_vec(env_id, number, seed, **env_kwargs)) as env:
-        description = env.get_attr("maze")[0] if task is None else task
+        description = task or (AvoidEnv.task if env_id == AVOID else env.get_attr("maze")[0])
         return play(policy, env, env.get_attr("spec")[0].max_episode_steps, deterministic=deterministic), description
 
 
@@ -167,7 +191,9 @@ def multimodality(
     policy: PolicyPredictor, env_id: str, env_kwargs: dict[str, Any], start: Sequence[float], seed: int, *,
     deterministic: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """Metrics of a policy on a task with several solutions: `goal_metrics` or `visit_metrics`, and what was played.
+    """Metrics of a policy on a task with several solutions, and what was played.
+
+    Those of `goal_metrics`, `route_metrics` or `visit_metrics`.
 
     Args:
         policy: what chooses the actions.
@@ -180,7 +206,7 @@ def multimodality(
     Raises:
         ValueError: if the start is no point of the task.
     """
-    number = GOAL_TRAJECTORIES if env_id in GOAL_TASKS else MAZE_TRAJECTORIES
+    number = MAZE_TRAJECTORIES if is_maze(env_id) else GOAL_TRAJECTORIES
     played, task = play_from_start(policy, env_id, env_kwargs, start, number, seed, deterministic=deterministic)
     summary = {
         "trajectories": number,
@@ -192,6 +218,8 @@ def multimodality(
     if env_id in GOAL_TASKS:
         distances = np.sqrt(task.squared_distances(played.positions[-1]))
         return summary | {"start": list(start), "radius": task.goal_radius} | goal_metrics(distances, task.goal_radius)
+    if isinstance(task, Avoid):
+        return summary | route_metrics(task.routes(played.positions), task.n_routes)
     return summary | visit_metrics(count_visits(played.positions[1:].reshape(-1, 2), task), free_cells(task))
 
 
@@ -199,7 +227,10 @@ def format_multimodality(report: dict[str, dict[str, Any]]) -> str:
     """The `multimodality` of each mode of acting as a table."""
     first = next(iter(report.values()))
     played = f"{first['trajectories']} trajectories of up to {first['steps']} steps"
-    if "fractions" in first:
+    if "routes_found" in first:
+        lines = [f"{'routes':14}{'success':>10}{'found':>10}{'entropy, bits':>18}{'return':>10}  % by each route"]
+        end = f"{played}; success: the goal line is reached"
+    elif "fractions" in first:
         lines = [f"{'goals':14}{'reached':>10}{'found':>10}{'entropy, bits':>18}{'return':>10}  % at each goal"]
         end = f"{played} from ({first['start'][0]:g}, {first['start'][1]:g}); reached: ends within {first['radius']:g}"
     else:
@@ -208,9 +239,10 @@ def format_multimodality(report: dict[str, dict[str, Any]]) -> str:
     for mode, row in report.items():
         entropy = f"{row['entropy_bits']:.2f} of {row['entropy_bits_max']:.2f}"
         if "fractions" in row:
-            found = f"{row['goals_found']} of {len(row['fractions'])}"
+            found = f"{row.get('goals_found', row.get('routes_found'))} of {len(row['fractions'])}"
             shares = " ".join(f"{100 * share:.1f}" for share in row["fractions"])
-            rest = f"{row['reached']:10.1%}{found:>10}{entropy:>18}{row['return_mean']:10.2f}  {shares}"
+            reached = row.get("reached", row.get("success"))
+            rest = f"{reached:10.1%}{found:>10}{entropy:>18}{row['return_mean']:10.2f}  {shares}"
         else:
             cells = f"{row['cells_visited']:.0%} of {row['free_cells']}"
             rest = f"{cells:>20}{entropy:>18}{row['return_mean']:10.2f}"

@@ -18,8 +18,9 @@ from stable_baselines3.common.type_aliases import PolicyPredictor
 
 from ..agents.policyflow.policy import FlowActor, FlowNoise, FlowPolicy
 from ..dynamics.ode import odeint_path, time_grid
-from ..envs.multigoal import GOAL_TASKS, GoalTask
-from .multimodality import MAZE_TRAJECTORIES, count_visits, free_cells, play_from_start
+from ..envs.avoid import Avoid
+from ..envs.multigoal import GoalTask
+from .multimodality import MAZE_TRAJECTORIES, count_visits, free_cells, is_maze, play_from_start
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,16 +56,18 @@ def draw_pictures(
     except ImportError as error:
         raise ValueError(f"plot: {error.name} is not installed; run pip install 'driftrl[plot]'") from error
     agent.set_random_seed(seed)
-    number = _TRAJECTORIES if env_id in GOAL_TASKS else MAZE_TRAJECTORIES
+    number = MAZE_TRAJECTORIES if is_maze(env_id) else _TRAJECTORIES
     played, task = play_from_start(policy, env_id, env_kwargs, start, number, seed, deterministic=False)
     only, _ = play_from_start(policy, env_id, env_kwargs, start, 1, seed, deterministic=True)
-    is_goal_task = isinstance(task, GoalTask)
-    views = _goal_views(task, start) if is_goal_task else _maze_views(task)
-
-    trajectories = Figure(figsize=(6.2, 5.4) if is_goal_task else (10.5, 5), layout="compressed")
-    if is_goal_task:
+    trajectories = Figure(figsize=(10.5, 5) if is_maze(env_id) else (6.2, 5.4), layout="compressed")
+    if isinstance(task, GoalTask):
+        views = _goal_views(task, start)
         _draw_plane(trajectories, task)
+    elif isinstance(task, Avoid):
+        views = _avoid_views()
+        _draw_obstacles(trajectories, task)
     else:
+        views = _maze_views(task)
         _draw_maze(trajectories, task, played.positions)
     _draw_trajectories(trajectories.axes[0], played.positions, only.positions)
     pictures = {"trajectories": trajectories, "actions": Figure(figsize=(4 * len(views), 4.3), layout="compressed")}
@@ -85,6 +88,12 @@ def _goal_views(task: GoalTask, start: Sequence[float]) -> dict[str, Any]:
     points = [tuple(start), (-2.5, 0.0), (2.5, 2.5)]  # the latter two as in soft Q-learning
     rest = task.at_rest(np.array(points)).astype(np.float32)
     return {f"at rest at ({x:g}, {y:g})": obs for (x, y), obs in zip(points, rest, strict=True)}
+
+
+def _avoid_views() -> dict[str, Any]:
+    """Observations where ways part: the start, and behind the first obstacle on the left and the right."""
+    points = [(0.0, -1.0, 0.0), (-0.55, -0.2, 1.0), (0.55, -0.2, 1.0)]
+    return {f"at ({x:g}, {y:g})": np.array([x, y, 0, up], np.float32) for x, y, up in points}
 
 
 def _maze_views(maze: Any) -> dict[str, Any]:
@@ -109,6 +118,17 @@ def _draw_plane(figure: Figure, task: GoalTask) -> None:
     figure.colorbar(image, ax=axes, label="reward of a step without action, at rest", shrink=0.85)
     axes.plot(*task.goals.T, "*", color="gold", markeredgecolor="black", markersize=14, label="goal", zorder=4)
     axes.set(xlabel="x", ylabel="y", xlim=(-width, width), ylim=(-width, width), aspect="equal")
+
+
+def _draw_obstacles(figure: Figure, task: Avoid) -> None:
+    """The obstacles and the goal line."""
+    from matplotlib.patches import Circle
+
+    axes = figure.subplots()
+    for x, y in task.obstacles:
+        axes.add_patch(Circle((x, y), task.radius, color="0.6"))
+    axes.axhline(task.goal_y, color="tab:green", label="goal line")
+    axes.set(xlabel="x", ylabel="y", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal")
 
 
 def _draw_maze(figure: Figure, maze: Any, positions: NDArray[Any]) -> None:

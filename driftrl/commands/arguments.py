@@ -22,7 +22,17 @@ class Arguments:
     preset: str = "standard"
     """Which of the agent's presets to begin from."""
     total_timesteps: int = 1_000_000
-    """Environment steps to train for, >= 1, all environments together."""
+    """Environment steps to train for, >= 1, all environments together; with demonstrations 0: only pretrain."""
+    demonstrations: str | None = None
+    """Data set to pretrain on, of Minari (folder, id or .hdf5) or robomimic (.hdf5)."""
+    demonstration_keys: tuple[str, ...] = ()
+    """Where its observations have names and the environment's have none: which to take, in their order."""
+    pretrain_steps: int = 0
+    """Gradient updates of pretraining at most, >= 0; it ends early where episodes held out show no gain."""
+    pretrain_batch_size: int = 512
+    """Demonstrated steps per update, >= 1."""
+    pretrain_learning_rate: float = 3e-3
+    """Learning rate of pretraining at its beginning, > 0; it falls to 0 by half a cosine."""
     seed: int | None = None
     """Seed of everything random, 0 .. 2**31 - 1; None: drawn, and recorded."""
     seeds: tuple[int, ...] = ()

@@ -44,7 +44,8 @@ def describe_preset(entry: AgentSpec, defaults: Arguments, arguments: Arguments)
 def describe_commands(agent: Checkpointed, folder: Path, total_timesteps: int) -> str:
     """What can be done next with a run that has a saved agent."""
     evaluate, run = command("evaluate"), shlex.quote(str(folder))
-    more = f" --total-timesteps {2 * agent.num_timesteps}" if agent.num_timesteps >= total_timesteps else ""
+    further = 2 * agent.num_timesteps or 200_000  # 0 after pretraining alone
+    more = f" --total-timesteps {further}" if agent.num_timesteps >= total_timesteps else ""
     return (
         f"evaluate:  {evaluate} {run} --episodes 20\n"
         f"watch:     {evaluate} {run} --episodes 1 --video {shlex.quote(str(folder / 'video.mp4'))}\n"

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
+from ..agents.storage.datasets import check_target
 from ..agents.storage.files import write_json
 from ..analysis.evaluation import EVALUATION_SEED, MAX_STEPS, CheckedPolicy, evaluate_modes, format_table
 from ..analysis.export import EXPORTERS
@@ -23,11 +24,13 @@ from ..analysis.multimodality import has_several_solutions
 from ..analysis.plots import draw_pictures
 from ..analysis.video import choose_renderer, record_video
 from ..envs import check_env
+from ..envs.avoid import AVOID
 from ..envs.multigoal import GOAL_TASKS
 from ..runs.folder import load_saved, newest_run
 from ..runs.group import is_group
 from .errors import Parser, fail, import_from_here, output_closed, until_output_closes, users_line, whole_number
 from .evaluate_several import evaluate_several
+from .record import record
 from .target import target_of
 
 
@@ -68,7 +71,13 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument(
         "--start", type=float, nargs=2, metavar=("X", "Y"), help="goal tasks: where trajectories begin (default: 0 0)"
     )
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="goal tasks and mazes: also write pictures, .png")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FOLDER", help="tasks with several solutions: also write pictures, .png"
+    )
+    parser.add_argument(
+        "--record", type=Path, metavar="DATASET", help="also record the episodes, of all runs, as a Minari data set: a "
+        "folder named NAME-vN; of the deterministic policy, or with --sample of the sampled one",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="also write all results as JSON; - for stdout, and nothing else")
     parser.add_argument(
         "--export", type=Path, metavar="FILE", help="also write the policy for other programs, .onnx or .pt2 (PyTorch)"
@@ -112,6 +121,8 @@ def _check(args: argparse.Namespace) -> None:
         _check_target("export", args.export)
         if args.export.suffix not in EXPORTERS:
             raise ValueError(f"export: got {args.export}, expected a name that ends in {' or '.join(EXPORTERS)}")
+    if args.record:
+        check_target(args.record)
     if args.plot and args.plot.is_file():
         raise ValueError(f"plot: got the file {args.plot}, expected a folder")
 
@@ -124,7 +135,9 @@ def _evaluate(args: argparse.Namespace, given: Path) -> int:
     if args.start is not None and env_id not in GOAL_TASKS:
         raise ValueError(f"start: {env_id} has no choice of it; only {' and '.join(GOAL_TASKS)} do")
     if args.plot and not has_several_solutions(env_id):
-        raise ValueError(f"plot: nothing to draw for {env_id}, only for {', '.join(GOAL_TASKS)} and PointMaze ids")
+        raise ValueError(
+            f"plot: nothing to draw for {env_id}, only for {', '.join((*GOAL_TASKS, AVOID))} and PointMaze ids"
+        )
     start = args.start or (0.0, 0.0)
     if args.video:
         choose_renderer()
@@ -146,6 +159,8 @@ def _evaluate(args: argparse.Namespace, given: Path) -> int:
     if args.plot:
         paths = draw_pictures(agent, CheckedPolicy(agent, env_id), env_id, env_kwargs, start, args.seed, args.plot)
         print(f"wrote {', '.join(map(str, paths))}", file=out, flush=True)
+    if args.record:
+        record([path], args, out)
     modes = ("sampled",) if args.sample else ("deterministic", "sampled")
     report = evaluate_modes(agent, env_id, env_kwargs, args.episodes, args.seed, modes, start, args.max_steps)
     print(format_table(report), file=out)

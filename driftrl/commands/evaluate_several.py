@@ -16,6 +16,7 @@ from ..analysis.several import MODES, Row, format_runs, over_runs
 from ..envs import check_env
 from ..runs.folder import has_saved, load_saved
 from ..runs.group import is_group, is_member, members
+from .record import record
 from .target import target_of
 
 _OF_ONE = ("video", "plot", "export", "start")
@@ -39,6 +40,8 @@ def evaluate_several(args: argparse.Namespace) -> int:
     out = sys.stderr if args.json == "-" else sys.stdout
     episodes = f"{args.episodes} episode{'s' if args.episodes != 1 else ''} each"
     print(f"{len(runs)} runs, {episodes}", file=out, flush=True)
+    if args.record:
+        record([run.path for run in runs if run.is_saved], args, out)
     for run in runs:
         run.evaluate(args)
     groups = _over_groups(runs)

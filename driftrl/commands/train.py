@@ -16,6 +16,7 @@ from typing import Any
 from .. import __version__
 from ..agents.common.config import without_inert
 from ..agents.registry import AGENTS, AgentSpec
+from ..agents.storage.datasets import find_dataset
 from ..envs import parse_env_kwargs
 from ..envs.known import full_id
 from ..runs.callbacks import Report
@@ -160,6 +161,7 @@ def _settings(name: str, arguments: Arguments, chosen: Collection[str]) -> RunSe
     if "eval_episodes" in chosen and arguments.eval_interval is None:
         raise ValueError(f"eval_episodes: got {arguments.eval_episodes}, which changes nothing without eval_interval")
     check_device(arguments.device)
+    _check_pretraining(name, arguments, chosen)
     return RunSettings(
         agent=name,
         env_id=arguments.env,
@@ -177,7 +179,26 @@ def _settings(name: str, arguments: Arguments, chosen: Collection[str]) -> RunSe
         worker_restarts=arguments.worker_restarts,
         eval_interval=arguments.eval_interval,
         eval_episodes=arguments.eval_episodes,
+        demonstrations=arguments.demonstrations,
+        demonstration_keys=list(arguments.demonstration_keys),
+        pretrain_steps=arguments.pretrain_steps,
+        pretrain_batch_size=arguments.pretrain_batch_size,
+        pretrain_learning_rate=arguments.pretrain_learning_rate,
     )
+
+
+def _check_pretraining(name: str, arguments: Arguments, chosen: Collection[str]) -> None:
+    """Refuse demonstrations that nothing learns from, and options of pretraining without it."""
+    if arguments.demonstrations is None:
+        for option in ("pretrain_steps", "demonstration_keys", "pretrain_batch_size", "pretrain_learning_rate"):
+            if option in chosen and (got := getattr(arguments, option)):
+                raise ValueError(f"{option}: got {got}, which changes nothing without demonstrations")
+        return
+    if not hasattr(AGENTS[name].agent, "pretrain"):
+        raise ValueError(f"demonstrations: got them for {name}, which cannot learn from them; use policyflow")
+    if not arguments.pretrain_steps and not arguments.config.bc_coef:
+        raise ValueError("demonstrations: got them, which change nothing without pretrain_steps or bc_coef above 0")
+    find_dataset(arguments.demonstrations)  # refused here, not in the run
 
 
 def _check_group_options(arguments: Arguments, chosen: Collection[str]) -> None:

@@ -22,6 +22,7 @@ from ..envs.make import has_time_limit
 from ..runs.callbacks import Checkpoints, Progress, Report, Reports, reported
 from ..runs.folder import Resumption, RunSettings, find_checkpoint, has_saved, save_agent
 from ..runs.log import open_logger, warn
+from ..runs.pretraining import pretrain, use_demonstrations
 from ..runs.signals import StopOnSignal, exit_code
 from .describe import describe_commands
 from .errors import output_closed, users_line
@@ -53,11 +54,20 @@ def train(
     print(f"run folder: {folder}", flush=True)
     start, done, total = time.monotonic(), agent.num_timesteps, settings.total_timesteps
     try:
-        _learn(agent, folder, settings, found, report_to)
+        if settings.pretrain_steps and not getattr(agent, "is_pretrained", True):
+            pretrain(agent, folder, settings)
+        elif settings.demonstrations is not None:
+            use_demonstrations(agent, settings)
+        start = time.monotonic()
+        if settings.total_timesteps > 0:
+            _learn(agent, folder, settings, found, report_to)
+        else:
+            with reported("final.zip", 0):
+                save_agent(agent, folder / "final.zip")
         seconds, steps = time.monotonic() - start, agent.num_timesteps - done
-        print(
-            f"trained {steps:,} steps in {tqdm.format_interval(seconds)} ({steps / seconds:,.0f} steps/s)", flush=True
-        )
+        if total:
+            rate = f"{steps / seconds:,.0f} steps/s"
+            print(f"trained {steps:,} steps in {tqdm.format_interval(seconds)} ({rate})", flush=True)
         if report_to:
             report_to({"evaluates": True})
         modes = ("deterministic", "sampled")

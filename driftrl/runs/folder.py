@@ -61,6 +61,11 @@ class RunSettings:
     worker_restarts: int = 10
     eval_interval: int | None = None
     eval_episodes: int = 10
+    demonstrations: str | None = None
+    demonstration_keys: list[str] = dataclasses.field(default_factory=list)
+    pretrain_steps: int = 0
+    pretrain_batch_size: int = 512
+    pretrain_learning_rate: float = 3e-3
 
     def __post_init__(self) -> None:
         validate(
@@ -68,12 +73,13 @@ class RunSettings:
             {
                 "text": "agent env_id backend",
                 "names with values": "env_kwargs config",
-                "an integer of at least 1": "n_envs total_timesteps checkpoint_interval keep_checkpoints eval_episodes",
+                "an integer of at least 1": "n_envs checkpoint_interval keep_checkpoints eval_episodes "
+                "pretrain_batch_size" + ("" if self.pretrain_steps else " total_timesteps"),
                 "an integer of at least 1, or None": "eval_interval",
                 "an integer of 1 .. 2**31 - 1": "threads",
                 "an integer of 0 .. 2**31 - 1": "seed",
-                "a number above 0": "worker_timeout",
-                "an integer of at least 0": "worker_restarts",
+                "a number above 0": "worker_timeout pretrain_learning_rate",
+                "an integer of at least 0": "worker_restarts total_timesteps pretrain_steps",
             },
         )
 
@@ -84,6 +90,7 @@ class RunSettings:
 
 
 COMPLETE = ("final.zip", "eval.json")
+PRETRAIN, PRETRAINED = "pretrain.zip", "pretrained.zip"  # see pretraining.py
 
 
 @contextlib.contextmanager
@@ -216,7 +223,8 @@ def _saved_files(path: Path) -> list[Path]:
     if not path.exists():
         raise ValueError(f"no such run: got {path}, expected an existing run folder or saved .zip file; check the path")
     read_settings(path)
-    found = [file for file in (path / "final.zip", *checkpoints(path), path / "best.zip") if file.exists()]
+    last = [path / name for name in ("best.zip", PRETRAINED, PRETRAIN)]
+    found = [file for file in (path / "final.zip", *checkpoints(path), *last) if file.exists()]
     if not found:
         raise ValueError(f"empty run: got {path}, expected final.zip, checkpoints/step_*.zip or best.zip; train anew")
     return found
@@ -317,7 +325,8 @@ def load_newest(folder: Path, device: str, env: VecEnv) -> Resumption:
     for half in folder.rglob("*.part"):  # of a process that was killed while it wrote
         half.unlink()
     skipped: list[str] = []
-    for file in filter(Path.exists, (*checkpoints(folder), folder / "final.zip", folder / "best.zip")):
+    names = ("final.zip", "best.zip", PRETRAINED, PRETRAIN)
+    for file in filter(Path.exists, (*checkpoints(folder), *(folder / name for name in names))):
         try:
             state = None
             if file.parent.name == "checkpoints":

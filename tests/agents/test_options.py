@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from driftrl import LipschitzMBPO, LipschitzMBPOConfig, PolicyFlow, PolicyFlowConfig
 from driftrl.agents.common.compiling import Compiled
 from driftrl.agents.common.config import inert, without_inert
+from driftrl.agents.common.demonstrations import Demonstrations
 from driftrl.agents.registry import AGENTS
 from driftrl.envs import make_vec
 
@@ -32,6 +33,8 @@ MODEL: dict[str, Any] = {
 # Another legal value of each field, and what it needs beside it to mean something.
 FLOW_OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "learning_rate": (1e-3, {}),
+    "critic_learning_rate": (1e-3, {}),
+    "critic_warmup": (1, {}),
     "n_steps": (24, {}),
     "batch_size": (8, {}),
     "n_epochs": (3, {}),
@@ -57,6 +60,7 @@ FLOW_OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "base": ("gaussian", {}),
     "base_std": (0.3, {}),
     "action_std": (0.3, {}),
+    "action_std_min": (0.5, {}),
     "exploration_noise": ("ou", {}),
     "noise_time": (5.0, {"exploration_noise": "ou"}),
     "hurst": (0.4, {"exploration_noise": "fractional"}),
@@ -67,6 +71,9 @@ FLOW_OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "transport_coef": (0.1, {}),
     "jacobian_coef": (0.1, {}),
     "solver_error_coef": (0.1, {}),
+    "bc_coef": (0.1, {}),
+    "bc_schedule": ("linear", {"bc_coef": 0.1}),
+    "freeze_flow": (True, {}),
     "actor_hidden": ((4,), {}),
     "critic_hidden": ((), {}),
     "critic_gain": (0.0, {}),
@@ -174,6 +181,10 @@ def run(kind: type[Any], fields: dict[str, Any], name: str) -> list[Any]:
     env: Any = OneBadReward() if name == "nonfinite" else make_vec("InvertedPendulum-v5", 1, 0)
     torch.manual_seed(0)
     agent = kind("MlpPolicy", env, seed=0, device="cpu", **BASE[kind] | fields)
+    if kind is PolicyFlow:
+        obs = np.linspace(-0.1, 0.1, 4 * 40, dtype=np.float32).reshape(40, -1)
+        if obs.shape[1] == agent.policy.obs_dim:
+            agent.use_demonstrations(Demonstrations(obs, obs[:, :1], obs[:, 0], np.array([20, 20])))
     kept = Kept()
     agent.set_logger(Logger(None, [kept]))
     seen: list[Any] = []

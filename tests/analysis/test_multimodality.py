@@ -15,6 +15,7 @@ from driftrl.analysis.multimodality import (
     has_several_solutions,
     multimodality,
     play,
+    route_metrics,
     visit_metrics,
 )
 from driftrl.envs import make_vec
@@ -139,3 +140,38 @@ def test_other_tasks_have_one_solution() -> None:
     ids = ["PointMaze_UMaze-v3", "gymnasium_robotics:PointMaze_UMaze-v3", "driftrl/PointMazeMedium-v0", MULTI, SOFT]
     assert all(has_several_solutions(id) for id in ids)
     assert not has_several_solutions("Hopper-v5")
+
+
+class Router:
+    """Steers trajectory i along route i mod 6, and along route 0 where it is deterministic; some stop at once."""
+
+    def predict(self, observation: Any, *args: Any, deterministic: bool = False) -> tuple[np.ndarray, None]:
+        index = np.arange(len(observation)) * (not deterministic)
+        x, y = observation.T[:2]
+        goal = np.where(y < -0.12, np.where(index % 6 < 3, -0.55, 0.55), np.array([-0.85, 0.0, 0.85])[index % 3])
+        up = np.where((np.abs(goal - x) < 0.05) | (y < -0.85), 1.0, 0.0)
+        action = np.stack([(10 * (goal - x)).clip(-1, 1), up], axis=1)
+        return np.where((index % 10 == 9)[:, None], 0.0, action), None
+
+
+def test_routes_of_a_policy_that_is_known() -> None:
+    report = {
+        mode: multimodality(Router(), "driftrl/Avoid-v0", {}, (0, 0), 0, deterministic=mode == "deterministic")
+        for mode in ("deterministic", "sampled")
+    }
+    one, all_routes = report["deterministic"], report["sampled"]
+    assert (one["success"], one["routes_found"], one["entropy_bits"]) == (1.0, 1, 0.0)
+    # Of 1000 trajectories those with i mod 10 = 9 stop: 100 of odd i, of which routes 1, 3 and 5 lose a third each.
+    lost = [sum(i % 10 == 9 and i % 6 == route for i in range(1000)) for route in range(6)]
+    shares = [(sum(i % 6 == route for i in range(1000)) - n) / 1000 for route, n in enumerate(lost)]
+    assert all_routes["success"] == 0.9 and all_routes["routes_found"] == 6
+    assert all_routes["fractions"] == pytest.approx(shares, abs=1e-12)
+    table = format_multimodality(report)
+    assert "success" in table and "6 of 6" in table and "90.0%" in table
+
+
+def test_route_metrics_of_a_hand_made_set() -> None:
+    routes = np.array([0] * 50 + [1] * 25 + [2] * 25 + [-1] * 100)
+    metrics = route_metrics(routes, 6)
+    assert (metrics["success"], metrics["routes_found"], metrics["entropy_bits"]) == (0.5, 3, 1.5)
+    assert metrics["fractions"] == [0.25, 0.125, 0.125, 0, 0, 0]

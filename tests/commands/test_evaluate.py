@@ -330,6 +330,14 @@ def test_pictures_of_an_agent_without_a_flow(tmp_path: Path, monkeypatch: pytest
     assert sorted(written) == sorted(tmp_path.iterdir())
 
 
+def test_pictures_of_obstacles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(pictures, "_ACTIONS", 100)
+    agent = PolicyFlow("MlpPolicy", make_vec("driftrl/Avoid-v0", 1, 0), n_steps=16, batch_size=16, device="cpu")
+    written = pictures.draw_pictures(agent, agent, "driftrl/Avoid-v0", {}, (0, 0), 0, tmp_path)
+    assert [path.stem for path in written] == [f"avoid_{kind}" for kind in ("trajectories", "actions", "velocity")]
+
+
 def test_missing_matplotlib_is_named(
     goal_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

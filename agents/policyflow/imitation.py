@@ -1,0 +1,135 @@
+"""The part of PolicyFlow that learns from demonstrations: before reinforcement learning, and beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from stable_baselines3.common.type_aliases import MaybeCallback
+from torch import Tensor
+
+from ..common.demonstrations import Demonstrations
+from ..common.weights import Weights
+from .fine_tuning import two_rates
+from .pretraining import Follow, Pretraining, PretrainResult, PretrainSettings, with_noise
+from .rollout import FlowRollouts, Samples
+
+
+class Imitation(FlowRollouts):
+    """An on-policy agent that can begin from demonstrations."""
+
+    _is_pretrained = False
+    """Whether it was: the statistics of its observations are then those of the demonstrations and stay so."""
+
+    _expert_data: tuple[Tensor, Tensor] | None = None
+    """Raw observations [M, O] and normalised actions [M, D] of the demonstrations."""
+    _bc_weight: float | None = None
+    """The present weight of their loss, where it adapts."""
+    _bc_reference: float | None = None
+    """What their loss was in the first iteration, where the weight adapts."""
+
+    def use_demonstrations(self, data: Demonstrations) -> None:
+        """Learn from demonstrations beside the rollouts, with weight bc_coef; saved agents do not hold them.
+
+        Raises:
+            ValueError: if the demonstrations are of other spaces.
+        """
+        expected = (self.policy.obs_dim, self.policy.action_dim)
+        got = (data.observations.shape[1], data.actions.shape[1])
+        if expected != got:
+            raise ValueError(f"demonstrations: got {got} observations and actions per step, expected {expected}")
+        obs, actions = (torch.as_tensor(each, device=self.device) for each in (data.observations, data.actions))
+        self._expert_data = (obs, self.policy.to_normalised(actions))
+
+    def _setup_learn(
+        self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True,
+        tb_log_name: str = "run", progress_bar: bool = False,
+    ) -> Any:  # fmt: skip
+        if self.config.bc_coef > 0 and self._expert_data is None:
+            got = self.config.bc_coef
+            raise ValueError(f"bc_coef: got {got} without demonstrations; call agent.use_demonstrations(data) first")
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+
+    def _with_expert(self, epoch: Samples) -> Samples:
+        """An epoch with as many demonstrated steps beside its own, if they have a weight."""
+        if self.config.bc_coef == 0 or self._expert_data is None:
+            return epoch
+        obs, actions = self._expert_data
+        rows = torch.randint(len(obs), epoch.values.shape, generator=self._generator, device=obs.device)
+        expert = with_noise(self.policy.obs_norm(obs[rows]), actions[rows], self._generator)
+        return epoch._replace(expert=expert._replace(weight=torch.full_like(epoch.values, self._present_weight())))
+
+    def _present_weight(self) -> float:
+        schedule, weight = self.config.bc_schedule, float(self.config.bc_coef)
+        if schedule == "adaptive":
+            return weight if self._bc_weight is None else self._bc_weight
+        return weight * self._current_progress_remaining if schedule == "linear" else weight
+
+    def _adapt_weight(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Steer the weight after an iteration, by its mean imitation loss; returns what is to be logged."""
+        if self.config.bc_coef == 0:
+            return {}
+        used, loss = self._present_weight(), means["flow/bc_loss"]
+        if self.config.bc_schedule == "adaptive":
+            if self._bc_reference is None:
+                self._bc_reference = loss
+            # Losses of a Gaussian policy can be negative: the tenth is of its size.
+            rises = loss > self._bc_reference + 0.1 * abs(self._bc_reference)
+            low, high = 0.01 * self.config.bc_coef, 100 * self.config.bc_coef
+            self._bc_weight = min(max(used * (1.2 if rises else 1 / 1.2), low), high)
+        return {"flow/bc_coef": used}
+
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether only the critic learns yet."""
+        return self._iteration < int(self.config.critic_warmup)
+
+    def _stepping(self, weights: Weights) -> Callable[[Tensor], None]:
+        """What takes the optimizer's step given a gradient, the average following."""
+        config, rate = self.config, self._rate_at(self._current_progress_remaining)
+        if config.critic_learning_rate is None and not self.is_warming_up:
+            return weights.update
+        critic_rate = rate if config.critic_learning_rate is None else config.critic_learning_rate
+        if config.critic_learning_rate is not None and config.lr_schedule == "linear":
+            critic_rate *= self._current_progress_remaining
+        return two_rates(weights, 0.0 if self.is_warming_up else rate, critic_rate)
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether `pretrain` has finished."""
+        return self._is_pretrained
+
+    def pretrain(
+        self, data: Demonstrations, steps: int | None = None, *, settings: PretrainSettings | None = None,
+        state: dict[str, Any] | None = None, follow: Follow | None = None,
+    ) -> PretrainResult:  # fmt: skip
+        """Learn to act as demonstrated, by conditional flow matching from the policy's own base.
+
+        The weights kept are the average that has the best loss on episodes held out. `learn` goes on from them.
+
+        Args:
+            data: demonstrations, see `read_demonstrations`.
+            steps: gradient updates at most, in place of settings.
+            settings: how, in place of steps.
+            state: of a `Pretraining` that was broken off, to go on with.
+            follow: called after each look at the validation loss, for example to log it.
+
+        Raises:
+            ValueError: unless either steps or settings are given, if one is outside its range, the demonstrations are
+                of other spaces, or the loss is not finite.
+        """
+        if (steps is None) == (settings is None):
+            raise ValueError(f"steps: got {steps} with settings {settings}, expected one of the two")
+        settings = settings or PretrainSettings(steps or 0)
+        self.use_demonstrations(data)
+        pretraining = Pretraining(self.policy, data, settings, (self.seed or 0) % 2**31)
+        if state is not None:
+            pretraining.set_state(state)
+        while not pretraining.is_over:
+            metrics = pretraining.advance()
+            if follow is not None:
+                follow(pretraining, metrics)
+        pretraining.finish()
+        self._is_pretrained = True
+        return PretrainResult(pretraining.step, pretraining.best_loss)

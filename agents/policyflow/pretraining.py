@@ -1,0 +1,234 @@
+"""Pretraining of a flow policy on demonstrations: conditional flow matching, and the controls by the same loop.
+
+The field learns to carry the policy's own base to the demonstrated actions (Lipman et al., arXiv 2210.02747)::
+
+    loss = E |v(t, (1 - t) z + t a, s) - (a - z)|^2,   z ~ p(z | s), t ~ U(0, 1)
+
+A Gaussian policy (base_std 0) maximises the likelihood of the actions, and so learns its noise, too. Observations are
+standardised by the statistics of the demonstrations, which from then on stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...dynamics.paths import LINEAR, flow_matching_loss
+from ..common.config import validate
+from ..common.demonstrations import Demonstrations
+from .policy import FlowActor, FlowPolicy
+
+
+class Expert(NamedTuple):
+    """Demonstrated actions with the noise of their loss; first axis B."""
+
+    obs: Tensor  # normalised, [B, O]
+    action: Tensor  # normalised action units, [B, D]
+    base: Tensor  # standard normals, [B, D]
+    time: Tensor  # uniform in [0, 1), [B]
+    weight: Tensor | None = None  # of the loss beside others, the same in all rows, [B]; None where it is the only one
+
+
+def imitation_loss(actor: FlowActor, expert: Expert) -> Tensor:
+    """What a policy minimises to act as demonstrated, a scalar.
+
+    Of a flow the flow-matching loss (the base is held fixed in it), of a Gaussian policy the negative log-density, both
+    divided by the number of action dimensions.
+    """
+    dim = expert.action.shape[1]
+    if actor.has_latent:
+        mean, log_std = (each.detach() for each in actor.base(expert.obs))
+        z = mean + log_std.exp() * expert.base
+        return flow_matching_loss(actor.field, LINEAR, z, expert.action, expert.time, expert.obs).mean() / dim
+    log_std, mode = actor.noise_log_std(), actor.mode(expert.obs)
+    error = (expert.action - mode) * torch.exp(-log_std)
+    return (0.5 * error.square() + log_std + 0.5 * math.log(2 * math.pi)).mean()
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """How a policy is pretrained.
+
+    Args:
+        steps: gradient updates at most, >= 1.
+        batch_size: demonstrated steps per update, >= 1.
+        learning_rate: AdamW's at the beginning, > 0; it falls to 0 by half a cosine over all the steps.
+        ema_decay: of the weight average that is kept, in [0, 1).
+        validation_share: share of the episodes held out, in (0, 1); at least one.
+        interval: updates between two looks at the validation loss, >= 1.
+        patience: end after so many looks without a better loss, >= 1.
+
+    Raises:
+        ValueError: if one is outside its range.
+    """
+
+    steps: int
+    batch_size: int = 512
+    learning_rate: float = 3e-3
+    ema_decay: float = 0.995
+    validation_share: float = 0.1
+    interval: int = 250
+    patience: int = 20
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "an integer of at least 1": "steps batch_size interval patience",
+            "a number above 0": "learning_rate",
+            "a number in [0, 1)": "ema_decay",
+            "a number in (0, 1)": "validation_share",
+        }
+        validate(self, ranges)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of an update."""
+        return 0.5 * self.learning_rate * (1 + math.cos(math.pi * step / self.steps))
+
+
+_VALIDATED = 4096
+"""Rows, at most, of which the validation loss is the mean."""
+
+
+class Pretraining:
+    """A pretraining on its way: `advance` until it is over, then `finish`.
+
+    The policy itself stays as it is until then, but for its observation statistics.
+
+    Args:
+        policy: what to train.
+        data: demonstrations.
+        settings: how.
+        seed: of the split, the batches and the noise.
+    """
+
+    def __init__(self, policy: FlowPolicy, data: Demonstrations, settings: PretrainSettings, seed: int) -> None:
+        self.policy, self.settings, device = policy, settings, policy.device
+        policy.obs_norm.reset()
+        policy.obs_norm.update(torch.as_tensor(data.observations, device=device))
+        rest, held_out = data.split(settings.validation_share, np.random.default_rng(seed))
+        self._obs, self._actions = normalised(policy, rest)
+        self.learner = copy.deepcopy(policy.actor).requires_grad_(False)
+        # A base that is learned starts from where it was set: fine-tuning moves it.
+        learning = [self.learner.field] if self.learner.has_latent else [self.learner.field, self.learner]
+        names = ["field", ""][: len(learning)]
+        self._names = [
+            f"{prefix}.{name}".strip(".")
+            for prefix, module in zip(names, learning, strict=True)
+            for name, _ in module.named_parameters(recurse=prefix != "")
+            if prefix or name == "log_std"
+        ]
+        self._weights = [self.learner.get_parameter(name).requires_grad_(True) for name in self._names]
+        self._average = copy.deepcopy(self.learner).requires_grad_(False)
+        self._averages = [self._average.get_parameter(name) for name in self._names]
+        self.optimizer = torch.optim.AdamW(
+            self._weights, lr=settings.learning_rate, weight_decay=0.0, eps=1e-5, fused=True
+        )
+        self._generator = torch.Generator(device)
+        self._generator.manual_seed(seed)
+        self.step = self._since = 0
+        self._held_out = self._held_out_rows(*normalised(policy, held_out), seed)
+        self.validation_loss = self.best_loss = self._validate()
+        self._best = [each.clone() for each in self._averages]
+
+    def _held_out_rows(self, obs: Tensor, actions: Tensor, seed: int) -> Expert:
+        """Rows of the episodes held out, spread over them, always with the same noise."""
+        generator = torch.Generator(obs.device).manual_seed(seed + 1)
+        repeats = max(1, _VALIDATED // len(obs))  # few rows get several draws of the noise each
+        rows = torch.arange(0, len(obs), -(-len(obs) // _VALIDATED), device=obs.device).repeat(repeats)
+        return with_noise(obs[rows], actions[rows], generator)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all updates are made, or patience is at its end."""
+        return self.step >= self.settings.steps or self._since >= self.settings.patience
+
+    def advance(self) -> dict[str, float]:
+        """Update until the next look at the validation loss; returns what is to be logged."""
+        settings, losses = self.settings, list[Tensor]()
+        for _ in range(min(settings.interval, settings.steps - self.step)):
+            rows = torch.randint(
+                len(self._obs), (settings.batch_size,), generator=self._generator, device=self._obs.device
+            )
+            loss = imitation_loss(self.learner, with_noise(self._obs[rows], self._actions[rows], self._generator))
+            self.optimizer.param_groups[0]["lr"] = settings.rate(self.step)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.step += 1
+            # Warmed up as usual: the early average follows the weights, not their random beginning.
+            decay = min(settings.ema_decay, self.step / (self.step + 9))
+            with torch.no_grad():
+                for average, each in zip(self._averages, self._weights, strict=True):
+                    average.lerp_(each, 1 - decay)
+            losses.append(loss.detach())
+        mean = torch.stack(losses).mean().item()
+        self.validation_loss = self._validate()
+        if not (math.isfinite(mean) and math.isfinite(self.validation_loss)):
+            raise ValueError(f"pretraining: got a loss of {mean} at update {self.step}; lower the learning rate")
+        self._since += 1
+        if self.validation_loss < self.best_loss:
+            self.best_loss, self._since = self.validation_loss, 0
+            self._best = [each.clone() for each in self._averages]
+        return {"pretrain/loss": mean, "pretrain/validation_loss": self.validation_loss}
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        return imitation_loss(self._average, self._held_out).item()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Give the policy, and its own weight average, the best weights."""
+        for actor in filter(None, (self.policy.actor, self.policy.averaged_actor)):
+            for name, best in zip(self._names, self._best, strict=True):
+                actor.get_parameter(name).copy_(best)
+
+    def state(self) -> dict[str, Any]:
+        """All that `set_state` needs to go on."""
+        return {
+            "step": self.step, "since": self._since, "best_loss": self.best_loss,
+            "validation_loss": self.validation_loss, "weights": [each.detach().clone() for each in self._weights],
+            "averages": list(self._averages), "best": self._best, "optimizer": self.optimizer.state_dict(),
+            "generator": self._generator.get_state(),
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was called, with the same policy, data and settings."""
+        self.step, self._since = state["step"], state["since"]
+        self.best_loss, self.validation_loss = state["best_loss"], state["validation_loss"]
+        for mine, saved in ((self._weights, state["weights"]), (self._averages, state["averages"])):
+            for each, value in zip(mine, saved, strict=True):
+                each.copy_(value)
+        self._best = [each.to(self._obs.device) for each in state["best"]]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._generator.set_state(state["generator"])
+
+
+def normalised(policy: FlowPolicy, data: Demonstrations) -> tuple[Tensor, Tensor]:
+    """Normalised observations [M, O] and actions [M, D] of demonstrations, on the policy's device."""
+    obs, actions = (torch.as_tensor(each, device=policy.device) for each in (data.observations, data.actions))
+    with torch.no_grad():
+        return policy.obs_norm(obs), policy.to_normalised(actions)
+
+
+def with_noise(obs: Tensor, action: Tensor, generator: torch.Generator) -> Expert:
+    """Demonstrated actions [B, D] given obs [B, O] with noise drawn for their loss."""
+    base = torch.randn(action.shape, generator=generator, device=action.device)
+    return Expert(obs, action, base, torch.rand(len(action), generator=generator, device=action.device))
+
+
+class PretrainResult(NamedTuple):
+    """What a pretraining came to."""
+
+    steps: int  # updates made
+    validation_loss: float  # of the weights that were kept: the best
+
+
+Follow = Callable[[Pretraining, dict[str, float]], None]
+"""Called with a pretraining after each look at its validation loss, and with what is to be logged; may raise."""

@@ -1,0 +1,256 @@
+"""Episodes in HDF5 files: Minari's data sets, read and written, and robomimic's, read.
+
+Minari (0.4.0 to 0.5.4) is a folder ``<name>-vN/data/`` with ``metadata.json`` and ``main_data.hdf5``, in which a group
+``episode_<i>`` holds ``observations`` (T + 1 rows; of a Dict space a group), ``actions``, ``rewards``, ``terminations``
+and ``truncations`` (T rows). robomimic is one file with ``data/demo_<i>/{obs/*, actions, rewards, dones}``. Both are
+read with h5py as arrays of numbers: nothing in a file is unpickled, imported or made an environment of.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from gymnasium import spaces
+
+from ...envs.episodes import Array, Episode
+
+if TYPE_CHECKING:
+    import h5py
+
+MAIN, METADATA = "main_data.hdf5", "metadata.json"
+_WRITTEN_AS = "0.5.3"
+"""Version of Minari whose layout is written; later ones read it."""
+_NAME = re.compile(r"[-_\w]+-v\d+")
+
+
+class DatasetError(ValueError):
+    """A data set that cannot be read: names the file and, where it is one's fault, the episode and the step."""
+
+
+class Named(NamedTuple):
+    """An episode, and what messages call it: the file and the group in it."""
+
+    name: str
+    episode: Episode
+
+
+def _h5py() -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ValueError("demonstrations: h5py is not installed; run pip install 'driftrl[data]'") from error
+    return h5py
+
+
+def find_dataset(source: str | os.PathLike[str]) -> Path:
+    """The HDF5 file of a data set.
+
+    Args:
+        source: an .hdf5 file; the folder of a Minari data set; or a Minari id, which is looked for in
+            ``$MINARI_DATASETS_PATH``, or else ``~/.minari/datasets``.
+
+    Raises:
+        DatasetError: if there is none.
+    """
+    path = Path(source)
+    root = Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
+    candidates = [path, path / MAIN, path / "data" / MAIN, root / path / "data" / MAIN]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise DatasetError(
+        f"no data set: got {source}, expected an .hdf5 file, the folder of a Minari data set, or an id of one in {root}"
+    )
+
+
+def read_episodes(source: str | os.PathLike[str]) -> Iterator[Named]:
+    """The episodes of a data set of Minari or robomimic, in their order.
+
+    Raises:
+        DatasetError: if there is none, it is damaged, an episode is missing, or lengths do not agree.
+        ValueError: if h5py is not installed.
+    """
+    h5py, path = _h5py(), find_dataset(source)
+    try:
+        with h5py.File(path, "r") as file:
+            is_robomimic = isinstance(file.get("data"), h5py.Group)
+            yield from _robomimic(path, file) if is_robomimic else _minari(path, file)
+    except (OSError, KeyError, RuntimeError) as error:  # whatever h5py makes of a damaged file
+        if isinstance(error, DatasetError):
+            raise
+        raise DatasetError(f"{path}: no data set of Minari or robomimic can be read ({error})") from error
+
+
+def _minari(path: Path, file: h5py.File) -> Iterator[Named]:
+    number = _number_of_episodes(path)
+    groups = [name for name in file if re.fullmatch(r"episode_\d+", name)]
+    if not groups:
+        raise DatasetError(f"{path}: got {', '.join(list(file)[:3]) or 'nothing'}, expected groups episode_0, ...")
+    number = len(groups) if number is None else number
+    for i in range(max(number, len(groups))):
+        name = f"{path}: episode {i}"
+        if i >= number:
+            raise DatasetError(f"{name}: got one more than the {number} of {METADATA}")
+        if f"episode_{i}" not in file:
+            raise DatasetError(f"{name}: got none, expected {number} episodes; the data set is not complete")
+        group = file[f"episode_{i}"]
+        observations = _observations(name, group, "observations")
+        actions, rewards = _array(name, group, "actions"), _array(name, group, "rewards")
+        ends = [_array(name, group, key).astype(bool) for key in ("terminations", "truncations")]
+        episode = Episode(observations, actions, rewards, *ends)
+        _check_lengths(name, episode, extra=1)
+        yield Named(name, episode)
+
+
+def _number_of_episodes(path: Path) -> int | None:
+    """What metadata.json beside the file says; None if there is none.
+
+    Raises:
+        DatasetError: if it is damaged, or the data are in another format.
+    """
+    metadata = path.parent / METADATA
+    if not metadata.is_file():
+        return None
+    try:
+        content = json.loads(metadata.read_text())
+        form, number = content.get("data_format", "hdf5"), content.get("total_episodes")
+    except (ValueError, AttributeError, OSError) as error:
+        raise DatasetError(f"{metadata}: damaged ({error})") from error
+    if form != "hdf5":
+        raise DatasetError(f"{metadata}: got data_format {form!r}, expected hdf5; convert it with Minari")
+    return number if isinstance(number, int) else None
+
+
+def _robomimic(path: Path, file: h5py.File) -> Iterator[Named]:
+    names = [name for name in file["data"] if re.fullmatch(r"demo_\d+", name)]
+    if not names:
+        raise DatasetError(f"{path}: got no group demo_<i> in data, expected robomimic's layout")
+    for key in sorted(names, key=lambda name: int(name.removeprefix("demo_"))):
+        name, group = f"{path}: episode {key}", file["data"][key]
+        observations = _observations(name, group, "obs")
+        actions, rewards = _array(name, group, "actions"), _array(name, group, "rewards")
+        ended = _array(name, group, "dones").astype(bool)
+        episode = Episode(observations, actions, rewards, ended, np.zeros_like(ended))
+        _check_lengths(name, episode, extra=0)
+        yield Named(name, episode)
+
+
+def _observations(name: str, group: h5py.Group, key: str) -> Array | dict[str, Array]:
+    part = group.get(key)
+    if part is not None and hasattr(part, "keys"):
+        return {each: _array(f"{name}: {key}", part, each) for each in part}
+    return _array(name, group, key)
+
+
+def _array(name: str, group: h5py.Group, key: str) -> Array:
+    """A data set of numbers."""
+    part = group.get(key)
+    if part is None or not hasattr(part, "dtype"):
+        got = "none" if part is None else "a group"
+        raise DatasetError(f"{name}: {key}: got {got}, expected an array of numbers")
+    if part.dtype.kind not in "fiub" or not part.shape:
+        raise DatasetError(f"{name}: {key}: got {part.dtype} of shape {list(part.shape)}, expected rows of numbers")
+    values: Array = part[()]
+    return values
+
+
+def _check_lengths(name: str, episode: Episode, extra: int) -> None:
+    steps = len(episode.actions)
+    if steps == 0:
+        raise DatasetError(f"{name}: got no steps, expected one at least")
+    parts = episode.observations if isinstance(episode.observations, dict) else {"observations": episode.observations}
+    rows = {key: (len(part), steps + extra) for key, part in parts.items()}
+    rows |= {key: (len(getattr(episode, key)), steps) for key in ("rewards", "terminated", "truncated")}
+    for key, (got, expected) in rows.items():
+        if got != expected:
+            raise DatasetError(f"{name}: {key}: got {got} rows with {steps} actions, expected {expected}")
+
+
+def write_minari(
+    folder: str | os.PathLike[str], episodes: Iterable[Episode], observation_space: spaces.Space[Any],
+    action_space: spaces.Space[Any], *, env_spec: str | None = None, algorithm: str = "",
+) -> Path:  # fmt: skip
+    """Write a data set that Minari loads, all or nothing.
+
+    Args:
+        folder: ``.../<name>-vN``, as Minari has it; where Minari's own datasets lie, it finds it by that name.
+        episodes: with T + 1 observations each; taken one by one.
+        observation_space: Box, or Dict of Boxes.
+        action_space: Box.
+        env_spec: the environment's Gymnasium spec as JSON (``EnvSpec.to_json``).
+        algorithm: what played.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: if the folder exists or has another name, there is no episode, or h5py is not installed.
+    """
+    h5py, target = _h5py(), Path(folder)
+    check_target(target)
+    partial = target.with_name(f".{target.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed while it wrote
+    (partial / "data").mkdir(parents=True)
+    try:
+        number = total = 0
+        with h5py.File(partial / "data" / MAIN, "w", track_order=True) as file:
+            for episode in episodes:
+                group = file.create_group(f"episode_{number}")
+                group.attrs["id"], group.attrs["total_steps"] = number, len(episode.actions)
+                _write_episode(group, episode)
+                number, total = number + 1, total + len(episode.actions)
+        if not number:
+            raise ValueError(f"{target}: got no episode, expected one at least")
+        metadata: dict[str, Any] = {
+            "total_episodes": number, "total_steps": total, "data_format": "hdf5", "jpeg_encoding": False,
+            "observation_space": json.dumps(_space(observation_space)),
+            "action_space": json.dumps(_space(action_space)), "dataset_id": target.name,
+            "minari_version": _WRITTEN_AS, "algorithm_name": algorithm,
+            "dataset_size": round((partial / "data" / MAIN).stat().st_size / 1e6, 1),
+        } | ({} if env_spec is None else {"env_spec": env_spec})  # fmt: skip
+        (partial / "data" / METADATA).write_text(json.dumps(metadata))
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def check_target(folder: Path) -> None:
+    """Refuse a folder that `write_minari` could not write, before episodes are spent on it.
+
+    Raises:
+        ValueError: if it exists, has no name of Minari's kind, or h5py is not installed.
+    """
+    _h5py()
+    if not _NAME.fullmatch(folder.name):
+        raise ValueError(f"data set: got {folder}, expected a folder named NAME-vN, such as avoid-v0, as Minari has it")
+    if folder.exists():
+        raise ValueError(f"data set: got {folder}, which exists, expected a new folder; choose another version")
+
+
+def _write_episode(group: h5py.Group, episode: Episode) -> None:
+    if isinstance(episode.observations, dict):
+        observations = group.create_group("observations")
+        for key, part in episode.observations.items():
+            observations.create_dataset(key, data=part)
+    else:
+        group.create_dataset("observations", data=episode.observations)
+    names = {"actions": "actions", "rewards": "rewards", "terminations": "terminated", "truncations": "truncated"}
+    for theirs, ours in names.items():
+        group.create_dataset(theirs, data=getattr(episode, ours))
+
+
+def _space(space: spaces.Space[Any]) -> dict[str, Any]:
+    """A space as Minari writes it down."""
+    if isinstance(space, spaces.Dict):
+        return {"type": "Dict", "subspaces": {key: _space(part) for key, part in space.spaces.items()}}
+    assert isinstance(space, spaces.Box)  # `check_spaces` lets no other pass
+    bounds = {"low": space.low.tolist(), "high": space.high.tolist()}
+    return {"type": "Box", "dtype": str(space.dtype), "shape": list(space.shape), **bounds}

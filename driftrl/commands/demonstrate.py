@@ -1,0 +1,69 @@
+"""Write scripted demonstrations of a task as a Minari data set.
+
+python -m driftrl.commands.demonstrate data/avoid-v0 --episodes 600 --success 0.5
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import gymnasium
+
+from ..agents.storage.datasets import check_target, write_minari
+from ..envs.avoid import AVOID
+from ..envs.avoid_demonstrations import avoid_demonstrations
+from ..envs.episodes import Episode
+from .errors import Parser, fail, output_closed, until_output_closes, whole_number
+
+SCRIPTS: dict[str, Callable[..., list[Episode]]] = {AVOID: avoid_demonstrations}
+"""Tasks with a script -> (episodes, seed, success=, noise=) -> episodes."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 2 for bad input, or 141 where nobody reads its output."""
+    return until_output_closes(partial(_main, argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = Parser(prog="driftrl.commands.demonstrate", description="Write scripted demonstrations of a task.")
+    parser.add_argument("dataset", type=Path, help="folder to write, named NAME-vN as Minari has it")
+    parser.add_argument("--env", default=AVOID, choices=tuple(SCRIPTS), help="(default: %(default)s)")
+    parser.add_argument("--episodes", type=whole_number, default=600, help=">= 1 (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help=">= 0 (default: %(default)s)")
+    parser.add_argument(
+        "--success",
+        type=float,
+        default=1.0,
+        help="share of episodes that succeed, in [0, 1] (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--noise", type=float, default=0.1, help="standard deviation of the actions' noise, >= 0 (default: %(default)s)"
+    )
+    try:
+        args = parser.parse_args(argv)
+        return _write(args)
+    except (ValueError, OSError) as error:
+        if output_closed():
+            raise
+        return fail(error)
+
+
+def _write(args: argparse.Namespace) -> int:
+    if args.seed < 0:
+        raise ValueError(f"seed: got {args.seed}, expected an integer of at least 0")
+    check_target(args.dataset)
+    episodes = SCRIPTS[args.env](args.episodes, args.seed, success=args.success, noise=args.noise)
+    env = gymnasium.make(args.env)
+    spec = None if env.spec is None else env.spec.to_json()
+    write_minari(args.dataset, episodes, env.observation_space, env.action_space, env_spec=spec, algorithm="script")
+    steps, mean = sum(len(each.actions) for each in episodes), sum(each.rewards.sum() for each in episodes)
+    print(f"wrote {len(episodes)} episodes, {steps:,} steps, mean return {mean / len(episodes):.2f}, to {args.dataset}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

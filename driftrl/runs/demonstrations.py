@@ -1,0 +1,95 @@
+"""Data sets of episodes for agents: read for learning from, recorded from policies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from ..agents.common.demonstrations import Demonstrations
+from ..agents.common.observations import row_of
+from ..agents.storage.datasets import read_episodes
+from ..analysis.evaluation import MAX_STEPS, CheckedPolicy, evaluation_env
+from ..envs.episodes import Array, Episode
+
+
+def read_demonstrations(
+    source: str | os.PathLike[str], observation_space: spaces.Space[Any], action_space: spaces.Space[Any],
+    keys: Sequence[str] = (),
+) -> Demonstrations:  # fmt: skip
+    """Read a data set of Minari or robomimic for an agent that acts in these spaces.
+
+    Args:
+        source: an .hdf5 file, a Minari folder, or the id of a Minari data set on this machine.
+        observation_space: of the agent.
+        action_space: of the agent.
+        keys: see `Demonstrations.of`.
+
+    Raises:
+        ValueError: in one line that names file, episode and step, if the data set is damaged or does not fit.
+    """
+    return Demonstrations.of(read_episodes(source), observation_space, action_space, keys)
+
+
+def record_episodes(
+    agent: BaseAlgorithm, env_id: str, env_kwargs: dict[str, Any], episodes: int, seed: int, *, sample: bool,
+    max_steps: int = MAX_STEPS,
+) -> Iterator[Episode]:  # fmt: skip
+    """Play episodes with a policy, in the order in which they end.
+
+    The episodes are divided among parallel environments beforehand, so that short ones are not over-represented.
+
+    Args:
+        agent: what chooses the actions.
+        env_id: Gymnasium id.
+        env_kwargs: arguments of the environment.
+        episodes: how many, at least 1.
+        seed: seed of the environments' first episodes and of the sampled actions.
+        sample: sample the actions; otherwise the deterministic ones.
+        max_steps: where an environment without a time limit is cut off, as if it had one.
+
+    Raises:
+        ValueError: as `evaluate_agent`.
+    """
+    with contextlib.closing(evaluation_env(agent, env_id, env_kwargs, episodes, seed, max_steps)) as env:
+        agent.set_random_seed(seed)
+        policy, dtype = CheckedPolicy(agent, env_id), _dtypes(agent.observation_space)
+        left = [(episodes + i) // env.num_envs for i in range(env.num_envs)]
+        obs: Any = env.reset()
+        seen: list[list[Any]] = [[row_of(obs, i)] for i in range(env.num_envs)]
+        acted: list[list[Array]] = [[] for _ in left]
+        earned: list[list[float]] = [[] for _ in left]
+        while any(left):
+            actions, _ = policy.predict(obs, deterministic=not sample)
+            obs, rewards, dones, infos = env.step(actions)
+            for i in range(env.num_envs):
+                acted[i].append(np.array(actions[i]))
+                earned[i].append(float(rewards[i]))
+                seen[i].append(infos[i]["terminal_observation"] if dones[i] else row_of(obs, i))
+                if not dones[i]:
+                    continue
+                if left[i]:
+                    left[i] -= 1
+                    truncated = bool(infos[i].get("TimeLimit.truncated", False))
+                    yield _episode(seen[i], acted[i], earned[i], truncated, dtype)
+                seen[i], acted[i], earned[i] = [row_of(obs, i)], [], []
+
+
+def _dtypes(space: spaces.Space[Any]) -> Any:
+    if isinstance(space, spaces.Dict):
+        return {key: part.dtype for key, part in space.spaces.items()}
+    return space.dtype
+
+
+def _episode(seen: list[Any], acted: list[Array], earned: list[float], truncated: bool, dtype: Any) -> Episode:
+    if isinstance(dtype, dict):
+        observations: Any = {key: np.stack([row[key] for row in seen]).astype(kind) for key, kind in dtype.items()}
+    else:
+        observations = np.stack(seen).astype(dtype)
+    last = np.arange(len(acted)) == len(acted) - 1
+    return Episode(observations, np.stack(acted), np.array(earned), last & (not truncated), last & truncated)

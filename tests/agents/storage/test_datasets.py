@@ -1,0 +1,244 @@
+"""Data sets of episodes: Minari's and robomimic's layouts, and what is wrong with one in one line."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from driftrl.agents.common.demonstrations import Demonstrations
+from driftrl.agents.storage.datasets import DatasetError, find_dataset, read_episodes, write_minari
+from driftrl.envs.episodes import Episode
+
+h5py = pytest.importorskip("h5py")
+
+BOX, ACTIONS = spaces.Box(-9, 9, (3,)), spaces.Box(np.array([-1.0, -2.0], np.float32), np.array([1.0, 2.0], np.float32))
+DICT = spaces.Dict({"b": spaces.Box(-9, 9, (2,)), "a": spaces.Box(-9, 9, (1,))})
+
+
+def episodes(number: int = 4, space: spaces.Space[Any] = BOX, seed: int = 0) -> list[Episode]:
+    space.seed(seed)
+    rng = np.random.default_rng(seed)
+    found = []
+    for k in range(number):
+        steps = 5 + k
+        rows = [space.sample() for _ in range(steps + 1)]
+        obs: Any = {key: np.stack([row[key] for row in rows]) for key in rows[0]} if isinstance(rows[0], dict) else rows
+        last = np.arange(steps) == steps - 1
+        actions = rng.uniform(-1, 1, (steps, 2)).astype(np.float32)
+        found.append(
+            Episode(
+                obs if isinstance(obs, dict) else np.stack(obs), actions, rng.normal(size=steps), last, last & False
+            )
+        )
+    return found
+
+
+def assert_equal(got: Episode, expected: Episode) -> None:
+    for one, other in zip(got, expected, strict=True):
+        if isinstance(other, dict):
+            assert set(one) == set(other)
+            for key in other:
+                np.testing.assert_array_equal(one[key], other[key], strict=True)
+        else:
+            np.testing.assert_array_equal(one, other, strict=True)
+
+
+@pytest.mark.parametrize("space", [BOX, DICT])
+def test_what_is_written_is_read_again(
+    space: spaces.Space[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = episodes(12, space)  # more than ten: their order is that of numbers, not of names
+    folder = write_minari(tmp_path / "some" / "set-v3", given, space, ACTIONS)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    for source in (folder, folder / "data", folder / "data" / "main_data.hdf5", "some/set-v3"):
+        for (name, got), expected, i in zip(read_episodes(source), given, range(12), strict=True):
+            assert_equal(got, expected)
+            assert name.endswith(f"main_data.hdf5: episode {i}")
+
+
+@pytest.mark.parametrize("space", [BOX, DICT])
+def test_minari_loads_what_is_written(
+    space: spaces.Space[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    minari = pytest.importorskip("minari")
+    given, spec = episodes(3, space), gym.spec("driftrl/Avoid-v0")
+    write_minari(tmp_path / "set-v0", given, space, ACTIONS, env_spec=spec.to_json(), algorithm="some")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    loaded = minari.load_dataset("set-v0")
+    assert (loaded.total_episodes, loaded.total_steps) == (3, 18)
+    assert (loaded.observation_space, loaded.action_space) == (space, ACTIONS)
+    assert loaded.recover_environment().spec.id == "driftrl/Avoid-v0"
+    for got, expected in zip(loaded.iterate_episodes(), given, strict=True):
+        assert_equal(Episode(got.observations, got.actions, got.rewards, got.terminations, got.truncations), expected)
+
+
+def test_what_minari_writes_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("minari")
+    from minari.data_collector import EpisodeBuffer
+    from minari.dataset.minari_storage import MinariStorage
+
+    given = episodes(12, DICT)
+    (tmp_path / "theirs-v0").mkdir()
+    storage = MinariStorage.new(tmp_path / "theirs-v0" / "data", DICT, ACTIONS)
+    names = {"actions": "actions", "rewards": "rewards", "terminations": "terminated", "truncations": "truncated"}
+    for i, each in enumerate(given):
+        parts = {theirs: list(getattr(each, ours)) for theirs, ours in names.items()}
+        storage.update_episodes([EpisodeBuffer(id=i, seed=i, observations=each.observations, **parts)])
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    for (_, got), expected in zip(read_episodes("theirs-v0"), given, strict=True):
+        assert_equal(got, expected)
+    data = Demonstrations.of(read_episodes("theirs-v0"), DICT, ACTIONS)
+    assert data.lengths.tolist() == [len(each.actions) for each in given]
+
+
+def robomimic(path: Path, given: list[Episode]) -> Path:
+    with h5py.File(path, "w") as file:
+        for k, episode in enumerate(given):
+            group = file.create_group(f"data/demo_{k}")
+            for key, part in episode.observations.items():  # type: ignore[union-attr]
+                group.create_dataset(f"obs/{key}", data=part[:-1])
+            group.create_dataset("actions", data=episode.actions)
+            group.create_dataset("rewards", data=episode.rewards)
+            group.create_dataset("dones", data=episode.terminated.astype(np.int64))
+    return path
+
+
+def test_robomimics_layout_is_read(tmp_path: Path) -> None:
+    given = episodes(11, DICT)
+    path = robomimic(tmp_path / "low_dim.hdf5", given)
+    for (name, got), expected, k in zip(read_episodes(path), given, range(11), strict=True):
+        assert name == f"{path}: episode demo_{k}"
+        cut = {key: part[:-1] for key, part in expected.observations.items()}  # type: ignore[union-attr]
+        assert_equal(got, expected._replace(observations=cut))
+    data = Demonstrations.of(read_episodes(path), DICT, ACTIONS)
+    first: Any = given[0].observations
+    np.testing.assert_array_equal(data.observations[:5], np.concatenate([first["a"], first["b"]], 1)[:-1])
+    one = Demonstrations.of(read_episodes(path), BOX, ACTIONS, keys=["b", "a"])
+    np.testing.assert_array_equal(one.observations[:5], np.concatenate([first["b"], first["a"]], 1)[:-1])
+    with pytest.raises(ValueError, match=r"demo_0: observations: got a, b; name those wanted in demonstration_keys"):
+        Demonstrations.of(read_episodes(path), BOX, ACTIONS)
+    with pytest.raises(ValueError, match=r"demo_0: observations: got a, b, expected c among them"):
+        Demonstrations.of(read_episodes(path), BOX, ACTIONS, keys=["c"])
+
+
+def changed(part: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    name = f"episode_{part}"
+
+    def damage(folder: Path) -> None:
+        with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
+            value = change(file[name][()] if isinstance(file[name], h5py.Dataset) else None)
+            del file[name]
+            if value is not None:
+                file.create_dataset(name, data=value)
+
+    return damage
+
+
+def poke(row: int, value: float) -> Callable[[Any], Any]:
+    def change(values: Any) -> Any:
+        values[row] = value
+        return values
+
+    return change
+
+
+def metadata(text: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "data" / "metadata.json").write_text(text)
+
+
+def cut(folder: Path) -> None:
+    path = folder / "data" / "main_data.hdf5"
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (changed("2", lambda _: None), "episode 2: got none, expected 4 episodes; the data set"),
+        (changed("1/actions", lambda _: None), "episode 1: actions: got none, expected an array of numbers"),
+        (changed("1/observations", lambda x: x[:-1]), "episode 1: observations: got 6 rows with 6 actions"),
+        (changed("3/rewards", lambda x: x[1:]), "episode 3: rewards: got 7 rows with 8 actions, expected 8"),
+        (changed("0/truncations", lambda x: x[1:]), "episode 0: truncated: got 4 rows with 5 actions"),
+        (changed("1/observations", poke(4, np.nan)), "episode 1: step 4: observations: got nan, expected finite"),
+        (changed("1/rewards", poke(3, np.inf)), "episode 1: step 3: rewards: got inf, expected finite"),
+        (changed("2/actions", poke(6, 1.5)), "episode 2: step 6: actions: got 1.5 in dimension 0"),
+        (changed("2/actions", poke(6, -2.1)), r"episode 2: step 6: actions: got -2.1 in dimension 0"),
+        (changed("0/actions", lambda x: x[:, :1]), r"episode 0: actions: got rows of shape \[1\], expected \[2\]"),
+        (changed("0/observations", lambda x: x[:, :2]), r"observations: got rows of shape \[2\], expected \[3\]"),
+        (changed("0/actions", lambda x: np.array([b"x"] * len(x))), r"actions: got \|S1 of shape \[5\]"),
+        (metadata("{"), "metadata.json: damaged"),
+        (metadata('{"data_format": "arrow"}'), "metadata.json: got data_format 'arrow', expected hdf5"),
+        (metadata('{"total_episodes": 3}'), "episode 3: got one more than the 3 of metadata.json"),
+        (cut, "no data set of Minari or robomimic can be read"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_one_line(damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    folder = write_minari(tmp_path / "set-v0", episodes(), BOX, ACTIONS)
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        Demonstrations.of(read_episodes(folder), BOX, ACTIONS)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "other.hdf5", "w") as file:
+        file["weights"] = np.zeros(3)
+    with pytest.raises(DatasetError, match=r"got weights, expected groups episode_0"):
+        next(read_episodes(tmp_path / "other.hdf5"))
+    with h5py.File(tmp_path / "empty.hdf5", "w") as file:
+        file.create_group("data")
+    with pytest.raises(DatasetError, match=r"got no group demo_<i> in data"):
+        next(read_episodes(tmp_path / "empty.hdf5"))
+    with pytest.raises(DatasetError, match=r"no data set: got nowhere, expected an \.hdf5 file"):
+        find_dataset("nowhere")
+
+
+class Executed:
+    def __reduce__(self) -> Any:
+        return pytest.fail, ("reading unpickled something",)
+
+
+def test_reading_executes_nothing(tmp_path: Path) -> None:
+    folder = write_minari(tmp_path / "set-v0", episodes(), BOX, ACTIONS)
+    with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
+        file["episode_0"].attrs["options"] = np.void(pickle.dumps(Executed()))
+        del file["episode_1/rewards"]
+        file["episode_1"].create_dataset("rewards", data=np.void(pickle.dumps(Executed())))
+    content = json.loads((folder / "data" / "metadata.json").read_text())
+    evil = {"id": "x-v0", "entry_point": "pytest:fail", "kwargs": {"reason": "an environment was made"}}
+    (folder / "data" / "metadata.json").write_text(json.dumps(content | {"env_spec": json.dumps(evil)}))
+    with pytest.raises(DatasetError, match=r"episode 1: rewards: got \|V\d+ of shape \[\], expected rows of numbers"):
+        list(read_episodes(folder))
+
+
+def test_a_target_is_checked_and_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a folder named NAME-vN"):
+        write_minari(tmp_path / "set", episodes(), BOX, ACTIONS)
+    folder = write_minari(tmp_path / "set-v0", episodes(), BOX, ACTIONS)
+    with pytest.raises(ValueError, match="which exists, expected a new folder"):
+        write_minari(folder, episodes(), BOX, ACTIONS)
+
+    def broken() -> Any:
+        yield episodes()[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_minari(tmp_path / "other-v0", broken(), BOX, ACTIONS)
+    with pytest.raises(ValueError, match="got no episode, expected one at least"):
+        write_minari(tmp_path / "other-v0", [], BOX, ACTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["set-v0"]
+
+
+def test_missing_h5py_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_minari(tmp_path / "set-v0", episodes(), BOX, ACTIONS)
+    monkeypatch.setitem(__import__("sys").modules, "h5py", None)
+    with pytest.raises(ValueError, match=r"h5py is not installed; run pip install 'driftrl\[data\]'"):
+        next(read_episodes(folder))

@@ -1,0 +1,118 @@
+"""`train.py --demonstrations`: pretraining in a run, broken off and gone on with, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from stable_baselines3.common.logger import Logger
+
+from driftrl.commands import demonstrate, evaluate, train
+from driftrl.runs import pretraining as module
+from driftrl.runs.folder import load_agent
+from driftrl.runs.log import write_row
+
+pytest.importorskip("h5py")
+
+SMALL = ["--n-envs", "2", "--n-steps", "16", "--batch-size", "16", "--actor-hidden", "16", "--critic-hidden", "8"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("data") / "avoid-v0"
+    assert demonstrate.main([str(folder), "--episodes", "24"]) == 0
+    return str(folder)
+
+
+def command(data: str, folder: Path, *more: str) -> list[str]:
+    what = ["--env", "driftrl/Avoid-v0", "--demonstrations", data, "--seed", "0", "--run-dir", str(folder)]
+    return ["policyflow", *what, *SMALL, *more]
+
+
+def run_in(folder: Path) -> Path:
+    return next(path.parent for path in folder.rglob("config.json"))
+
+
+def test_a_run_is_pretrained_evaluated_and_goes_on(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(command(data, tmp_path, "--pretrain-steps", "600", "--total-timesteps", "0")) == 0
+    out = capsys.readouterr().out
+    assert "24 episodes" in out and "pretrained by 600 updates" in out and "before reinforcement learning" in out
+    run = run_in(tmp_path)
+    assert not (run / "pretrain.zip").exists()
+    report = json.loads((run / "pretrained.json").read_text())
+    assert report["timesteps"] == 0 and {"deterministic", "sampled"} <= report.keys()
+    with (run / "pretrain" / "progress.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["time/total_timesteps"]) for row in rows] == [250, 500, 600]
+    assert float(rows[-1]["pretrain/validation_loss"]) < float(rows[0]["pretrain/validation_loss"])
+    assert any(path.name.startswith("events") for path in (run / "pretrain").iterdir())
+    assert evaluate.main([str(run), "--episodes", "2"]) == 0
+    before = load_agent(run).policy.state_dict()
+    assert train.main(["--resume", str(run), "--total-timesteps", "64"]) == 0
+    assert "pretrained by" not in capsys.readouterr().out
+    after = load_agent(run)
+    assert after.num_timesteps == 64
+    assert torch.equal(before["obs_norm.mean"], after.policy.state_dict()["obs_norm.mean"])
+
+
+def test_a_signal_breaks_pretraining_off_and_resume_ends_where_the_whole_would(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--pretrain-steps", "750", "--total-timesteps", "32"]
+    assert train.main(command(data, tmp_path / "whole", *options)) == 0
+
+    def interrupted(logger: Logger, metrics: dict[str, float], step: int) -> None:
+        write_row(logger, metrics, step)
+        if step == 500:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(module, "write_row", interrupted)
+    assert train.main(command(data, tmp_path / "half", *options)) == 130
+    run = run_in(tmp_path / "half")
+    assert (run / "pretrain.zip").exists() and not (run / "pretrained.zip").exists()
+    monkeypatch.setattr(module, "write_row", write_row)
+    capsys.readouterr()
+    assert train.main(["--resume", str(run)]) == 0
+    assert "pretrained by 750 updates" in capsys.readouterr().out
+    whole, half = (load_agent(run_in(tmp_path / name) / "pretrained.zip") for name in ("whole", "half"))
+    for (name, one), other in zip(whole.policy.state_dict().items(), half.policy.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--pretrain-steps", "5"], "pretrain_steps: got 5, which changes nothing without demonstrations"),
+        (
+            ["--demonstrations", "DATA"],
+            "demonstrations: got them, which change nothing without pretrain_steps or bc_coef above 0",
+        ),
+        (["--pretrain-batch-size", "5"], "pretrain_batch_size: got 5, which changes nothing without demonstrations"),
+        (["--demonstrations", "nowhere", "--pretrain-steps", "5"], "no data set: got nowhere"),
+        (["--total-timesteps", "0"], "total_timesteps: got 0, expected an integer of at least 1"),
+        (["--demonstrations", "DATA", "--pretrain-steps", "5", "--env", "Pendulum-v1"], "expected [3]"),
+    ],
+)
+def test_what_means_nothing_is_refused(
+    options: list[str], message: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [data if each == "DATA" else each for each in options]
+    env = [] if "--env" in options else ["--env", "driftrl/Avoid-v0"]
+    assert train.main(["policyflow", *env, *SMALL, *options, "--run-dir", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("config.json"))
+
+
+def test_the_model_based_agent_refuses_demonstrations(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--env", "driftrl/Avoid-v0", "--demonstrations", data, "--pretrain-steps", "5"]
+    assert train.main(["mbpo", *options, "--run-dir", str(tmp_path)]) == 2
+    assert "demonstrations: got them for mbpo, which cannot learn from them" in capsys.readouterr().err
