@@ -19,8 +19,9 @@ from ..agents.registry import AGENTS, AgentSpec
 from ..envs import parse_env_kwargs
 from ..envs.known import full_id
 from ..runs.callbacks import Report
-from ..runs.folder import RunSettings, alone, check_device, new_run
+from ..runs.folder import RunSettings, check_device, new_run
 from ..runs.group import incomplete_group, new_group
+from ..runs.lock import alone
 from ..runs.signals import exit_code, sigterm_as_interrupt
 from .arguments import Arguments
 from .config_file import ConfigFile, read_config_file
