@@ -125,4 +125,4 @@ def _go_on(agent: Checkpointed, settings: RunSettings, found: Resumption) -> dic
     agent.set_random_seed((settings.seed + agent.num_timesteps) % 2**31)  # of what cannot be put back
     missing = ["all but the agent: the file is no checkpoint"] if found.state is None else restore(agent, found.state)
     print("\n".join(f"not restored: {each}" for each in missing) or "all restored: as if it had not been interrupted")
-    return found.state["progress"] if found.state is not None and not missing else None
+    return found.state["progress"] if found.state is not None else None
