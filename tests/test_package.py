@@ -62,9 +62,9 @@ def test_wheel_holds_every_module_of_the_checkout(wheel_files: dict[str, bytes])
     }
     modules |= {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "driftrl").rglob("*.py")}  # links it skips
     expected = {name: path.read_bytes() for name, path in modules.items()}
-    assert {f"driftrl/{folder}/__init__.py" for folder in (*folders, "commands", "runs", "analysis", "sweeps")} <= set(
-        expected
-    )
+    assert {
+        f"driftrl/{folder}/__init__.py" for folder in (*folders, "commands", "runs", "analysis", "sweeps", "zoo")
+    } <= set(expected)
     assert {name: content for name, content in wheel_files.items() if name.endswith(".py")} == expected
 
 

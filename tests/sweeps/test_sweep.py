@@ -16,6 +16,11 @@ from driftrl.analysis.records import find_records
 from driftrl.commands import sweep, train
 from driftrl.runs.folder import is_complete
 from driftrl.runs.group import members
+from driftrl.runs.lock import alone
+from driftrl.sweeps.executors import Local
+from driftrl.sweeps.plan import begin as begin_group
+from driftrl.sweeps.plan import grid
+from driftrl.sweeps.spec import read_spec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "oracles"))
 from killing import EXACT, EXACT_SETTINGS, begin, finish, kill, processes_of, run_folders, until, write_spec
@@ -96,21 +101,33 @@ def test_a_sweep_that_is_killed_ends_with_the_results_of_one_that_was_not() -> N
 
 
 def test_a_signal_stops_a_sweep_and_a_run_that_fails_does_not(capsys: pytest.CaptureFixture[str]) -> None:
-    write_spec(Path("some.yaml"), seeds=[0, 1], jobs=2)
+    write_spec(Path("some.yaml"), seeds=[0, 1], jobs=1)
     Path("slow").touch()
     process = begin(Path("some.yaml").resolve())
     until(lambda: len(list(Path("some").rglob("step_*.zip"))) >= 2)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
     assert Path("some.log").read_text().count("stopped  (") == 2
-    for checkpoint in Path("some/slow_task_Task-v0/policyflow/all/s1/checkpoints").iterdir():
+    for checkpoint in Path("some/slow_task_Task-v0/policyflow/all/s0/checkpoints").iterdir():
         checkpoint.write_bytes(b"damaged")
     Path("slow").unlink()
     assert sweep.main(["some.yaml"]) == 1
     out = capsys.readouterr().out
-    assert "s0: complete" in out
-    assert "s1: failed (exit code" in out
+    assert "s0: failed (exit code" in out
+    assert "s1: complete" in out
     assert "all                1 of 2" in out
+
+
+def test_a_run_waits_for_another_process_that_trains_it() -> None:
+    write_spec(Path("some.yaml"), seeds=[0], settings={"total_timesteps": 16})
+    (group,) = grid(read_spec(Path("some.yaml")))
+    begin_group(group)
+    (job,) = (Local(1, 0).job(group.run_folder(run), "run", run.total_timesteps) for run in group.runs)
+    with alone(job.folder):
+        job.start()
+        until(lambda: "waiting for another process" in job.log.read_text())
+    until(lambda: job.look() or not job.is_running)
+    assert job.state.ended == "complete"
 
 
 @pytest.mark.skipif(not HAS_OPTUNA, reason="needs Optuna")
