@@ -62,9 +62,8 @@ def test_wheel_holds_every_module_of_the_checkout(wheel_files: dict[str, bytes])
     }
     modules |= {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "driftrl").rglob("*.py")}  # links it skips
     expected = {name: path.read_bytes() for name, path in modules.items()}
-    assert {
-        f"driftrl/{folder}/__init__.py" for folder in (*folders, "commands", "runs", "analysis", "sweeps", "zoo")
-    } <= set(expected)
+    rooms = (*folders, "commands", "runs", "analysis", "sweeps", "zoo")
+    assert {f"driftrl/{folder}/__init__.py" for folder in rooms} <= set(expected)
     assert {name: content for name, content in wheel_files.items() if name.endswith(".py")} == expected
 
 

@@ -26,7 +26,7 @@ from ..runs.folder import (
 )
 from ..runs.group import is_group, is_member
 from ..runs.lock import alone
-from ..runs.log import warn
+from ..runs.warnings import warn
 from .describe import command, describe
 from .errors import Parser, whole_number
 from .seeds import check_jobs, train_group

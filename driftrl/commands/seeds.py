@@ -14,7 +14,7 @@ from ..envs.mujoco_batch import available_cores
 from ..runs.folder import has_saved, read_settings
 from ..runs.group import members
 from ..runs.lock import alone
-from ..runs.log import warn
+from ..runs.warnings import warn
 from .describe import command
 from .processes import RunProcess, Signals
 from .progress import Board

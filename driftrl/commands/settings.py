@@ -12,6 +12,7 @@ from ..agents.registry import AGENTS, AgentSpec
 from ..envs import parse_env_kwargs
 from ..envs.known import full_id
 from ..runs.folder import RunSettings, check_device
+from ..runs.trackers import check_tracker
 from .arguments import Arguments
 from .config_file import ConfigFile
 
@@ -49,6 +50,7 @@ def settings_of(name: str, arguments: Arguments, chosen: Collection[str]) -> Run
     if "eval_episodes" in chosen and arguments.eval_interval is None:
         raise ValueError(f"eval_episodes: got {arguments.eval_episodes}, which changes nothing without eval_interval")
     check_device(arguments.device)
+    check_tracker(arguments.track)
     return RunSettings(
         agent=name,
         env_id=arguments.env,
@@ -66,6 +68,7 @@ def settings_of(name: str, arguments: Arguments, chosen: Collection[str]) -> Run
         worker_restarts=arguments.worker_restarts,
         eval_interval=arguments.eval_interval,
         eval_episodes=arguments.eval_episodes,
+        track=arguments.track,
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..envs.mujoco_batch import available_cores
-from ..runs.log import warn
+from ..runs.warnings import warn
 from ..sweeps.cluster import Cluster
 from ..sweeps.executors import Executor, Local
 from ..sweeps.plan import check_runs, grid

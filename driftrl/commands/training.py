@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
@@ -21,8 +22,9 @@ from ..envs import make_vec
 from ..envs.make import has_time_limit
 from ..runs.callbacks import Checkpoints, Progress, Report, Reports, reported
 from ..runs.folder import Resumption, RunSettings, find_checkpoint, has_saved, save_agent
-from ..runs.log import open_logger, warn
+from ..runs.log import open_logger
 from ..runs.signals import StopOnSignal, exit_code
+from ..runs.warnings import warn
 from .describe import describe_commands
 from .errors import output_closed, users_line
 
@@ -52,8 +54,9 @@ def train(
         warn(f"{settings.env_id} has no time limit: an episode that never ends has no return; evaluation cuts it off")
     print(f"run folder: {folder}", flush=True)
     start, done, total = time.monotonic(), agent.num_timesteps, settings.total_timesteps
+    logger = open_logger(folder, done, settings)
     try:
-        _learn(agent, folder, settings, found, report_to)
+        _learn(agent, folder, settings, logger, found, report_to)
         seconds, steps = time.monotonic() - start, agent.num_timesteps - done
         print(
             f"trained {steps:,} steps in {tqdm.format_interval(seconds)} ({steps / seconds:,.0f} steps/s)", flush=True
@@ -89,15 +92,16 @@ def train(
 
 
 def _learn(
-    agent: Checkpointed, folder: Path, settings: RunSettings, found: Resumption | None, report_to: Report | None
-) -> None:
+    agent: Checkpointed, folder: Path, settings: RunSettings, logger: Logger, found: Resumption | None,
+    report_to: Report | None,
+) -> None:  # fmt: skip
     """Train and save; raises KeyboardInterrupt after that where a signal ended it early.
 
     It also saves where anything else ends it, an error in the user's environment say, unless the agent is broken.
     """
     done, total = agent.num_timesteps, settings.total_timesteps
     with (
-        contextlib.closing(open_logger(folder, done)) as logger,
+        contextlib.closing(logger),
         contextlib.closing(Progress(done, total)) as progress,
         StopOnSignal() as stop,
     ):

@@ -60,6 +60,7 @@ class RunSettings:
     worker_restarts: int = 10
     eval_interval: int | None = None
     eval_episodes: int = 10
+    track: Literal["none", "wandb", "trackio", "mlflow"] = "none"
 
     def __post_init__(self) -> None:
         validate(

@@ -17,7 +17,7 @@ from typing import Any
 from ..commands.processes import Job
 from ..runs.group import is_trained
 from ..runs.lock import alone, exclusively
-from ..runs.log import warn
+from ..runs.warnings import warn
 from .executors import Executor
 from .plan import Planned, begin
 from .progress_file import evaluations

@@ -11,19 +11,15 @@ from typing_extensions import Self
 from ..agents.lipschitz_mbpo import LipschitzMBPO
 from ..agents.policyflow import PolicyFlow
 
-_PLACEHOLDERS = ("learning_rate", "lr_schedule", "clip_range")
-"""What rl_zoo3 gives `load` in place of functions that were pickled. Our files hold none; their values are right."""
-
 
 class _ForTheZoo:
     """What both agents need of rl_zoo3's way to load."""
 
     @classmethod
-    def load(cls, path: Any, *args: Any, custom_objects: Mapping[str, Any] | None = None, **kwargs: Any) -> Self:
-        """Load a saved agent, its values in place of rl_zoo3's placeholders; see the agents' own `load`."""
-        own = {name: value for name, value in (custom_objects or {}).items() if name not in _PLACEHOLDERS}
+    def load(cls, path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Load a saved agent, with hyperparameters from YAML in place of its own; see the agents' own `load`."""
         load: Any = super().load  # type: ignore[misc]  # of the agent that this class is mixed into
-        return load(path, *args, custom_objects=own, **zoo_fields(kwargs))  # type: ignore[no-any-return]
+        return load(path, *args, **zoo_fields(kwargs))  # type: ignore[no-any-return]
 
 
 class ZooPolicyFlow(_ForTheZoo, PolicyFlow):

@@ -126,7 +126,7 @@ def test_a_run_waits_for_another_process_that_trains_it() -> None:
     with alone(job.folder):
         job.start()
         until(lambda: "waiting for another process" in job.log.read_text())
-    until(lambda: job.look() or not job.is_running)
+    job.wait()
     assert job.state.ended == "complete"
 
 

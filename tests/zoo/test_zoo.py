@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -52,7 +53,7 @@ def test_the_commands_of_the_zoo(algo: str, tmp_path: Path) -> None:
     run = tmp_path / "logs" / algo / "InvertedPendulum-v5_1"
     assert not list(run.rglob("vecnormalize.pkl"))
     saved = {name: load_agent(run / name, "cpu") for name in ("InvertedPendulum-v5.zip", "best_model.zip")}
-    agent = saved["InvertedPendulum-v5.zip"]
+    agent: Any = saved["InvertedPendulum-v5.zip"]
     assert agent.num_timesteps == steps
     config = agent.config
     assert (config.learning_rate, config.lr_schedule, config.normalize_observation) == (1e-3, "linear", True)
@@ -69,7 +70,7 @@ def test_the_commands_of_the_zoo(algo: str, tmp_path: Path) -> None:
 
     file = f"logs/{algo}/InvertedPendulum-v5_1/InvertedPendulum-v5.zip"
     zoo("train", *env, "-n", str(steps), "-i", file, "--eval-freq", "-1", "--device", "cpu", *small, folder=tmp_path)
-    more = load_agent(tmp_path / "logs" / algo / "InvertedPendulum-v5_2" / "InvertedPendulum-v5.zip", "cpu")
+    more: Any = load_agent(tmp_path / "logs" / algo / "InvertedPendulum-v5_2" / "InvertedPendulum-v5.zip", "cpu")
     assert more.num_timesteps == steps
     assert more._n_updates > agent._n_updates
 
