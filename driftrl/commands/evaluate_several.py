@@ -18,7 +18,7 @@ from ..runs.folder import has_saved, load_saved
 from ..runs.group import is_group, is_member, members
 from .target import target_of
 
-_OF_ONE = ("video", "plot", "export", "start")
+_OF_ONE = ("video", "plot", "export", "start", "hub")
 """Options that are about one policy."""
 
 
