@@ -1,5 +1,7 @@
 """Gymnasium's MuJoCo v5 tasks in batches: all cores step the simulators, NumPy does the rest for all of them at once.
 
+Compiled code steps them where there is a compiler (`native/`), else threads of Python do (`stepping.py`).
+
 The numbers are Gymnasium's own, bit for bit (`tests/envs/test_mujoco_batch.py`). One Gymnasium environment, the
 prototype, supplies the model, the arguments and the spaces, its copies the resets and the pictures; what runs in every
 step stands here and in `mujoco_tasks.py`.
@@ -9,8 +11,6 @@ from __future__ import annotations
 
 import copy
 import os
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any
 
 import gymnasium as gym
@@ -21,10 +21,12 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from .batch import Array, BatchVecEnv, make_prototype
 from .known import bare_task_of_id
-from .mujoco_tasks import TASKS, Simulators
+from .mujoco_tasks import TASKS
+from .native.stepper import NativeStepper
+from .simulators import Simulators
+from .stepping import make_stepper
 
 _STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
-_BAD_STATE = slice(int(mujoco.mjtWarning.mjWARN_BADQPOS), int(mujoco.mjtWarning.mjWARN_BADQACC) + 1)
 
 
 class MujocoVecEnv(BatchVecEnv):
@@ -40,14 +42,19 @@ class MujocoVecEnv(BatchVecEnv):
         id: Gymnasium id of one of the `TASKS`: of its class, not wrapped.
         n_envs: number of environments, N.
         threads: CPU threads that step the simulators, the calling one among them; None: one per available core.
+        native: whether compiled code steps them, which is built at first use and has the same numbers; None: where a
+            C++ compiler is found and the system is not Windows. The attribute `native` tells what was chosen.
         **env_kwargs: arguments of the environment. With render_mode="rgb_array", `render` shows all environments, or
             the environment `render_index`.
 
     Raises:
-        ValueError: if the id is of none of the `TASKS`, a number is below 1, or render_mode is "human".
+        ValueError: if the id is of none of the `TASKS`, a number is below 1, render_mode is "human", or native is True
+            and cannot be had.
     """
 
-    def __init__(self, id: str, n_envs: int, threads: int | None = None, **env_kwargs: Any) -> None:
+    def __init__(
+        self, id: str, n_envs: int, threads: int | None = None, native: bool | None = None, **env_kwargs: Any
+    ) -> None:
         task = bare_task_of_id(id)
         if task not in TASKS:
             raise ValueError(f"batched: got {id!r}, expected one of {', '.join(TASKS)}; use another backend")
@@ -59,13 +66,10 @@ class MujocoVecEnv(BatchVecEnv):
         self._watched = False
         super().__init__(prototype, n_envs)
         self.diverged = np.zeros(n_envs, dtype=np.int64)  # unstable simulations so far
-        datas = self.simulators.datas
-        self._controls = [data.ctrl for data in datas]
-        self._warnings = [data.warning.number[_BAD_STATE] for data in datas]
-        parts = min(threads or available_cores(), n_envs)
-        bounds = [n_envs * i // parts for i in range(parts + 1)]
-        self._chunks = [slice(low, high) for low, high in pairwise(bounds)]
-        self._pool = ThreadPoolExecutor(parts - 1, "mujoco") if parts > 1 else None
+        threads = min(threads or available_cores(), n_envs)
+        observation, contact_forces = self._task.observation, self._task.contact_forces
+        self._stepper = make_stepper(self.simulators, observation, contact_forces, threads, native)
+        self.native = isinstance(self._stepper, NativeStepper)
 
     def step_wait(self) -> VecEnvStepReturn:
         """Observations [N, O], rewards [N] (float32), dones [N] and infos; ended episodes begin anew."""
@@ -79,13 +83,11 @@ class MujocoVecEnv(BatchVecEnv):
         if self._watched:
             self._moved()
         s.actions = actions
-        self._simulate()
-        obs = np.concatenate([part(s) for part in self._task.observation], axis=1)
+        obs, diverged = self._stepper.step(self._env.frame_skip)
         if self._task.point is not None:
             s.after = self._task.point(s)
         reward, terminated, info = self._task.outcome(s)
         reward = reward.astype(np.float64)
-        diverged = np.concatenate(self._warnings).reshape(self.num_envs, -1).any(axis=1) | ~np.isfinite(obs).all(axis=1)
         if diverged.any():
             reward[diverged], terminated, obs[diverged] = 0.0, terminated | diverged, self._obs[diverged]
             self.diverged += diverged
@@ -93,25 +95,6 @@ class MujocoVecEnv(BatchVecEnv):
         if self._task.point is not None:
             s.before = s.after
         return obs, reward, terminated, info
-
-    def _simulate(self) -> None:
-        """Step all simulators, in parallel: `mj_step` works without Python's lock."""
-        for control, action in zip(self._controls, self.simulators.actions, strict=True):
-            control[:] = action
-        models, datas = self.simulators.models, self.simulators.datas
-        frames, contact_forces = self._env.frame_skip, self._task.contact_forces
-
-        def step(chunk: slice) -> None:
-            for model, data in zip(models[chunk], datas[chunk], strict=True):
-                mujoco.mj_step(model, data, frames)
-                if contact_forces:
-                    mujoco.mj_rnePostConstraint(model, data)
-
-        others = [self._pool.submit(step, chunk) for chunk in self._chunks[1:]] if self._pool else []
-        step(self._chunks[0])
-        for other in others:
-            other.result()
-        self.simulators.forget()
 
     def _own(self, i: int) -> dict[str, Any]:
         model, data, theirs = self.simulators.models[i], self.simulators.datas[i], self._env.mujoco_renderer
@@ -167,10 +150,15 @@ class MujocoVecEnv(BatchVecEnv):
             s.before = state["before"].copy()  # mj_forward has moved bodies by as much as a step leaves them behind
         return obs
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "MujocoVecEnv: a batch of simulators is not pickled or copied; make another one and take the state over by "
+            "other.set_state(env.get_state())"
+        )
+
     def close(self) -> None:
         """End the threads and close the environments."""
-        if self._pool:
-            self._pool.shutdown()
+        self._stepper.close()
         super().close()
 
 

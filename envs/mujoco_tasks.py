@@ -9,73 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
-import mujoco
 import numpy as np
 from gymnasium.envs.mujoco.humanoid_v5 import mass_center
 
-from .batch import Array
+from .simulators import Array, Field, Reader, Simulators
 
-Reader: TypeAlias = Callable[["Simulators"], Array]
 Outcome: TypeAlias = tuple[Array, Array, dict[str, Array]]
 """Reward [N] (float64), terminated [N] (bool), and the entries of info, each [N] or [N, k]."""
-
-
-class Simulators:
-    """N simulators of one model, and what the step functions read of them.
-
-    ``s["qpos"]`` is that field of every MjData in one array [N, ...], copied at the first access after a step.
-
-    Attributes:
-        env: the prototype, with the task's arguments as attributes.
-        models: of every simulator its model, one for all unless a user asked for one.
-        own_models: whether a user did.
-        actions: the actions of this step, [N, nu], in the dtype in which they came.
-        before: the tracked point before the step, [N] or [N, 2].
-        after: the tracked point after the step.
-    """
-
-    actions: Array
-    before: Array
-    after: Array
-
-    def __init__(self, env: Any, n: int) -> None:
-        self.env, self.model = env, env.model
-        self.models, self.own_models = [self.model] * n, False
-        self.datas = [mujoco.MjData(self.model) for _ in range(n)]
-        self._views: dict[str, list[Array]] = {}
-        self._arrays: dict[str, Array] = {}
-
-    def __getitem__(self, field: str) -> Array:
-        if field not in self._arrays:
-            if field not in self._views:
-                self._views[field] = [getattr(data, field) for data in self.datas]
-            views = self._views[field]
-            self._arrays[field] = np.concatenate(views).reshape(len(views), *views[0].shape)
-        return self._arrays[field]
-
-    def forget(self) -> None:
-        """Drop the copies: the simulators have moved."""
-        self._arrays.clear()
-
-    def body(self, name: str | int) -> Array:
-        """Position [N, 3] of a body."""
-        return self["xpos"][:, self.model.body(name).id]
-
-    def velocity(self) -> Array:
-        """Velocity of the tracked point, averaged over the step, [N] or [N, 2]."""
-        seconds = self.timestep * self.env.frame_skip
-        if isinstance(seconds, np.ndarray) and self.after.ndim == 2:
-            seconds = seconds[:, None]
-        return cast(Array, (self.after - self.before) / seconds)
-
-    @property
-    def timestep(self) -> float | Array:
-        """Seconds of a step of the simulators; [N] where they have models of their own."""
-        if self.own_models:
-            return np.array([model.opt.timestep for model in self.models])
-        return float(self.model.opt.timestep)
 
 
 @dataclass(frozen=True)
@@ -93,28 +35,6 @@ class Task:
     outcome: Callable[[Simulators], Outcome]
     point: Reader | None = None
     contact_forces: bool = False
-
-
-def _field(name: str, skip: int = 0, clip: float | str | None = None, when: str | None = None) -> Reader:
-    """A field of MjData without its first `skip` rows, flattened to [N, k].
-
-    Args:
-        name: field of MjData.
-        skip: entries (of the position: only if positions are excluded) or bodies to leave out.
-        clip: bound of the magnitude, or the attribute of the environment that holds (low, high).
-        when: attribute of the environment that switches it on.
-    """
-
-    def read(s: Simulators) -> Array:
-        values = s[name]
-        if when and not getattr(s.env, when):
-            return np.empty((len(values), 0))
-        if clip is not None:
-            values = np.clip(values, *(getattr(s.env, clip) if isinstance(clip, str) else (-clip, clip)))
-        start = skip if name != "qpos" or s.env._exclude_current_positions_from_observation else 0
-        return values[:, start:].reshape(len(values), -1)
-
-    return read
 
 
 def _dot(a: Array) -> Array:
@@ -267,40 +187,40 @@ def _inverted_double_pendulum(s: Simulators) -> Outcome:
 
 
 _HUMANOID_OBSERVATION = (
-    _field("qpos", skip=2),
-    _field("qvel"),
-    _field("cinert", skip=1, when="_include_cinert_in_observation"),
-    _field("cvel", skip=1, when="_include_cvel_in_observation"),
-    _field("qfrc_actuator", skip=6, when="_include_qfrc_actuator_in_observation"),
-    _field("cfrc_ext", skip=1, when="_include_cfrc_ext_in_observation"),
+    Field("qpos", skip=2),
+    Field("qvel"),
+    Field("cinert", skip=1, when="_include_cinert_in_observation"),
+    Field("cvel", skip=1, when="_include_cvel_in_observation"),
+    Field("qfrc_actuator", skip=6, when="_include_qfrc_actuator_in_observation"),
+    Field("cfrc_ext", skip=1, when="_include_cfrc_ext_in_observation"),
 )
 
 TASKS: dict[str, Task] = {
     "HalfCheetah-v5": Task(
-        observation=(_field("qpos", skip=1), _field("qvel")),
+        observation=(Field("qpos", skip=1), Field("qvel")),
         outcome=_locomotion(position=_planar_position),
         point=lambda s: s["qpos"][:, 0],
     ),
     "Hopper-v5": Task(
-        observation=(_field("qpos", skip=1), _field("qvel", clip=10)),
+        observation=(Field("qpos", skip=1), Field("qvel", clip=10)),
         outcome=_locomotion(position=_height_position, healthy=_hopper_healthy),
         point=lambda s: s["qpos"][:, 0],
     ),
     "Walker2d-v5": Task(
-        observation=(_field("qpos", skip=1), _field("qvel", clip=10)),
+        observation=(Field("qpos", skip=1), Field("qvel", clip=10)),
         outcome=_locomotion(position=_height_position, healthy=_walker_healthy),
         point=lambda s: s["qpos"][:, 0],
     ),
     "Swimmer-v5": Task(
-        observation=(_field("qpos", skip=2), _field("qvel")),
+        observation=(Field("qpos", skip=2), Field("qvel")),
         outcome=_locomotion(position=_xy_position),
         point=lambda s: s["qpos"][:, :2],
     ),
     "Ant-v5": Task(
         observation=(
-            _field("qpos", skip=2),
-            _field("qvel"),
-            _field("cfrc_ext", skip=1, clip="_contact_force_range", when="_include_cfrc_ext_in_observation"),
+            Field("qpos", skip=2),
+            Field("qvel"),
+            Field("cfrc_ext", skip=1, clip="_contact_force_range", when="_include_cfrc_ext_in_observation"),
         ),
         outcome=_locomotion(position=_xy_position, healthy=_ant_healthy, contact_cost=_ant_contact_cost),
         point=lambda s: s.body(s.env._main_body)[:, :2],
@@ -339,7 +259,7 @@ TASKS: dict[str, Task] = {
         outcome=_pusher,
     ),
     "InvertedPendulum-v5": Task(
-        observation=(lambda s: s["qpos"], lambda s: s["qvel"]),
+        observation=(Field("qpos"), Field("qvel")),
         outcome=_inverted_pendulum,
     ),
     "InvertedDoublePendulum-v5": Task(

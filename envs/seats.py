@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import gymnasium as gym
 import numpy as np
@@ -82,7 +82,13 @@ class Seat(Monitor):
         self.episode_times.append(seconds)
 
 
-class _SeatLimit(TimeLimit[Any, Any]):
+if TYPE_CHECKING:
+    _Limit = TimeLimit[Any, Any]
+else:  # rl_zoo3 puts a class that takes no parameters in its place
+    _Limit = TimeLimit
+
+
+class _SeatLimit(_Limit):
     """The time limit of one environment of a batch: its counter is the batch's."""
 
     _episodes: Episodes
@@ -126,7 +132,7 @@ def make_seats(prototype: gym.Env[Any, Any], episodes: Episodes, own: Callable[[
         mine: dict[str, Any] = {}
         for name, value in vars(env).items():
             # The first has the spaces of the batch, as in DummyVecEnv; Pusher writes into its init_qpos.
-            own_copy = isinstance(value, np.ndarray) or (i and isinstance(value, spaces.Space))
+            own_copy = isinstance(value, np.ndarray | dict | list) or (i and isinstance(value, spaces.Space))
             mine[name] = copy.deepcopy(value) if own_copy else value
         layer: Any = _filled(kind, mine | own(i))
         for wrapper in reversed(layers):

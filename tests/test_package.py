@@ -62,7 +62,8 @@ def test_wheel_holds_every_module_of_the_checkout(wheel_files: dict[str, bytes])
     }
     modules |= {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "driftrl").rglob("*.py")}  # links it skips
     expected = {name: path.read_bytes() for name, path in modules.items()}
-    assert {f"driftrl/{folder}/__init__.py" for folder in (*folders, "commands", "runs", "analysis")} <= set(expected)
+    rooms = (*folders, "commands", "runs", "analysis", "sweeps", "zoo")
+    assert {f"driftrl/{folder}/__init__.py" for folder in rooms} <= set(expected)
     assert {name: content for name, content in wheel_files.items() if name.endswith(".py")} == expected
 
 
@@ -87,6 +88,7 @@ def test_wheel_declares_the_commands(wheel_files: dict[str, bytes], dist_info: s
         "driftrl-train": "driftrl.commands.train:main",
         "driftrl-evaluate": "driftrl.commands.evaluate:main",
         "driftrl-compare": "driftrl.commands.compare:main",
+        "driftrl-sweep": "driftrl.commands.sweep:main",
     }
 
 
@@ -106,7 +108,7 @@ def plain_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir(parents=True)
     for name in ("agents", "envs", "dynamics", "driftrl"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("train.py", "evaluate.py", "compare.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("train.py", "evaluate.py", "compare.py", "sweep.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     for link in [path for path in (folder / "driftrl").iterdir() if path.is_symlink()]:
         target = os.readlink(link)

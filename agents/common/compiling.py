@@ -1,4 +1,4 @@
-"""Compiled functions: when compilation pays, and one object that calls a function as a graph."""
+"""Compiled functions: when compilation pays, and one object that calls a function as a program or a CUDA graph."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
+
+from .program import Program, tensors_in
 
 PAYS_AFTER = 25_000
 """Gradient updates after which a compiled run has caught up with an eager one (benchmarks/train_speed.py)."""
@@ -62,7 +64,7 @@ def compiles(policy: nn.Module, wanted: str, updates: int, device: torch.device)
 
 
 class Compiled:
-    """A function of tensors, or of tuples of them, as one graph for each of their shapes; on CUDA a CUDA graph.
+    """A function of tensors, or of tuples of them, as one `Program` for each of their shapes; on CUDA a CUDA graph.
 
     A replay of a CUDA graph overwrites what the one before returned: callers copy what they keep.
 
@@ -73,16 +75,27 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
         self.function = function
+        self._compiled: Program | _CudaGraph = (_CudaGraph if device.type == "cuda" else Program)(function)
 
+    def __call__(self, *arguments: Any) -> Any:
+        """Call it; compiled where the shapes are new."""
+        return self._compiled(*arguments)
+
+    def check_again(self) -> None:
+        """Look at everything once more at the next call: somebody may have changed networks or hyperparameters."""
+        self._compiled.check_again()
+
+
+class _CudaGraph:
+    """A function as a CUDA graph for each set of shapes."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
         def call(*arguments: Any) -> Any:
             return function(*arguments)
 
         # A code object of its own: PyTorch limits compilations per code object, which all agents of a process share.
         own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
-        if device.type == "cuda":
-            self._graph = torch.compile(own, fullgraph=True, dynamic=False, mode="reduce-overhead")
-        else:
-            self._graph = torch.compile(own, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+        self._graph = torch.compile(own, fullgraph=True, dynamic=False, mode="reduce-overhead")
         self._seen: set[tuple[torch.Size, ...]] = set()
 
     def __call__(self, *arguments: Any) -> Any:
@@ -95,22 +108,18 @@ class Compiled:
         return result
 
     def check_again(self) -> None:
-        """Look at everything once more at the next call: somebody may have changed networks or hyperparameters."""
+        """See `Compiled`."""
         self._seen.clear()
+
+
+def eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself, where it is compiled."""
+    return function.function if isinstance(function, Compiled) else function
 
 
 def owner(function: Callable[..., Any]) -> Any:
     """The object whose method a function is, compiled or not; None if it is no method."""
-    return getattr(function.function if isinstance(function, Compiled) else function, "__self__", None)
-
-
-def tensors_in(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
-    """The tensors of arguments and of the tuples among them, in their order."""
-    for each in arguments:
-        if isinstance(each, Tensor):
-            yield each
-        elif isinstance(each, tuple):
-            yield from tensors_in(each)
+    return getattr(eager(function), "__self__", None)
 
 
 def prepared(function: Callable[..., Any], compiled: bool, device: torch.device) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ model of LipschitzMBPO has its own error.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,17 +32,11 @@ from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from .compiling import Compiled, owner
 from .networks import check_default_dtype
-from .update import Gradient, LearningRate, Weights
 
 if TYPE_CHECKING:
     from .policy import BoxPolicy
-    from .snapshot import Snapshot
 
-_SUMS = ("train/loss", "train/grad_norm")  # not finite for what another term is to blame for
-RECOMPILATIONS = 3
-"""Compilations, some 20 s each, that assignments to hyperparameters of a compiled agent may cause."""
 LEFT_OUT = "left_out"
 """Key of the infos of transitions that are not to be learned from."""
 
@@ -160,7 +154,7 @@ class FiniteTransitions(BaseAlgorithm):
     def _check_actions(self, actions: np.ndarray) -> None:
         """Refuse actions [N, ...] that are not finite, and name the weight to blame."""
         for _, fault in _faults(actions.reshape(len(actions), -1), "action"):
-            raise ValueError(f"{fault}; {_blame(self.policy)}")
+            raise ValueError(f"{fault}; {blame(self.policy)}")
 
     def _screen(self, new_obs: Any, rewards: np.ndarray, dones: np.ndarray, infos: Any) -> tuple[Any, np.ndarray]:
         """Look at what the environments returned to the last observation.
@@ -211,101 +205,6 @@ class FiniteTransitions(BaseAlgorithm):
         for name, count in counts.items():
             if count:
                 self.logger.record(name, count)
-
-
-class FiniteUpdates(LearningRate, FiniteTransitions):
-    """The part of an agent that looks at the numbers of its updates, too."""
-
-    policy: BoxPolicy
-    _gradient: Callable[..., tuple[Tensor, dict[str, Tensor]]]  # `Gradient.clipped`, perhaps compiled
-    _config_changed: Callable[[], None]  # of `Configured`
-    _updates_left_out = _rollbacks = _recompilations = 0  # so far
-
-    def _use_gradient(self, gradient: Gradient) -> None:
-        """Update by another gradient from now on; compiled like the one before, if that happens rarely."""
-        before, self._gradient = vars(self).get("_gradient"), gradient.clipped
-        if not isinstance(before, Compiled):
-            return
-        self._recompilations += 1
-        if self._recompilations <= RECOMPILATIONS:
-            self._gradient = Compiled(gradient.clipped, torch.device(self.device))
-        else:
-            text = f"compile: hyperparameters were assigned to for the {self._recompilations}th time; updates are eager"
-            warnings.warn(
-                f"{text} from now on, which is faster than to compile each time", RuntimeWarning, stacklevel=6
-            )
-
-    def _adopt_policy(self) -> None:
-        """Let training follow the policy as it is: another one, or other weights; whenever there are."""
-        gradient = owner(self._gradient)
-        if isinstance(gradient, Gradient) and gradient.policy is not self.policy:
-            self._config_changed()
-        self.policy.adopt_weights()
-
-    def _weights(self) -> Weights:
-        """The policy's weights, ready for updates; a compiled gradient looks at them again if they are others."""
-        before = self.policy.latest_weights
-        if before is None or not before.are_current(self.policy):
-            self._adopt_policy()  # a callback changed something
-        weights = self.policy.latest_weights
-        assert weights is not None
-        if weights is not before and isinstance(self._gradient, Compiled):
-            self._gradient.check_again()
-        weights.prepare()
-        return weights
-
-    def _before_updates(self) -> Snapshot | None:
-        """What can put the weights back to what they are now; None where that is not wanted."""
-        if self.config.nonfinite != "rollback":
-            return None
-        from .snapshot import Snapshot
-
-        return Snapshot(self.policy)
-
-    def _refuses(self, scalars: Mapping[str, Tensor]) -> bool:
-        """Whether to leave an update out, because one of its scalars is not finite."""
-        if torch.stack(list(scalars.values())).isfinite().all():
-            return False
-        self._updates_left_out += 1
-        fault = _first_fault(list(scalars), torch.stack(list(scalars.values()))[None])
-        warnings.warn(f"{fault}; the update is left out", RuntimeWarning, stacklevel=2)
-        return True
-
-    def _settle(self, names: list[str], metrics: list[Tensor], before: Snapshot | None) -> dict[str, float]:
-        """Means of the scalars over the updates that were made. The one point at which the host waits for the device.
-
-        Args:
-            names: of the scalars.
-            metrics: their values in each update, [number of names]; emptied where the updates were taken back.
-            before: what `_before_updates` returned.
-
-        Returns:
-            The means; none where the updates were taken back.
-
-        Raises:
-            ValueError: if a scalar or a weight is not finite and nothing can be taken back, or every update was left
-                out.
-        """
-        if not metrics:
-            raise ValueError("non-finite losses: got no update whose terms are finite; lower learning_rate")
-        table = torch.stack(metrics)
-        *means, total = torch.cat([table.mean(0), self._weights().finish()[None]]).tolist()
-        if np.isfinite([*means, total]).all():
-            return dict(zip(names, means, strict=True))
-        fault = _first_fault(names, table) or f"non-finite weights: {_blame(self.policy)}"
-        if before is None:
-            remedy = "lower learning_rate, or set nonfinite to rollback"
-            raise ValueError(f"{fault} at step {self.num_timesteps}; {remedy}")
-        before.restore()
-        metrics.clear()
-        self._rollbacks += 1
-        warnings.warn(f"{fault}; the weights go back to those before the updates", RuntimeWarning, stacklevel=2)
-        return {}
-
-    def _record_faults(self) -> None:
-        """Log how many there were so far."""
-        super()._record_faults()
-        self._record_counts({"train/updates_left_out": self._updates_left_out, "train/rollbacks": self._rollbacks})
 
 
 class FiniteReplay(FiniteTransitions, OffPolicyAlgorithm):
@@ -373,17 +272,7 @@ def _faults(values: np.ndarray, what: str, first: int = 0) -> Iterator[tuple[int
         yield first + i, text
 
 
-def _blame(policy: nn.Module) -> str:
+def blame(policy: nn.Module) -> str:
     """The weights that are not finite, in words."""
     names = [name for name, weight in policy.named_parameters() if not weight.isfinite().all()]
     return f"got such numbers in {', '.join(names)}" if names else "all weights are finite"
-
-
-def _first_fault(names: list[str], table: Tensor) -> str:
-    """Description of the first number that is not finite in a table [updates, names]; empty if all are finite."""
-    for update, row in enumerate(table.tolist()):
-        found = {name: value for name, value in zip(names, row, strict=True) if not np.isfinite(value)}
-        for name in sorted(found, key=_SUMS.__contains__):  # terms before what they are part of
-            which = f" in update {update}" if len(table) > 1 else ""
-            return f"non-finite term of the loss: got {found[name]} for {name}{which}"
-    return ""

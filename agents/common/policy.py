@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...envs.make import check_spaces
 from .observations import RunningNorm, to_box
-from .update import Weights, held_by, in_order
+from .weights import Weights, held_by, in_order
 
 
 class BoxPolicy(BasePolicy):

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from ...dynamics.transition_base import TransitionModel
 from ..common.arguments import without_neutral
-from ..common.compiling import compiles, prepared
+from ..common.compiling import compiles, eager
 from ..common.config import Configured, resolve
+from ..common.finite_updates import FiniteUpdates
 from ..common.networks import check_default_dtype, check_weights
-from ..common.observations import FiniteReplay, FiniteUpdates
+from ..common.observations import FiniteReplay
 from ..common.update import Gradient, Loss, Losses, rate_fields
 from .config import LipschitzMBPOConfig
 from .critic_regularizers import draw_search, robust_penalty
@@ -96,7 +97,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         ("actor_hidden", "critic_hidden", "n_critics", "critic_layer_norm", "temperature", "model", "members",
          "snapshots", "model_hidden", "model_jacobian_coef", "model_layer_norm")
     )  # fmt: skip
-    _remade = ("model_buffer", "_gradient", "_terminated")
+    _remade = ("model_buffer", "_gradient", "_step", "_terminated")
     _ran_away = False  # whether critics ever did
 
     def __init__(
@@ -178,7 +179,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
                 value_gradient_losses, model=self.transition, ended=self._ended, config=self.config,
                 target_entropy=self.target_entropy,
             )  # fmt: skip
-        self._use_gradient(Gradient(self.policy, terms, None))
+        self._use_gradient(Gradient(self.policy, terms, None, self.config.nonfinite == "skip"))
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         names = ["policy", "policy.optimizer"]
@@ -202,7 +203,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
             done = 0
         updates, device = (done + total_timesteps) * abs(self.config.gradient_steps), torch.device(self.device)
         compiled = compiles(self.policy, self.config.compile, updates, device)
-        self._gradient = prepared(self._gradient, compiled, device)
+        self._compile_updates(compiled)
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
@@ -227,18 +228,18 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         weights, before, metrics = self._weights(), self._before_updates(), list[Tensor]()
         draw = self._starts if config.value_gradient else self._minibatches
         for batch in draw(updates, batch_size):
-            gradient, scalars = self._gradient(batch)  # of the sum of `losses`
-            if config.nonfinite == "skip" and self._refuses(scalars):
+            # The gradient of the sum of `losses`, the optimizer's step, then the slow critics follow.
+            scalars = self._update(weights.update, batch)
+            if scalars is None:  # it was left out
                 continue
-            weights.update(gradient)  # the optimizer's step, then the slow critics follow
-            metrics.append(torch.stack(list(scalars.values())))
+            metrics.append(scalars)
             if config.value_gradient:
-                low, high = scalars["value_gradient/lowest_value"], scalars["value_gradient/highest_value"]
+                low, high = (scalars[self._names.index(f"value_gradient/{end}_value")] for end in ("lowest", "highest"))
                 policy.move_value_range(low, high, RANGE_RATE)
             if config.regularizer == "spectral":
                 policy.power_iteration()
             policy.average_actor()
-        self._record(self._settle(list(scalars), metrics, before))
+        self._record(self._settle(metrics, before))
         self._record_faults()
         self._n_updates += len(metrics)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -383,7 +384,9 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         if self.config.value_gradient:
             generator = torch.Generator(self.device).manual_seed(0)  # its own: measuring must not change training
             starts = self._starts(GRADIENTS, self.batch_size, generator)
-            found |= gradient_diagnostics(self.policy, (self._gradient(start)[0] for start in starts), self._real)
+            found |= gradient_diagnostics(
+                self.policy, (eager(self._gradient)(start)[0] for start in starts), self._real
+            )
         runaway = runs_away(found["lipschitz/largest_value"], self._real, self.config.gamma)
         self._ran_away |= runaway
         if self._ran_away:

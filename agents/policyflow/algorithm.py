@@ -204,7 +204,7 @@ class PolicyFlow(Imitation):
         if config.spread_coef != self._first_spread_coef:
             self._spread_coef = self._first_spread_coef = config.spread_coef
         terms = partial(losses, ratio=self._ratio, config=config)
-        self._use_gradient(Gradient(self.policy, terms, config.max_grad_norm))
+        self._use_gradient(Gradient(self.policy, terms, config.max_grad_norm, config.nonfinite == "skip"))
         if "_act" not in vars(self) or owner(self._act) is not self.policy:
             self._act = self.policy.act
 
@@ -222,8 +222,8 @@ class PolicyFlow(Imitation):
         done = 0 if reset_num_timesteps else self.num_timesteps  # a run that goes on is compiled as the whole would be
         updates = (done + total_timesteps) * self.config.n_epochs // self.config.batch_size
         compiled = compiles(self.policy, self.config.compile, updates, self.device)
-        for name in ("_act", "_gradient"):
-            setattr(self, name, prepared(getattr(self, name), compiled, self.device))
+        self._act = prepared(self._act, compiled, self.device)
+        self._compile_updates(compiled)
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def train(self) -> None:
@@ -252,7 +252,7 @@ class PolicyFlow(Imitation):
             rate = spread_rate(actor, config.spread_std).expand_as(samples.z)
             references = references._replace(samples=references.samples._replace(spread_rate=rate))
 
-        passes, update = list[dict[str, float]](), self._stepping(weights)
+        passes, step = list[dict[str, float]](), self._stepping(weights)
         for _ in range(config.n_epochs):
             epoch, metrics = draw_epoch(actor, self._ratio, references, generator), list[Tensor]()
             if config.solver_error_coef > 0:
@@ -261,12 +261,11 @@ class PolicyFlow(Imitation):
             epoch = self._with_expert(epoch)
             order = torch.randperm(len(epoch.obs), generator=generator, device=self.device)
             for minibatch in epoch.minibatches(config.batch_size, order):
-                gradient, scalars = self._gradient(minibatch, spread_coef)  # of the sum of `losses`, clipped
-                if config.nonfinite == "skip" and self._refuses(scalars):
-                    continue
-                update(gradient)  # the optimizer's step, then the weight average follows
-                metrics.append(torch.stack(list(scalars.values())))
-            means = self._settle(list(scalars), metrics, before)
+                # The gradient of the sum of `losses`, its clip, the optimizer's step, then the weight average follows.
+                scalars = self._update(step, minibatch, spread_coef)
+                if scalars is not None:  # else it was left out
+                    metrics.append(scalars)
+            means = self._settle(metrics, before)
             passes = [*passes, means] if means else []
             if not means or (config.target_kl is not None and means["train/approx_kl"] > 1.5 * config.target_kl):
                 break

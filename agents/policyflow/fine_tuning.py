@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..common.update import Weights
+from ..common.weights import Weights
 from .policy import FlowActor
 from .ratios import Ratio, RatioTerms, gaussian_terms
 from .rollout import Samples

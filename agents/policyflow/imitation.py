@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
 from ..common.demonstrations import Demonstrations
-from ..common.update import Weights
+from ..common.weights import Weights
 from .fine_tuning import two_rates
 from .pretraining import Follow, Pretraining, PretrainResult, PretrainSettings, with_noise
 from .rollout import FlowRollouts, Samples

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ...dynamics.noise import StepNoise, step_noise
 from ..common.config import Configured
+from ..common.finite_updates import FiniteUpdates
 from ..common.networks import lazy_zeros
-from ..common.observations import FiniteUpdates, batch_of_one, observation_vectors, to_box
+from ..common.observations import batch_of_one, observation_vectors, to_box
 from ..storage.saving import Checkpointed
 from .policy import FlowActor, FlowNoise, FlowPolicy, FlowSample
-from .rollout_view import Collected, RolloutView
+from .rollout_view import Collected, RolloutView, weight_norms
 
 if TYPE_CHECKING:
     from .pretraining import Expert
@@ -159,7 +160,7 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
     _exploration: StepNoise | None  # action noise with memory, which lasts from rollout to rollout
     _diverged = 0  # unstable simulations so far
     _iteration: int  # so many times `train` was called
-    _remade = ("_expert_data", "samples", "_ratio", "_monitor", "_discounted_return", "_act", "_gradient",
+    _remade = ("_expert_data", "samples", "_ratio", "_monitor", "_discounted_return", "_act", "_gradient", "_step",
                "_exploration", "storage", "collected", "steps_collected")  # fmt: skip
 
     def _setup_rollout(self) -> None:
@@ -188,11 +189,6 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
         self._discounted_return = state["discounted_return"]
         for name, value in state["exploration"].items():
             setattr(self._exploration, name, value.to(self.device))
-
-    @property
-    def iteration(self) -> int:
-        """How often the agent has learned."""
-        return self._iteration
 
     def dump_logs(self, iteration: int = 0) -> None:
         """As Stable-Baselines3, but a run that goes on goes on counting its iterations."""
@@ -280,7 +276,7 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
             past=PastNoise(*(torch.cat(each) for each in zip(*moments, strict=True))) if moments else None,
             path=FlowNoise.of(noise.transpose(0, 1)).path.movedim(0, 2).flatten(0, 1) if path_length else None,
         )
-        self.collected = Collected(self.samples, scaled, starts, self._iteration)
+        self.collected = Collected(self.samples, scaled, starts, weight_norms(self.policy.actor))
         if left_out.any():
             self.samples = self.samples.rows(_replacements(to_device(left_out).flatten(), self._generator))
         callback.on_rollout_end()

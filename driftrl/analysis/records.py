@@ -16,6 +16,7 @@ from .logs import Curve, Log, read_evaluations, read_monitors, read_progress, re
 _NOT_SETTINGS = {
     "agent", "env_id", "env_kwargs", "seed", "config", "versions", "git", "resumed",
     "checkpoint_interval", "keep_checkpoints", "worker_timeout", "worker_restarts", "eval_interval", "eval_episodes",
+    "track",
 }  # fmt: skip
 """Entries of config.json that are no settings, or settings that do not change what is learned."""
 _LOGS = ("progress.csv", "evaluations.npz")

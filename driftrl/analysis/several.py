@@ -50,10 +50,11 @@ def format_runs(head: str, rows: Sequence[Row], summaries: Sequence[tuple[str, d
             steps = f"{row.report['timesteps']:>11,}"
             lines.append("  ".join([f"{row.name:{width}}", steps, *(f"{each:>26}" for each in returns), row.note]))
     for name, summary in summaries:
-        intervals = (_interval(summary[mode]) for mode in modes)
+        intervals = (format_interval(summary[mode]) for mode in modes)
         lines.append("  ".join([f"{name:{width}}", " " * 11, *(f"{each:>26}" for each in intervals)]))
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _interval(summary: dict[str, float]) -> str:
+def format_interval(summary: dict[str, float]) -> str:
+    """An IQM with its interval, of `over_runs`."""
     return f"{summary['iqm']:.1f} [{summary['iqm_low']:.1f}, {summary['iqm_high']:.1f}]"

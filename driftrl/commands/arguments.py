@@ -53,6 +53,8 @@ class Arguments:
     """Steps between evaluations of the deterministic policy while training, >= 1; best.zip is the best of them."""
     eval_episodes: int = 10
     """Episodes of each, >= 1."""
+    track: Literal["none", "wandb", "trackio", "mlflow"] = "none"
+    """Also log to a tracker, which has to be installed. wandb is offline where WANDB_MODE=offline says so."""
     env_kwargs: tuple[str, ...] = ()
     """Arguments of the environment: key=value pairs, or one JSON object."""
     backend: Backend = "auto"

@@ -69,7 +69,21 @@ def read_config_file(path: Path, agent: str | None) -> ConfigFile:
         path = path / "config.json"
     if not path.is_file():
         raise ValueError(f"config: got {path}, expected a .yaml or .json file, or a run folder; check the path")
-    data = _read(path)
+    return options_of(read_names(path), path, agent)
+
+
+def options_of(data: dict[str, Any], path: Path, agent: str | None) -> ConfigFile:
+    """The options that names and values stand for.
+
+    Args:
+        data: what a file holds, by name.
+        path: of the file, for errors.
+        agent: the agent that the command names; None: the data do.
+
+    Raises:
+        ValueError: if a key or a value is none of this agent's, in one line.
+    """
+    data = dict(data)
     named = data.pop("agent", None)
     if named is not None and named not in AGENTS:
         raise ValueError(f"{path}: agent: got {named!r}, expected {' or '.join(AGENTS)}")
@@ -108,8 +122,12 @@ def read_config_file(path: Path, agent: str | None) -> ConfigFile:
     return ConfigFile(path, agent or named, run, fields, is_of_a_run)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The names and values of a JSON or YAML file."""
+def read_names(path: Path) -> dict[str, Any]:
+    """The names and values of a JSON or YAML file.
+
+    Raises:
+        ValueError: if it is none, or a name stands there twice.
+    """
     try:
         with path.open(encoding="utf-8") as file:
             data = json.load(file, object_pairs_hook=_once) if path.suffix == ".json" else _read_yaml(file)

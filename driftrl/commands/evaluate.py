@@ -8,25 +8,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 
 from .. import __version__
 from ..agents.storage.datasets import check_target
 from ..agents.storage.files import write_json
+from ..agents.storage.saving import Checkpointed
 from ..analysis.evaluation import EVALUATION_SEED, MAX_STEPS, CheckedPolicy, evaluate_modes, format_table
 from ..analysis.export import EXPORTERS
+from ..analysis.hub import check_hub_folder, write_hub_folder
 from ..analysis.multimodality import has_several_solutions
 from ..analysis.plots import draw_pictures
 from ..analysis.video import choose_renderer, record_video
 from ..envs import check_env
 from ..envs.avoid import AVOID
 from ..envs.multigoal import GOAL_TASKS
-from ..runs.folder import load_saved, newest_run
+from ..runs.folder import RunSettings, load_saved, newest_run, run_folder_of
 from ..runs.group import is_group
 from .errors import Parser, fail, import_from_here, output_closed, until_output_closes, users_line, whole_number
 from .evaluate_several import evaluate_several
@@ -82,6 +86,9 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument(
         "--export", type=Path, metavar="FILE", help="also write the policy for other programs, .onnx or .pt2 (PyTorch)"
     )
+    parser.add_argument(
+        "--hub", type=Path, metavar="FOLDER", help="also write a folder for the Hugging Face Hub, with a model card"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
     torch.set_num_threads(1)  # batches are small: more threads wait for each other
     try:
@@ -123,6 +130,10 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"export: got {args.export}, expected a name that ends in {' or '.join(EXPORTERS)}")
     if args.record:
         check_target(args.record)
+    if args.hub:
+        check_hub_folder(args.hub)
+        if args.video and args.video.suffix != ".mp4":
+            raise ValueError(f"video: got {args.video}, expected a name that ends in .mp4: the Hub shows no other")
     if args.plot and args.plot.is_file():
         raise ValueError(f"plot: got the file {args.plot}, expected a folder")
 
@@ -131,7 +142,9 @@ def _evaluate(args: argparse.Namespace, given: Path) -> int:
     path = newest_run(given)
     if path != given:
         print(f"{given} holds runs; taking the newest, {path}", file=sys.stderr)
-    _, _, env_id, env_kwargs = target_of(path, args)
+    _, settings, env_id, env_kwargs = target_of(path, args)
+    if args.hub and settings is None:
+        raise ValueError(f"hub: got {path}, which lies in no run folder; the card tells of a run")
     if args.start is not None and env_id not in GOAL_TASKS:
         raise ValueError(f"start: {env_id} has no choice of it; only {' and '.join(GOAL_TASKS)} do")
     if args.plot and not has_several_solutions(env_id):
@@ -168,7 +181,21 @@ def _evaluate(args: argparse.Namespace, given: Path) -> int:
         print(json.dumps({"file": str(file), **report}, indent=2, allow_nan=False))
     elif args.json is not None:
         write_json(Path(args.json), {"file": str(file), **report})
+    if args.hub:
+        _write_hub(args, file, agent, settings, report, out)
     return 0
+
+
+def _write_hub(
+    args: argparse.Namespace, file: Path, agent: Checkpointed, settings: RunSettings | None, report: dict[str, Any],
+    out: TextIO,
+) -> None:  # fmt: skip
+    run = run_folder_of(file)
+    assert run is not None
+    assert settings is not None
+    paths = write_hub_folder(args.hub, agent, run, settings, report, args.video)
+    print(f"wrote {', '.join(map(str, paths))}", file=out)
+    print(f"push it:   hf upload USER/NAME {shlex.quote(str(args.hub))}", file=out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ..runs.group import is_group, is_member, members
 from .record import record
 from .target import target_of
 
-_OF_ONE = ("video", "plot", "export", "start")
+_OF_ONE = ("video", "plot", "export", "start", "hub")
 """Options that are about one policy."""
 
 

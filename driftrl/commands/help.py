@@ -142,6 +142,12 @@ def _values(hint: Any, default: Any) -> str:
     return "|".join([shown or f"[{'|'.join(kinds)}]", *fixed])
 
 
+def expected(hint: Any) -> list[str]:
+    """What a field of this type takes: values that stand for themselves, and kinds as INT."""
+    fixed, kinds = _alternatives(hint)
+    return [*kinds, *fixed]
+
+
 def _alternatives(hint: Any) -> tuple[list[str], list[str]]:
     """Values that stand for themselves, and the kinds of others, that a field of this type takes."""
     parts = get_args(hint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -11,6 +12,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import tyro
 
 from .errors import whole_number
+from .help import expected
 
 T = TypeVar("T")
 _MEANT = {
@@ -42,13 +44,30 @@ def read_options(program: str, args: Sequence[str], defaults: T) -> T:
     except SystemExit as stop:
         if not stop.code:  # tyro wrote a shell's completions
             raise
-        text = re.sub("[│╭╮╰╯]", "", box.getvalue())
-        message = re.split("[─-]{5,}", text)[1].strip().removeprefix("Error parsing config: ")  # below the title
+        text = re.sub("[│╭╮╰╯|]", "", box.getvalue())  # or its likes in ASCII
+        _, *lines = (line.strip() for line in text.strip().splitlines())
+        parts = [
+            " ".join(part) for rule, part in itertools.groupby(lines, lambda each: not set(each) - {*"─-"}) if not rule
+        ]
+        message = parts[0]  # below the title; what follows it is help
+        message = _said_plainly(message.removeprefix("Error parsing config: ").rstrip("."), defaults)
         wrong = next((flag for arg in args if (flag := arg.split("=")[0].replace("_", "-")) in _MEANT), None)
         meant = re.search(r"Perhaps you meant:\s*(--[\w-]+)", text)
         found = _MEANT[wrong] if wrong else meant[1] if meant else None
         hint = f"did you mean {found}? " if found else ""
-        raise ValueError(f"{message.rstrip('.')}; {hint}see {program} --help-all") from None
+        raise ValueError(f"{message}; {hint}see {program} --help-all") from None
+
+
+def _said_plainly(message: str, defaults: Any) -> str:
+    """The message of a value that is none as ours are: "--seed: got abc, expected INT or None"."""
+    flag = re.search(r"(?:parsing|for argument) '?(--[\w-]+)", message)
+    given = re.search(r"\[(.*)\]$|: ('.*')$|choice ('.*') for|(Missing) value", message)
+    if not flag or not given:
+        return message.replace("Unrecognized options", "unknown options")
+    name = flag[1].removeprefix("--").replace("-", "_")
+    hints = {name: hint for each in (defaults.config, defaults) for name, hint in get_type_hints(type(each)).items()}
+    quoted = " ".join(re.findall("'(.*?)'", given[0])) or "none"
+    return f"{flag[1]}: got {quoted}, expected {' or '.join(expected(hints[name]))}"
 
 
 def named_options(args: Sequence[str]) -> set[str]:

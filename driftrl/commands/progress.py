@@ -18,12 +18,12 @@ class RunState:
     """Where a run is.
 
     Args:
-        seed: of the run.
+        label: what its line begins with.
         total: steps to train for.
     """
 
-    def __init__(self, seed: int, total: int) -> None:
-        self.seed, self.total = seed, total
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total = label, total
         self.ended: str | None = None
         self._news: dict[str, Any] = {}
 
@@ -47,7 +47,7 @@ class RunState:
 
     def line(self) -> str:
         """One line about the run."""
-        head = f"seed {self.seed:<10}"
+        head = self.label
         if self.stage == "evaluates":
             return f"{head} 100%  evaluating"
         if self.stage != "trains":
@@ -66,7 +66,7 @@ class Board:
         self._runs = runs
         self._in_place = sys.stdout.isatty() and len(runs) < shutil.get_terminal_size().lines
         self._drawn = ""
-        self._shown = {run.seed: ("waits", 0.0, time.monotonic()) for run in runs}
+        self._shown: dict[RunState, tuple[str, float, float]] = {}
 
     def __enter__(self) -> Board:
         return self
@@ -86,8 +86,8 @@ class Board:
             return
         now = time.monotonic()
         for run in self._runs:
-            stage, share, at = self._shown[run.seed]
+            stage, share, at = self._shown.setdefault(run, ("waits", 0.0, now))
             late = run.stage == "trains" and (run.share - share >= 0.1 or now - at >= _EVERY)
             if run.stage != stage or late:
-                self._shown[run.seed] = (run.stage, run.share, now)
+                self._shown[run] = (run.stage, run.share, now)
                 print(run.line(), flush=True)

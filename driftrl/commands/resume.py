@@ -15,7 +15,6 @@ from ..runs.callbacks import Report
 from ..runs.fields import made_of
 from ..runs.folder import (
     RunSettings,
-    alone,
     check_device,
     find_checkpoint,
     has_saved,
@@ -26,7 +25,8 @@ from ..runs.folder import (
     write_settings,
 )
 from ..runs.group import is_group, is_member
-from ..runs.log import warn
+from ..runs.lock import alone
+from ..runs.warnings import warn
 from .describe import command, describe
 from .errors import Parser, whole_number
 from .seeds import check_jobs, train_group

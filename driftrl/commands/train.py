@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import re
-import secrets
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
@@ -16,12 +14,11 @@ from typing import Any
 from .. import __version__
 from ..agents.common.config import without_inert
 from ..agents.registry import AGENTS, AgentSpec
-from ..agents.storage.datasets import find_dataset
-from ..envs import parse_env_kwargs
 from ..envs.known import full_id
 from ..runs.callbacks import Report
-from ..runs.folder import RunSettings, alone, check_device, new_run
+from ..runs.folder import RunSettings, new_run
 from ..runs.group import incomplete_group, new_group
+from ..runs.lock import alone
 from ..runs.signals import exit_code, sigterm_as_interrupt
 from .arguments import Arguments
 from .config_file import ConfigFile, read_config_file
@@ -31,6 +28,7 @@ from .help import LEGEND, Option, format_help, grouped, options
 from .options import named_options, read_options
 from .resume import resume
 from .seeds import check_jobs, check_seeds, train_group
+from .settings import defaults_of, settings_of
 from .training import make_agent, make_env, train
 
 _HELP = {"-h", "--help", "--help-all"}
@@ -99,9 +97,9 @@ def _start(name: str | None, args: Sequence[str]) -> int:
     with file.blamed(flags):
         known.env = full_id(known.env)
         preset = entry.preset(known.env, known.preset)
-    standard = _defaults(entry, known, preset, ConfigFile())
+    standard = defaults_of(entry, known.env, known.preset, preset, ConfigFile())
     with file.blamed():
-        defaults = _defaults(entry, known, preset, file)
+        defaults = defaults_of(entry, known.env, known.preset, preset, file)
     if _HELP & set(args):
         print(_help(name, entry, defaults, in_full="--help-all" in args))
         return 0
@@ -109,7 +107,8 @@ def _start(name: str | None, args: Sequence[str]) -> int:
     with file.blamed(flags):
         arguments = _arguments(name, args, defaults, preset, chosen)
         arguments = dataclasses.replace(arguments, env=known.env, config=without_inert(arguments.config, chosen))
-        settings = _settings(name, arguments, chosen)
+        _check_group_options(arguments, chosen)
+        settings = settings_of(name, arguments, chosen)
         if "seeds" in chosen:
             return _start_group(entry, standard, arguments, settings)
         with contextlib.closing(make_env(settings, settings.seed)) as env:
@@ -134,14 +133,6 @@ def _config_file(name: str | None, args: Sequence[str], flags: Collection[str]) 
     return dataclasses.replace(file, run={key: file.run[key] for key in file.run.keys() - replaced}), rest
 
 
-def _defaults(entry: AgentSpec, known: argparse.Namespace, preset: Mapping[str, Any], file: ConfigFile) -> Arguments:
-    """The options as they are where no flag is given: the file's in place of the preset's."""
-    run = {name: preset[name] for name in ("n_envs", "total_timesteps") if name in preset}
-    fields = {name: value for name, value in preset.items() if name not in run}
-    run |= {**file.run, "env": known.env, "preset": known.preset}
-    return Arguments(config=entry.config(**fields | dict(file.fields)), **run)
-
-
 def _arguments(
     name: str, args: Sequence[str], defaults: Arguments, preset: Mapping[str, Any], chosen: Collection[str]
 ) -> Arguments:
@@ -153,52 +144,6 @@ def _arguments(
         if not sets:
             raise
         raise ValueError(f"{error}; the preset for {defaults.env} sets {', '.join(sets)}") from None  # not the user
-
-
-def _settings(name: str, arguments: Arguments, chosen: Collection[str]) -> RunSettings:
-    """What determines the run, or one of the group's runs."""
-    _check_group_options(arguments, chosen)
-    if "eval_episodes" in chosen and arguments.eval_interval is None:
-        raise ValueError(f"eval_episodes: got {arguments.eval_episodes}, which changes nothing without eval_interval")
-    check_device(arguments.device)
-    _check_pretraining(name, arguments, chosen)
-    return RunSettings(
-        agent=name,
-        env_id=arguments.env,
-        env_kwargs=parse_env_kwargs(arguments.env_kwargs),
-        n_envs=arguments.n_envs,
-        seed=secrets.randbelow(2**31) if arguments.seed is None else arguments.seed,
-        total_timesteps=arguments.total_timesteps,
-        checkpoint_interval=arguments.checkpoint_interval,
-        device=arguments.device,
-        threads=arguments.threads,
-        config=dataclasses.asdict(arguments.config),
-        keep_checkpoints=arguments.keep_checkpoints,
-        backend=arguments.backend,
-        worker_timeout=arguments.worker_timeout,
-        worker_restarts=arguments.worker_restarts,
-        eval_interval=arguments.eval_interval,
-        eval_episodes=arguments.eval_episodes,
-        demonstrations=arguments.demonstrations,
-        demonstration_keys=list(arguments.demonstration_keys),
-        pretrain_steps=arguments.pretrain_steps,
-        pretrain_batch_size=arguments.pretrain_batch_size,
-        pretrain_learning_rate=arguments.pretrain_learning_rate,
-    )
-
-
-def _check_pretraining(name: str, arguments: Arguments, chosen: Collection[str]) -> None:
-    """Refuse demonstrations that nothing learns from, and options of pretraining without it."""
-    if arguments.demonstrations is None:
-        for option in ("pretrain_steps", "demonstration_keys", "pretrain_batch_size", "pretrain_learning_rate"):
-            if option in chosen and (got := getattr(arguments, option)):
-                raise ValueError(f"{option}: got {got}, which changes nothing without demonstrations")
-        return
-    if not hasattr(AGENTS[name].agent, "pretrain"):
-        raise ValueError(f"demonstrations: got them for {name}, which cannot learn from them; use policyflow")
-    if not arguments.pretrain_steps and not arguments.config.bc_coef:
-        raise ValueError("demonstrations: got them, which change nothing without pretrain_steps or bc_coef above 0")
-    find_dataset(arguments.demonstrations)  # refused here, not in the run
 
 
 def _check_group_options(arguments: Arguments, chosen: Collection[str]) -> None:

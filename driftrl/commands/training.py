@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
@@ -21,9 +22,10 @@ from ..envs import make_vec
 from ..envs.make import has_time_limit
 from ..runs.callbacks import Checkpoints, Progress, Report, Reports, reported
 from ..runs.folder import Resumption, RunSettings, find_checkpoint, has_saved, save_agent
-from ..runs.log import open_logger, warn
+from ..runs.log import open_logger
 from ..runs.pretraining import pretrain, use_demonstrations
 from ..runs.signals import StopOnSignal, exit_code
+from ..runs.warnings import warn
 from .describe import describe_commands
 from .errors import output_closed, users_line
 
@@ -53,17 +55,19 @@ def train(
         warn(f"{settings.env_id} has no time limit: an episode that never ends has no return; evaluation cuts it off")
     print(f"run folder: {folder}", flush=True)
     start, done, total = time.monotonic(), agent.num_timesteps, settings.total_timesteps
+    logger = open_logger(folder, done, settings)
     try:
-        if settings.pretrain_steps and not getattr(agent, "is_pretrained", True):
-            pretrain(agent, folder, settings)
-        elif settings.demonstrations is not None:
-            use_demonstrations(agent, settings)
-        start = time.monotonic()
-        if settings.total_timesteps > 0:
-            _learn(agent, folder, settings, found, report_to)
-        else:
-            with reported("final.zip", 0):
-                save_agent(agent, folder / "final.zip")
+        with contextlib.closing(logger):
+            if settings.pretrain_steps and not getattr(agent, "is_pretrained", True):
+                pretrain(agent, folder, settings)
+            elif settings.demonstrations is not None:
+                use_demonstrations(agent, settings)
+            start = time.monotonic()
+            if settings.total_timesteps > 0:
+                _learn(agent, folder, settings, logger, found, report_to)
+            else:
+                with reported("final.zip", 0):
+                    save_agent(agent, folder / "final.zip")
         seconds, steps = time.monotonic() - start, agent.num_timesteps - done
         if total:
             rate = f"{steps / seconds:,.0f} steps/s"
@@ -99,18 +103,15 @@ def train(
 
 
 def _learn(
-    agent: Checkpointed, folder: Path, settings: RunSettings, found: Resumption | None, report_to: Report | None
-) -> None:
+    agent: Checkpointed, folder: Path, settings: RunSettings, logger: Logger, found: Resumption | None,
+    report_to: Report | None,
+) -> None:  # fmt: skip
     """Train and save; raises KeyboardInterrupt after that where a signal ended it early.
 
     It also saves where anything else ends it, an error in the user's environment say, unless the agent is broken.
     """
     done, total = agent.num_timesteps, settings.total_timesteps
-    with (
-        contextlib.closing(open_logger(folder, done)) as logger,
-        contextlib.closing(Progress(done, total)) as progress,
-        StopOnSignal() as stop,
-    ):
+    with contextlib.closing(Progress(done, total)) as progress, StopOnSignal() as stop:
         agent.set_logger(logger)
         best = _go_on(agent, settings, found) if found else None
         checkpoints = Checkpoints(folder, settings, stop, best)
@@ -135,4 +136,4 @@ def _go_on(agent: Checkpointed, settings: RunSettings, found: Resumption) -> dic
     agent.set_random_seed((settings.seed + agent.num_timesteps) % 2**31)  # of what cannot be put back
     missing = ["all but the agent: the file is no checkpoint"] if found.state is None else restore(agent, found.state)
     print("\n".join(f"not restored: {each}" for each in missing) or "all restored: as if it had not been interrupted")
-    return found.state["progress"] if found.state is not None and not missing else None
+    return found.state["progress"] if found.state is not None else None

@@ -18,8 +18,8 @@ from ..agents.storage.files import write_json
 from ..agents.storage.saving import Checkpointed
 from .evaluations import Evaluations
 from .folder import COMPLETE, RunSettings, save_agent, save_checkpoint
-from .log import warn
 from .signals import StopOnSignal
+from .warnings import warn
 
 
 class Checkpoints(BaseCallback):

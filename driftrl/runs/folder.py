@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -66,6 +65,7 @@ class RunSettings:
     pretrain_steps: int = 0
     pretrain_batch_size: int = 512
     pretrain_learning_rate: float = 3e-3
+    track: Literal["none", "wandb", "trackio", "mlflow"] = "none"
 
     def __post_init__(self) -> None:
         validate(
@@ -337,28 +337,6 @@ def load_newest(folder: Path, device: str, env: VecEnv) -> Resumption:
         except CheckpointError as error:
             skipped.append(str(error))
     raise ValueError(f"no checkpoint of {folder} reads: {'; '.join(skipped)}")
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Be the only process that trains in a run's folder; where the system cannot say (Windows), believe it.
-
-    Raises:
-        ValueError: if another one does.
-    """
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ValueError(f"run in use: another process trains {folder}; wait for it, or stop it") from None
-    finally:
-        os.close(descriptor)
 
 
 def check_device(device: str) -> None:

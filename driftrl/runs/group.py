@@ -15,12 +15,13 @@ from pathlib import Path
 from ..agents.storage.files import write_json
 from .folder import RunSettings, is_complete, new_folder, read_settings, write_settings
 
-_FILE = "group.json"
+GROUP_FILE = "group.json"
+"""What makes a folder that of a group."""
 
 
 def is_group(folder: Path) -> bool:
     """Whether a folder is a group's."""
-    return (folder / _FILE).is_file()
+    return (folder / GROUP_FILE).is_file()
 
 
 def is_member(folder: Path) -> bool:
@@ -35,10 +36,10 @@ def members(group: Path) -> list[Path]:
         ValueError: if group.json is damaged.
     """
     try:
-        names = json.loads((group / _FILE).read_text())["runs"]
+        names = json.loads((group / GROUP_FILE).read_text())["runs"]
         return [group / name for name in names]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"unreadable group: {group / _FILE} is damaged ({error!r}); restore it") from error
+        raise ValueError(f"unreadable group: {group / GROUP_FILE} is damaged ({error!r}); restore it") from error
 
 
 def new_group(root: Path, runs: Sequence[RunSettings]) -> Path:
@@ -47,14 +48,14 @@ def new_group(root: Path, runs: Sequence[RunSettings]) -> Path:
     for run in runs:
         (group / f"s{run.seed}").mkdir()
         write_settings(group / f"s{run.seed}", run)
-    write_json(group / _FILE, {"runs": [f"s{run.seed}" for run in runs]})  # last: what is half made is no group
+    write_json(group / GROUP_FILE, {"runs": [f"s{run.seed}" for run in runs]})  # last: what is half made is no group
     return group
 
 
 def incomplete_group(root: Path, runs: Sequence[RunSettings]) -> Path | None:
     """The newest group of just these runs that are not all complete, None if there is none."""
     wanted = [_plain(run) for run in runs]
-    for file in sorted(_parent(root, runs[0]).glob(f"*/{_FILE}"), reverse=True):
+    for file in sorted(_parent(root, runs[0]).glob(f"*/{GROUP_FILE}"), reverse=True):
         folders = members(file.parent)
         if not all(map(is_trained, folders)) and [_plain(read_settings(each)) for each in folders] == wanted:
             return file.parent

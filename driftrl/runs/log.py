@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoardOutputFormat, filter_excluded_keys
+from stable_baselines3.common.logger import (
+    CSVOutputFormat,
+    KVWriter,
+    Logger,
+    TensorBoardOutputFormat,
+    filter_excluded_keys,
+)
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from torch.utils.tensorboard.summary import hparams
 
 from ..agents.storage.files import all_or_nothing
+from .folder import RunSettings
+from .trackers import hyperparameters, open_tracker
+from .warnings import warn
 
 _STEPS = "time/total_timesteps"  # the column of progress.csv
+_MEASURES = ("rollout/ep_rew_mean", "eval/mean_return")
+"""What TensorBoard's table of hparams shows of a run."""
 
 
-def open_logger(folder: Path, done: int | None = None) -> Logger:
-    """Logger to TensorBoard's events and progress.csv, which are continued where they exist.
+def open_logger(folder: Path, done: int | None = None, settings: RunSettings | None = None) -> Logger:
+    """Logger to TensorBoard's events, progress.csv and the run's tracker, which are continued where they exist.
 
     Args:
         folder: of the run.
         done: steps after which a run goes on; what was logged later, before it broke off, is dropped.
+        settings: of the run, for TensorBoard's tables and the tracker; None: there is neither.
+
+    Raises:
+        ValueError: if the tracker does not begin.
     """
-    return _RunLogger(str(folder), [_Events(folder, done), _ProgressFile(folder / "progress.csv", done)])
+    tracker = open_tracker(folder, settings) if settings is not None and settings.track != "none" else None  # may fail
+    events = _Events(folder, done)
+    if settings is not None and not done:
+        events.describe(settings)
+    outputs: list[KVWriter] = [events, _ProgressFile(folder / "progress.csv", done)]
+    outputs += [tracker] if tracker is not None else []
+    return _RunLogger(str(folder), outputs)
 
 
 class _RunLogger(Logger):
@@ -57,6 +77,15 @@ class _Events(TensorBoardOutputFormat):
         self.writer = SummaryWriter(log_dir=str(folder), purge_step=done + 1 if done else None)
         self._is_closed = False
 
+    def describe(self, settings: RunSettings) -> None:
+        """Write the settings, as hparams and as text."""
+        names = hyperparameters(settings)
+        values = {key: each if isinstance(each, bool | int | float | str) else str(each) for key, each in names.items()}
+        for summary in hparams(values, dict.fromkeys(_MEASURES, 0.0)):
+            self.writer._get_file_writer().add_summary(summary)
+        rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
+        self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{rows}")
+
 
 class _ProgressFile(CSVOutputFormat):
     """progress.csv, continued where there is one; at no time is a row that was written before in danger."""
@@ -84,8 +113,3 @@ class _ProgressFile(CSVOutputFormat):
             partial.write_text("".join(f"{line}\n" for line in (",".join(self.keys), *rows)) if self.keys else "")
         self.file = self._path.open("r+")
         self.file.seek(0, os.SEEK_END)
-
-
-def warn(text: str) -> None:
-    """Tell the user, beside a progress bar."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)

@@ -197,7 +197,7 @@ def run(kind: type[Any], fields: dict[str, Any], name: str) -> list[Any]:
     monitor = (
         agent._monitor.drop if kind is PolicyFlow and agent._monitor else None
     )  # a fall takes hundreds of episodes
-    return [*seen, weights, repr(kept.rows), isinstance(agent._gradient, Compiled), monitor]
+    return [*seen, weights, repr(kept.rows), isinstance(agent._step, Compiled), monitor]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

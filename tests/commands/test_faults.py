@@ -17,6 +17,7 @@ from gymnasium import spaces
 from driftrl.commands import evaluate, train, training
 from driftrl.runs import folder as runs
 from driftrl.runs.folder import load_agent
+from driftrl.runs.lock import alone
 
 SMALL = [
     "--n-envs", "1", "--n-steps", "16", "--batch-size", "16", "--n-epochs", "1", "--actor-hidden", "4",
@@ -166,7 +167,7 @@ def test_ids_without_a_version_have_the_preset_of_the_newest(capsys: pytest.Capt
 def test_two_processes_do_not_train_in_one_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main([*PENDULUM, "--total-timesteps", "32"]) == 0
     run = only_run()
-    with runs.alone(run):
+    with alone(run):
         assert train.main(["--resume", str(run), "--total-timesteps", "64"]) == 2
     assert f"error: run in use: another process trains {run}" in capsys.readouterr().err
     assert train.main(["--resume", str(run), "--total-timesteps", "64"]) == 0

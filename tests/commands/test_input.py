@@ -46,6 +46,13 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (["policyflow", "--env", "Pong-v5"], "got 'Pong-v5', expected a registered Gymnasium id; gymnasium.pprint"),
         (["policyflow", "--env", "Hoper-v5"], "did you mean Hopper-v5?"),
+        (["policyflow", "--seed", "abc"], "error: --seed: got abc, expected INT or None; see "),
+        (["policyflow", "--seed=1.5"], "error: --seed: got 1.5, expected INT or None; see"),
+        (["policyflow", "--gamma", "abc"], "error: --gamma: got abc, expected FLOAT; see"),
+        (["policyflow", "--actor-hidden", "a", "b"], "error: --actor-hidden: got a b, expected INT ...; see"),
+        (["policyflow", "--lr-schedule", "foo"], "--lr-schedule: got foo, expected adaptive or linear or constant"),
+        (["policyflow", "--n-steps"], "error: --n-steps: got none, expected INT; see"),
+        (["policyflow", "--n-steps", "8", "9"], "error: unknown options: 9; see"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_at_once(

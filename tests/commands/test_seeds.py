@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from driftrl.commands import train
-from driftrl.runs.folder import alone, checkpoints, is_complete, load_agent
+from driftrl.runs.folder import checkpoints, is_complete, load_agent
 from driftrl.runs.group import members
+from driftrl.runs.lock import alone
 
 SMALL = ["--n-envs", "1", "--n-steps", "16", "--batch-size", "16", "--n-epochs", "1", "--device", "cpu"]
 SMALL += ["--actor-hidden", "8", "8", "--critic-hidden", "8", "8", "--total-timesteps", "96", "--compile", "off"]

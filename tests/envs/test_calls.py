@@ -144,6 +144,17 @@ def test_what_a_reset_draws_belongs_to_its_environment() -> None:
 
 
 @pytest.mark.parametrize("id", ["Hopper-v5", "Ant-v5", "Humanoid-v5", "HumanoidStandup-v5"])
+def test_what_is_written_into_metadata_is_written_for_one(id: str) -> None:
+    ours, theirs = both(id, terminate_when_unhealthy=False) if id != "HumanoidStandup-v5" else both(id)
+    for env in (ours, theirs):
+        env.reset()
+        env.get_attr("unwrapped")[1].metadata["mine"] = 1
+    assert [["mine" in each for each in env.get_attr("metadata")] for env in (ours, theirs)] == 2 * [
+        [False, True, False]
+    ]
+
+
+@pytest.mark.parametrize("id", ["Hopper-v5", "Ant-v5", "Humanoid-v5", "HumanoidStandup-v5"])
 def test_simulators_and_models_that_are_handed_out_are_those_of_one_environment(id: str) -> None:
     ours, theirs = both(id, terminate_when_unhealthy=False) if id != "HumanoidStandup-v5" else both(id)
 

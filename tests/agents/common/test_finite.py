@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor, nn
 
 from driftrl import LipschitzMBPO, PolicyFlow
-from driftrl.agents.common.compiling import tensors_in
+from driftrl.agents.common.program import tensors_in
 
 ON_POLICY: dict[str, Any] = {"n_steps": 8, "batch_size": 8, "n_epochs": 2, "actor_hidden": (8,), "critic_hidden": (8,)}
 OFF_POLICY: dict[str, Any] = {

@@ -65,7 +65,7 @@ def test_compiled_training_equals_eager_training_up_to_rounding(ratio: str, nois
     start = copy.deepcopy(eager.policy.state_dict())
     for each in (quick, eager):
         each.learn(48 * 2)
-    assert isinstance(quick._gradient, Compiled) and not isinstance(eager._gradient, Compiled)
+    assert quick._step is not None and eager._step is None
     for name, weights in eager.policy.state_dict().items():
         torch.testing.assert_close(quick.policy.state_dict()[name], weights, rtol=1e-3, atol=1e-5, msg=name)
     assert not torch.equal(eager.policy.actor.field.output.weight, start["actor.field.output.weight"])
@@ -144,11 +144,11 @@ def test_short_runs_and_machines_without_a_compiler_stay_eager(monkeypatch: pyte
 
 def test_learning_decides_by_the_length_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "PAYS_AFTER", 12)  # 96 steps in minibatches of 16, twice
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(compiling, "Program", lambda function: function)
     for total_timesteps, expected in ((95, False), (96, True)):
         learner = agent()
         learner.learn(total_timesteps)
-        assert isinstance(learner._act, Compiled) == isinstance(learner._gradient, Compiled) == expected
+        assert isinstance(learner._act, Compiled) == isinstance(learner._step, Compiled) == expected
 
 
 def parameters_follow_the_vector(policy: Any) -> bool:

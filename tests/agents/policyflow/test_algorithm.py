@@ -20,8 +20,8 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from driftrl import PolicyFlow, PolicyFlowConfig
-from driftrl.agents.common.compiling import tensors_in
-from driftrl.agents.common.update import Weights
+from driftrl.agents.common.program import tensors_in
+from driftrl.agents.common.weights import Weights
 from driftrl.agents.policyflow.diagnostics import flow_diagnostics
 from driftrl.agents.policyflow.other_ratios import EndpointRatio
 from driftrl.agents.policyflow.ratios import draw_epoch, record_references

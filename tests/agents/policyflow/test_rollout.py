@@ -13,7 +13,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import Tensor, nn
 
-from driftrl.agents.common.compiling import tensors_in
+from driftrl.agents.common.program import tensors_in
 from driftrl.agents.policyflow.algorithm import PolicyFlow
 from driftrl.agents.policyflow.rollout import generalized_advantage
 from driftrl.envs.mujoco_batch import MujocoVecEnv

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -117,9 +117,32 @@ def test_what_is_not_there_is_said() -> None:
     with pytest.raises(RuntimeError, match=r"rollout_buffer: the rollout is not complete yet; .*on_rollout_end"):
         _ = agent.rollout_buffer.returns
     agent.learn(8)
-    with pytest.raises(RuntimeError, match="log_probs: the policy that acted has learned since"):
+    with torch.no_grad():
+        agent.policy.actor.base_log_std.add_(0.1)
+    with pytest.raises(RuntimeError, match="log_probs: the policy that acted has changed since"):
         _ = agent.rollout_buffer.log_probs
     assert agent.rollout_buffer.returns.shape == (8, 1)
+
+
+def test_log_probs_are_those_of_the_weights_that_acted() -> None:
+    seen = list[str]()
+
+    class Writes(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            agent = cast(PolicyFlow, self.model)
+            before = agent.rollout_buffer.full
+            with torch.no_grad():
+                next(agent.policy.actor.parameters()).add_(0.1)
+            try:
+                _ = agent.rollout_buffer.log_probs
+            except RuntimeError as error:
+                seen.append(f"{before} {error}")
+
+    make().learn(8, Writes())
+    assert seen == ["True log_probs: the policy that acted has changed since; read them in on_rollout_end"]
 
 
 def test_a_saved_agent_lacks_the_rollout_and_a_loaded_one_has_a_new_one(tmp_path: Any) -> None:

@@ -1,0 +1,234 @@
+"""Programs: functions of tensors, compiled ahead of time for the CPU and kept on disk, so that the next run has them.
+
+A function is traced once for each set of shapes: what it does with tensors becomes a graph, in which Python's numbers
+are constants. All tensors that it reads beside its arguments, weights above all, become inputs: their present values
+count at each call. The graph's text and the versions name the program on disk, so a program that is found is right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+KEPT = 100
+"""Programs that the folder keeps, the latest used; one takes about a megabyte."""
+
+_loaded: dict[str, Any] = {}
+"""The programs of this process by their keys."""
+
+
+class Program:
+    """A function of tensors, or of tuples of them, as a program for each of their shapes.
+
+    The function may write to its arguments. It must not write to other tensors, nor draw random numbers.
+
+    Args:
+        function: returns a tensor, or a tuple of tensors and dictionaries of tensors.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._traced: dict[Any, tuple[Any, list[Tensor], Callable[[list[Tensor]], Any]]] = {}
+        self._seen: Any = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call it; traced, and compiled if need be, where the shapes are new."""
+        given = list(tensors_in(arguments))
+        shapes = tuple([each.shape for each in given])
+        traced = self._traced.get(shapes)
+        if traced is None:
+            traced = self._traced[shapes] = self._trace(arguments, given)
+        program, captured, rebuild = traced
+        return rebuild(program.run(given + captured))
+
+    def check_again(self) -> None:
+        """Trace anew at the next call if networks that the function uses have been changed, other than their values."""
+        if self._seen != (seen := _fingerprint(self.function)):
+            self._traced.clear()
+            self._seen = seen
+
+    def _trace(self, arguments: tuple[Any, ...], given: list[Tensor]) -> Any:
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        self._seen = _fingerprint(self.function)
+        structure: list[Any] = []
+
+        def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+            parts, structure[:] = _flattened(self.function(*_refilled(arguments, iter(tensors))))
+            return tuple(parts)
+
+        # Real values, for a function may look at those of its other tensors; copies, for it may write to its arguments.
+        graph: fx.GraphModule = make_fx(flat, tracing_mode="real")(*[each.detach().clone() for each in given])
+        captured = _lift(graph)
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        return _program(graph, given + captured), captured, partial(_unflattened, tuple(structure))
+
+
+def tensors_in(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
+    """The tensors of arguments and of the tuples among them, in their order."""
+    for each in arguments:
+        if isinstance(each, Tensor):
+            yield each
+        elif isinstance(each, tuple):
+            yield from tensors_in(each)
+
+
+def _refilled(arguments: Any, tensors: Iterator[Tensor]) -> Any:
+    """The arguments with other tensors, in the order of `tensors_in`."""
+    if isinstance(arguments, Tensor):
+        return next(tensors)
+    if not isinstance(arguments, tuple):
+        return arguments
+    parts = [_refilled(each, tensors) for each in arguments]
+    return type(arguments)(*parts) if hasattr(arguments, "_fields") else tuple(parts)
+
+
+def _flattened(result: Any) -> tuple[list[Tensor], list[Any]]:
+    """The tensors of a result, and for each of its parts the names of a dictionary, or None for a tensor."""
+    parts = result if isinstance(result, tuple) else (result,)
+    tensors, structure = list[Tensor](), list[Any]()
+    for part in parts:
+        structure.append(list(part) if isinstance(part, dict) else None)
+        tensors += part.values() if isinstance(part, dict) else [part]
+    return tensors, [isinstance(result, tuple), *structure]
+
+
+def _unflattened(structure: tuple[Any, ...], tensors: list[Tensor]) -> Any:
+    several, *parts = structure
+    rest = iter(tensors)
+    found = tuple([next(rest) if names is None else {name: next(rest) for name in names} for names in parts])
+    return found if several else found[0]
+
+
+def _lift(graph: fx.GraphModule) -> list[Tensor]:
+    """Make inputs of the tensors that a graph has captured; they are returned."""
+    captured: dict[int, tuple[Tensor, fx.Node]] = {}
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
+        tensor = getattr(graph, node.target)
+        if id(tensor) not in captured:
+            with graph.graph.inserting_after(last):
+                last = graph.graph.placeholder(f"captured_{len(captured)}")
+            captured[id(tensor)] = tensor, last
+        node.replace_all_uses_with(captured[id(tensor)][1])
+        graph.graph.erase_node(node)
+    graph.recompile()
+    for name in [*vars(graph)["_parameters"], *vars(graph)["_buffers"], *vars(graph)]:
+        if isinstance(getattr(graph, name, None), Tensor):
+            delattr(graph, name)
+    return [tensor for tensor, _ in captured.values()]
+
+
+def _program(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
+    """The loaded program of a graph: from this process, from disk, or compiled now."""
+    described = [(tuple(each.shape), each.stride(), each.dtype) for each in inputs]
+    key = _key(graph, described)
+    if key not in _loaded:
+        package = folder() / f"{key}.pt2"
+        if package.is_file():
+            try:
+                _loaded[key] = _load(package)
+            except RuntimeError:  # a damaged file
+                package.unlink(missing_ok=True)
+        if key not in _loaded:
+            _compile(graph, described, package)
+            _loaded[key] = _load(package)
+        os.utime(package)
+    return _loaded[key]
+
+
+def _load(package: Path) -> Any:
+    """The program of a file, for one thread at a time, on the CPU."""
+    return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", True, 1, -1)
+
+
+def _key(graph: fx.GraphModule, described: list[Any]) -> str:
+    about = (
+        graph.code, described, torch.__version__, torch.__config__.show(), torch.get_num_threads(),
+        torch.backends.cpu.get_cpu_capability(), platform.processor(), os.environ.get("CXX"), sys.version_info[:2],
+        Path(torch.__file__).parent,
+    )  # fmt: skip
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:40]
+
+
+def folder() -> Path:
+    """Where programs are kept: driftrl/programs in XDG_CACHE_HOME or ~/.cache; a temporary one if that is not ours."""
+    global _temporary
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "driftrl" / "programs"
+    try:
+        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mine = not hasattr(os, "getuid") or (base.stat().st_uid == os.getuid() and not base.stat().st_mode & 0o022)
+        if mine and os.access(base, os.W_OK):
+            return base
+    except (OSError, RuntimeError):  # no home
+        pass
+    if _temporary is None:
+        _temporary = tempfile.TemporaryDirectory(prefix="driftrl-programs-")
+    return Path(_temporary.name)
+
+
+_temporary: tempfile.TemporaryDirectory[str] | None = None
+
+
+def _compile(graph: fx.GraphModule, described: list[Any], package: Path) -> None:
+    """Compile a graph in a process of its own; the package appears as a whole or not at all."""
+    with tempfile.TemporaryDirectory(prefix="driftrl-compile-") as place:
+        source, made = Path(place) / "graph.pt", Path(place) / "program.pt2"
+        torch.save((graph, described, torch.get_num_threads()), source)
+        command = [sys.executable, str(Path(__file__).with_name("aot.py")), str(source), str(made)]
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(place) / "inductor")}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode:
+            raise RuntimeError(
+                f"compile: PyTorch's compiler failed; use compile='off'. It says:\n{done.stderr[-3000:]}"
+            )
+        part = package.with_suffix(f".{os.getpid()}.part")
+        shutil.copyfile(made, part)
+        os.replace(part, package)
+    for old in sorted(package.parent.glob("*.pt2"), key=lambda each: each.stat().st_mtime)[:-KEPT]:
+        old.unlink(missing_ok=True)
+
+
+def _fingerprint(function: Any) -> Any:
+    """What a trace of a function depends on beside the values of tensors: the make of the networks that it uses."""
+    found = list[Any]()
+    for module in _modules(function):
+        for each in module.modules():
+            own = {name: value for name, value in vars(each).items() if isinstance(value, _PLAIN)}
+            tensors = [*each._parameters.values(), *each._buffers.values()]
+            held = [(id(one), one is not None and one.requires_grad) for one in tensors]
+            found.append((id(each), type(each), own, held))
+    return found
+
+
+_PLAIN = (bool, int, float, str, tuple, type(None))
+
+
+def _modules(function: Any) -> Iterator[nn.Module]:
+    """The networks that a function, a method or a partial function holds."""
+    if isinstance(function, partial):
+        for each in (function.func, *function.args, *function.keywords.values()):
+            yield from _modules(each)
+    elif isinstance(function, nn.Module):
+        yield function
+        yield from _modules(vars(function).get("losses"))
+    elif isinstance(function, FunctionType):
+        for cell in function.__closure__ or ():
+            if cell.cell_contents is not function:
+                yield from _modules(cell.cell_contents)
+    elif (owner := getattr(function, "__self__", None)) is not None:
+        yield from _modules(owner)

@@ -1,0 +1,150 @@
+"""A folder for the Hugging Face Hub: the agent, its settings, its results and a model card. Nothing is pickled."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..agents.registry import AGENTS
+from ..agents.storage.files import all_or_nothing, write_json
+from ..agents.storage.saving import Checkpointed
+from ..runs.folder import RunSettings, save_agent
+from ..runs.trackers import hyperparameters
+
+AGENT = "agent.zip"
+_FILES = (AGENT, "config.json", "results.json", "README.md", "replay.mp4")
+_CARD = """---
+{head}---
+
+# {agent} on {env}
+
+{summary}. Trained with DriftRL {version} for {steps:,} steps, seed {seed}.
+
+## Results
+
+{episodes} episodes each, from starts of their own, seed {evaluation_seed}. The interval is a percentile bootstrap over
+episodes: it does not cover other seeds of training.
+
+| policy | mean return | standard deviation | IQM | 95 % interval of the IQM | episode length |
+|---|---|---|---|---|---|
+{rows}
+## Use
+
+```python
+import gymnasium as gym
+from driftrl import {kind}
+
+agent = {kind}.load("{file}")  # data only: loading executes nothing that is in the file
+env = gym.make("{env}"{kwargs})
+obs, _ = env.reset(seed=0)
+action, _ = agent.predict(obs, deterministic=True)
+```
+
+`{file}` holds JSON and safetensors. `huggingface_hub.hf_hub_download("USER/NAME", "{file}")` downloads it and gives its
+path.
+
+## Versions
+
+{versions}
+## Settings
+
+| setting | value |
+|---|---|
+{settings}
+"""
+
+
+def check_hub_folder(folder: Path) -> None:
+    """Refuse a place where files of somebody else would be pushed.
+
+    Raises:
+        ValueError: if it is a file, or a folder that is not empty and was not written by `write_hub_folder`.
+    """
+    if folder.is_file() or (
+        folder.is_dir() and any(path.name not in (*_FILES, "replay.mp4") for path in folder.iterdir())
+    ):
+        raise ValueError(f"hub: got {folder}, expected a new folder: all that lies in it will be pushed")
+
+
+def write_hub_folder(
+    folder: Path, agent: Checkpointed, run: Path, settings: RunSettings, report: dict[str, Any],
+    video: Path | None = None,
+) -> list[Path]:  # fmt: skip
+    """Write the folder; returns its files.
+
+    Args:
+        folder: to write, with its parents.
+        agent: what is shared; nothing of its training goes along.
+        run: folder of the run.
+        settings: of the run.
+        report: of `evaluate_modes`.
+        video: an episode, .mp4, which the Hub shows beside the card.
+
+    Raises:
+        ValueError: as `check_hub_folder`.
+    """
+    check_hub_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_agent(agent, folder / AGENT)
+    shutil.copyfile(run / "config.json", folder / "config.json")
+    write_json(folder / "results.json", report)
+    if video is not None:
+        shutil.copyfile(video, folder / "replay.mp4")
+    versions = json.loads((run / "config.json").read_text()).get("versions", {})
+    with all_or_nothing(folder / "README.md") as partial:
+        partial.write_text(model_card(settings, report, versions), encoding="utf-8")
+    return sorted(folder.iterdir())
+
+
+def model_card(settings: RunSettings, report: dict[str, Any], versions: dict[str, str]) -> str:
+    """The model card of a run, with the Hub's metadata at its head.
+
+    Args:
+        settings: of the run.
+        report: of `evaluate_modes`.
+        versions: of what results depend on, by package.
+    """
+    entry = AGENTS[settings.agent]
+    modes = {mode: report[mode] for mode in ("deterministic", "sampled") if mode in report}
+    rows = "".join(
+        f"| {mode} | {each['mean']:.1f} | {each['std']:.1f} | {each['iqm']:.1f} "
+        f"| [{each['iqm_low']:.1f}, {each['iqm_high']:.1f}] | {sum(each['lengths']) / len(each['lengths']):.0f} |\n"
+        for mode, each in modes.items()
+    )
+    kwargs = "".join(f", {name}={value!r}" for name, value in report["env_kwargs"].items())
+    return _CARD.format(
+        head=_head(settings, report, next(iter(modes.values()))), agent=_kind(settings), kind=_kind(settings),
+        env=report["env_id"], summary=entry.summary.capitalize(), version=versions.get("driftrl", "?"),
+        steps=report["timesteps"], seed=settings.seed, episodes=report["episodes"], evaluation_seed=report["seed"],
+        rows=rows, file=AGENT, kwargs=kwargs,
+        versions="".join(f"- {name} {version}\n" for name, version in versions.items()),
+        settings="".join(f"| {name} | {value} |\n" for name, value in hyperparameters(settings).items()),
+    )  # fmt: skip
+
+
+def _kind(settings: RunSettings) -> str:
+    """The name of the agent's class, as `driftrl` has it."""
+    agent: Any = AGENTS[settings.agent].agent
+    return str(agent.__name__)
+
+
+def _head(settings: RunSettings, report: dict[str, Any], best: dict[str, Any]) -> str:
+    """The metadata that the Hub reads."""
+    import yaml
+
+    env = report["env_id"]
+    metric = {"type": "mean_reward", "name": "mean_reward", "value": f"{best['mean']:.2f} +/- {best['std']:.2f}"}
+    result = {
+        "task": {"type": "reinforcement-learning", "name": "reinforcement-learning"},
+        "dataset": {"name": env, "type": env},
+        "metrics": [{**metric, "verified": False}],
+    }
+    data = {
+        "library_name": "driftrl",
+        "pipeline_tag": "reinforcement-learning",
+        "tags": [env, "reinforcement-learning", "deep-reinforcement-learning", "driftrl", settings.agent],
+        "model-index": [{"name": _kind(settings), "results": [result]}],
+    }
+    return str(yaml.safe_dump(data, sort_keys=False))

@@ -1,0 +1,1 @@
+"""Sweeps: many runs of one specification, here or on a Ray cluster, as a grid or as an Optuna search."""

@@ -1,0 +1,70 @@
+"""`python -m driftrl.zoo train|enjoy|optimize|record_video ...`: rl_zoo3's commands, which know our agents, too."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+_OURS = Path(__file__).resolve().parents[1]
+_USAGE = "usage: python -m driftrl.zoo train|enjoy|optimize|record_video [OPTIONS OF RL_ZOO3]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one of rl_zoo3's commands with our agents registered; returns its exit code, 2 for bad input."""
+    from ..commands.errors import fail
+
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        from .registration import register
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("driftrl"):
+            raise
+        return fail(ValueError(f"zoo: {error.name} is not installed; run pip install 'driftrl[zoo]'"))
+    register()
+    commands: dict[str, Callable[[], None]] = {
+        "train": _train, "optimize": _train, "enjoy": _enjoy, "record_video": _record_video
+    }  # fmt: skip
+    if not args or args[0] not in commands:
+        if args and args[0] in ("-h", "--help"):
+            print(f"{_USAGE}\nThe options of a command: python -m driftrl.zoo train --help")
+            return 0
+        return fail(ValueError(f"got {args[0] if args else 'no command'}; {_USAGE}"))
+    name, *rest = args
+    sys.argv = [f"python -m driftrl.zoo {name}", *(["-optimize"] if name == "optimize" else []), *rest]
+    try:
+        commands[name]()
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        return fail(error)
+    return 0
+
+
+def _train() -> None:
+    from rl_zoo3.train import train
+
+    train()
+
+
+def _enjoy() -> None:
+    from rl_zoo3.enjoy import enjoy
+
+    enjoy()
+
+
+def _record_video() -> None:
+    runpy.run_module("rl_zoo3.record_video", run_name="__main__")  # rl_zoo3 has no function for it
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Whether we refused something: then one line says all."""
+    last = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    roots = [_OURS, *(_OURS.parent / name for name in ("agents", "envs", "dynamics"))]
+    return any(last.is_relative_to(root) for root in roots)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""PolicyFlow's tuned hyperparameters as rl_zoo3 reads them: `-conf driftrl.zoo.policyflow`, the default."""
+
+from .presets import zoo_hyperparameters
+
+hyperparams = zoo_hyperparameters("policyflow")

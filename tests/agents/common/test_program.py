@@ -1,0 +1,126 @@
+"""An update as one function is that of PyTorch's optimizers; programs are kept on disk and found again."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from driftrl.agents.common import program
+from driftrl.agents.common.program import Program
+from driftrl.agents.common.update import Gradient, Loss, Losses
+from driftrl.agents.common.weights import Weights
+
+
+class Policy(nn.Module):
+    """A layer that learns, with its average, as `Weights` expects them."""
+
+    followed, follower = "actor", "average"
+
+    def __init__(self, kind: Any, **options: Any) -> None:
+        super().__init__()
+        self.actor = nn.Linear(3, 2)
+        self.average = copy.deepcopy(self.actor).requires_grad_(False)
+        self.averaging, self.latest_weights = 0.1, None
+        self.optimizer = kind(self.actor.parameters(), **options)
+
+
+def loss(policy: Policy, x: Tensor) -> Losses:
+    return Losses({"loss": Loss(policy.actor(x).square().mean())}, {})
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_steps_are_those_of_pytorch(kind: Any, decay: float) -> None:
+    torch.manual_seed(0)
+    policy: Any = Policy(kind, lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=decay, fused=True)
+    oracle = copy.deepcopy(policy.actor)
+    peer = kind(oracle.parameters(), lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=decay, foreach=False)
+    mean = [each.detach().clone() for each in oracle.parameters()]
+    gradient = Gradient(policy, loss, 0.5)
+    for i in range(8):
+        x = torch.randn(5, 3)
+        weights = Weights.of(policy)
+        joined = weights.joined()
+        assert joined is not None
+        table = gradient.step(joined, x)
+        weights.finish()
+        peer.zero_grad()
+        oracle(x).square().mean().backward()
+        norm = nn.utils.clip_grad_norm_(oracle.parameters(), 0.5)
+        peer.step()
+        assert gradient.names == ("loss", "train/loss", "train/grad_norm")
+        torch.testing.assert_close(table[2], norm)
+        for average, own, theirs in zip(mean, policy.actor.parameters(), oracle.parameters(), strict=True):
+            average.lerp_(theirs.detach(), 0.1)
+            torch.testing.assert_close(own, theirs, rtol=2e-6, atol=1e-7)
+        for average, own in zip(mean, policy.average.parameters(), strict=True):
+            torch.testing.assert_close(own, average, rtol=2e-6, atol=1e-7)
+        if i == 3:  # as an annealed rate
+            policy.optimizer.param_groups[0]["lr"] = peer.param_groups[0]["lr"] = 0.003
+    state, theirs = policy.optimizer.state_dict()["state"], peer.state_dict()["state"]
+    for index, moments in state.items():
+        for name, value in moments.items():
+            torch.testing.assert_close(value, theirs[index][name], rtol=2e-6, atol=1e-8)
+
+
+def test_a_step_with_a_scalar_that_is_not_finite_changes_nothing_where_it_is_to_be_skipped() -> None:
+    policy: Any = Policy(torch.optim.AdamW, lr=0.01, fused=True)
+    gradient, weights = Gradient(policy, loss, None, skips=True), Weights.of(policy)
+    joined = weights.joined()
+    assert joined is not None
+    gradient.step(joined, torch.ones(5, 3))
+    before = [each.clone() for each in joined]
+    assert not gradient.step(joined, torch.full((5, 3), torch.inf)).isfinite().all()
+    assert all(torch.equal(one, other) for one, other in zip(before, joined, strict=True))
+
+
+def test_a_program_is_found_on_disk_and_a_damaged_one_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a folder"))
+    captured, compiled = torch.tensor([1.0, 2.0]), list[str]()
+    compile_now = program._compile
+
+    def counted(*arguments: Any) -> None:
+        compiled.append("once")
+        compile_now(*arguments)
+
+    def function(x: Tensor, parts: tuple[Tensor, None]) -> tuple[Tensor, dict[str, Tensor]]:
+        x.add_(1)
+        return x * captured, {"sum": parts[0].sum()}
+
+    monkeypatch.setattr(program, "_compile", counted)
+    for damage in (False, False, True):
+        program._loaded.clear()
+        files = list((tmp_path / "a folder" / "driftrl" / "programs").glob("*"))
+        if damage:
+            files[0].write_bytes(files[0].read_bytes()[:1000])
+        run = Program(function)
+        for start in (0.0, 5.0):
+            x = torch.full((2,), start)
+            captured.copy_(torch.tensor([1.0, start]))  # its present value counts
+            product, named = run(x, (torch.tensor([2.0, 3.0]), None))
+            assert x.tolist() == [start + 1, start + 1]
+            assert product.tolist() == [start + 1, start * (start + 1)]
+            assert named["sum"] == 5
+    assert len(compiled) == 2
+    assert [each.suffix for each in (tmp_path / "a folder" / "driftrl" / "programs").iterdir()] == [".pt2"]
+
+
+def test_a_network_that_was_changed_is_traced_anew_when_asked() -> None:
+    layer = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5).eval())
+    function = Program(layer.forward)
+    function._traced = {"shape": ("traced", [], None)}  # type: ignore[dict-item]
+    function._seen = program._fingerprint(layer.forward)
+    with torch.no_grad():
+        next(layer.parameters()).add_(1)
+    function.check_again()
+    assert function._traced
+    layer[1].train()
+    function.check_again()
+    assert not function._traced

@@ -1,0 +1,117 @@
+"""Sweeps on a Ray cluster that the test starts: drivers and workers are killed, the results are those of a whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "oracles"))
+from killing import EXACT, EXACT_SETTINGS, begin, finish, kill, processes_of, run_folders, until, write_spec
+from run_differences import differences
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("ray")
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """A cluster of this machine, as `ray start --head` makes it, with room for three runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short: sockets
+        log = (tmp_path / "ray.log").open("wb")
+        call = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", "--num-cpus=3"]
+        call += ["--include-dashboard=false", "--disable-usage-stats", "--block", "--temp-dir", folder]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}  # as if it were installed
+        head = subprocess.Popen(call, stdout=log, stderr=log, start_new_session=True, env=environment)
+        try:
+            until(lambda: b"Ray runtime started" in (tmp_path / "ray.log").read_bytes(), 120)
+            yield f"127.0.0.1:{port}"
+        finally:
+            head.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                head.wait(15)
+            for number in processes_of(folder):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+            head.wait()
+            log.close()
+
+
+def worker_of(run: int) -> int:
+    """The process of Ray that started a run."""
+    return int(re.findall(r"\d+", Path(f"/proc/{run}/stat").read_text().rpartition(")")[2])[0])
+
+
+def test_twelve_runs_survive_the_death_of_drivers_and_workers(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("whole", "killed"):
+        write_spec(
+            Path(f"{name}.yaml"), EXACT, seeds=[0, 1, 2], grid={"gamma": [0.9, 0.99], "clip_range": [0.1, 0.2]},
+            settings=EXACT_SETTINGS, executor="ray", ray={"address": address},
+        )  # fmt: skip
+    assert "3 at a time" in finish(begin(Path("whole.yaml").resolve()), Path("whole.yaml"))
+    spec, folder = Path("killed.yaml").resolve(), Path("killed").resolve()
+    complete = partial(lambda count: len(list(folder.glob("*/*/*/*/eval.json"))) >= count)
+    for done in (1, 4, 7):  # the driver is killed three times
+        process = begin(spec)
+        until(partial(complete, done), 200)
+        kill(process)
+    process = begin(spec)
+    killed = []
+    for what in ("the worker", "the run"):
+        done = len(list(folder.glob("*/*/*/*/eval.json")))
+        until(partial(complete, done + 1), 200)
+        until(lambda: any(worker_of(each) != 1 for each in processes_of(f"--resume\0{folder}")))
+        run = next(each for each in processes_of(f"--resume\0{folder}") if worker_of(each) != 1)
+        number = worker_of(run) if what == "the worker" else run
+        os.kill(number, signal.SIGKILL)
+        killed.append(number)
+    assert len(set(killed)) == 2
+    finish(process, spec)
+    pairs = list(zip(run_folders(Path("whole")), run_folders(folder), strict=True))
+    assert len(pairs) == 12
+    assert all(one.relative_to("whole") == other.relative_to(folder) for one, other in pairs)
+    assert [differences(one, other) for one, other in pairs] == [[]] * 12
+    resumed = sum("resumed from" in (run / "output.log").read_text() for run in run_folders(folder))
+    assert resumed >= 5
+
+
+def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_spec(Path("some.yaml"), EXACT, seeds=[0], executor="ray", ray={"address": "auto"})
+    process = begin(Path("some.yaml").resolve(), {"RAY_ADDRESS": "", "RAY_TMPDIR": str(tmp_path)})
+    assert process.wait(120) == 2
+    lines = Path("some.log").read_text().splitlines()
+    assert lines[-1].startswith("error: ray.address: found no cluster at auto")
+
+
+def test_a_signal_stops_the_tasks_with_checkpoints(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slow").touch()
+    options = {"address": address, "cpus": 0.5}
+    write_spec(Path("some.yaml"), seeds=[0, 1], executor="ray", ray=options, jobs=1)
+    process = begin(Path("some.yaml").resolve())
+    until(lambda: list(Path("some").rglob("step_*.zip")))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert Path("some.log").read_text().count("stopped  (") == 2
+    assert not processes_of(f"--resume\0{Path('some').resolve()}")
+    (tmp_path / "slow").unlink()
+    finish(begin(Path("some.yaml").resolve()), Path("some.yaml"))
