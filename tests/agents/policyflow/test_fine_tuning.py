@@ -77,7 +77,7 @@ def test_the_steering_ratio_is_the_general_one_where_the_flow_is_frozen(general:
 
 
 def test_steering_moves_base_and_noise_alone() -> None:
-    trained = bent(agent(freeze_flow=True))
+    trained = bent(agent(freeze_flow=True, weight_decay=0.1))  # which would move what has no gradient
     assert isinstance(trained._ratio, SteeringRatio)
     before = weights(trained)
     trained.learn(64)
@@ -185,15 +185,18 @@ def test_the_noise_has_a_floor() -> None:
 
 
 def test_imitation_beside_rewards_holds_the_policy_to_the_demonstrations() -> None:
-    losses = {}
-    for coef in (0.0, 10.0):
-        trained, data = agent(bc_coef=coef, learning_rate=3e-3, lr_schedule="constant", n_epochs=10), demonstrations()
+    # Demonstrated is +-2 of +-3 by the sign of the first observation, and noise.
+    errors = {}
+    for coef in (1e-6, 10.0):
+        fields = {"learning_rate": 3e-3, "lr_schedule": "constant", "n_epochs": 20, "max_grad_norm": 100.0}
+        trained, data = agent(bc_coef=coef, actor_hidden=(32,), **fields), demonstrations()
         trained.use_demonstrations(data)
         trained.learn(640)
-        obs = trained.policy.obs_norm(torch.as_tensor(data.observations))
-        target = trained.policy.to_normalised(torch.as_tensor(data.actions))
-        losses[coef] = (trained.policy.actor.mode(obs) - target).square().mean().item()
-    assert losses[10.0] < 0.5 * losses[0.0], losses
+        clear = np.abs(data.observations[:, 0]) > 0.03
+        obs = trained.policy.obs_norm(torch.as_tensor(data.observations[clear]))
+        target = trained.policy.to_normalised(torch.as_tensor(data.actions[clear]))
+        errors[coef] = (trained.policy.actor.mode(obs) - target).square().mean().item()
+    assert errors[10.0] < 0.1 < 0.3 < errors[1e-6], errors
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "adaptive"])
