@@ -188,7 +188,12 @@ def test_imitation_beside_rewards_holds_the_policy_to_the_demonstrations() -> No
     # Demonstrated is +-2 of +-3 by the sign of the first observation, and noise.
     errors = {}
     for coef in (1e-6, 10.0):
-        fields = {"learning_rate": 3e-3, "lr_schedule": "constant", "n_epochs": 20, "max_grad_norm": 100.0}
+        fields: dict[str, Any] = {
+            "learning_rate": 3e-3,
+            "lr_schedule": "constant",
+            "n_epochs": 20,
+            "max_grad_norm": 100.0,
+        }
         trained, data = agent(bc_coef=coef, actor_hidden=(32,), **fields), demonstrations()
         trained.use_demonstrations(data)
         trained.learn(640)
