@@ -123,7 +123,7 @@ class PolicyFlowConfig:
     normalize_reward: bool = True
     """Divide rewards by the running standard deviation of the discounted return."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile rollout and update: the same up to rounding, after 20 s. auto: in long runs, if a compiler is found."""
+    """Compile rollout and update, once for all runs of a kind: the same up to rounding. auto: in long runs."""
     nonfinite: Literal["raise", "skip", "rollback"] = "raise"
     """Numbers that are not finite: an error; leave the transition or update out; or take updates back (docs)."""
     on_collapse: Literal["ignore", "warn", "lower_rate", "rollback"] = "ignore"

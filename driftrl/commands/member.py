@@ -11,10 +11,9 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); sys.argv[:3] = [json.loads(sys.argv[2])]; "
@@ -51,8 +50,14 @@ def main(args: Sequence[str]) -> int:
     os.dup2(2, 1)
     threading.Thread(target=_watch_the_starter, daemon=True).start()
     if args[0] == _WAIT:
-        args = args[1:]
-        _wait_for(Path(args[1]))
+        from ..runs.lock import turn
+
+        with turn(Path(args[2])):
+            return _train(args[1:], progress)
+    return _train(args, progress)
+
+
+def _train(args: Sequence[str], progress: IO[str]) -> int:
     from .train import main as train  # what takes seconds to import comes after the watch
 
     def report(values: dict[str, Any]) -> None:
@@ -62,16 +67,6 @@ def main(args: Sequence[str]) -> int:
             return
 
     return train(args, report)
-
-
-def _wait_for(folder: Path) -> None:
-    """Wait for another process that trains the run: one whose starter was killed stops within seconds."""
-    from ..runs.lock import is_in_use
-
-    if is_in_use(folder):
-        print(f"waiting for another process that trains {folder}", flush=True)
-        while is_in_use(folder):
-            time.sleep(0.2)
 
 
 def _watch_the_starter() -> None:

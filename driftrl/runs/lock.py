@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+_TURN = "run.lock"
+"""File of a run folder that the processes of sweeps lock, the directory itself being locked by whoever trains."""
 
 
 @contextlib.contextmanager
@@ -31,12 +35,29 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def is_in_use(folder: Path) -> bool:
-    """Whether a process trains in a folder."""
+    """Whether a process trains in a folder, or is about to: `turn` is taken before what takes seconds to import."""
+    return not (_is_free(folder) and (not (folder / _TURN).exists() or _is_free(folder / _TURN)))
+
+
+@contextlib.contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block of the folder, nor trains in it by `alone`."""
+    with exclusively(folder / _TURN):
+        told = False
+        while not _is_free(folder):
+            if not told:
+                print(f"waiting for another process that trains {folder}", flush=True)
+            told = True
+            time.sleep(0.2)
+        yield
+
+
+def _is_free(folder: Path) -> bool:
     try:
         with alone(folder):
-            return False
+            return True
     except ValueError:
-        return True
+        return False
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from ..commands.training import make_agent, make_env
 from ..runs.fields import made_of
 from ..runs.folder import RunSettings, read_settings, write_settings
 from ..runs.group import GROUP_FILE
+from ..runs.lock import exclusively
 from .spec import Spec
 
 _LONGEST = 100
@@ -141,15 +142,16 @@ def _check_folder(folder: Path, run: RunSettings) -> None:
 def begin(group: Planned) -> None:
     """Make the folders of a group's runs, where they are not there yet."""
     group.folder.mkdir(parents=True, exist_ok=True)
-    for run in group.runs:
-        folder = group.run_folder(run)
-        folder.mkdir(exist_ok=True)
-        if not (folder / "config.json").exists():
-            write_settings(folder, run)
-    file, names = group.folder / GROUP_FILE, [f"s{run.seed}" for run in group.runs]
-    if not file.exists() or not set(names) <= set(json.loads(file.read_text())["runs"]):
-        others = sorted(path.parent.name for path in group.folder.glob("s*/config.json"))
-        write_json(file, {"runs": [*names, *(name for name in others if name not in names)]})
+    with exclusively(group.folder / "begin.lock"):  # the same command may begin on another machine
+        for run in group.runs:
+            folder = group.run_folder(run)
+            folder.mkdir(exist_ok=True)
+            if not (folder / "config.json").exists():
+                write_settings(folder, run)
+        file, names = group.folder / GROUP_FILE, [f"s{run.seed}" for run in group.runs]
+        if not file.exists() or not set(names) <= set(json.loads(file.read_text())["runs"]):
+            others = sorted(path.parent.name for path in group.folder.glob("s*/config.json"))
+            write_json(file, {"runs": [*names, *(name for name in others if name not in names)]})
 
 
 def _as_read(run: RunSettings) -> RunSettings:

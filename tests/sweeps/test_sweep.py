@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -116,6 +117,23 @@ def test_a_signal_stops_a_sweep_and_a_run_that_fails_does_not(capsys: pytest.Cap
     assert "s0: failed (exit code" in out
     assert "s1: complete" in out
     assert "all                1 of 2" in out
+
+
+def test_two_commands_share_a_grid() -> None:
+    write_spec(Path("grid.yaml"), seeds=[0, 1, 2, 3], grid={"gamma": [0.9]}, settings={"total_timesteps": 16})
+    for process in [begin(Path("grid.yaml").resolve()) for _ in range(2)]:
+        finish(process, Path("grid.yaml"))
+    runs = run_folders(Path("grid"))
+    assert len(runs) == 4
+    assert [(run / "output.log").read_text().count("trained 16 steps") for run in runs] == [1] * 4
+
+
+def test_a_race_to_begin_a_group_makes_it_once() -> None:
+    write_spec(Path("grid.yaml"), seeds=[0, 1, 2, 3])
+    (group,) = grid(read_spec(Path("grid.yaml")))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(begin_group, [group] * 64))
+    assert [each.name for each in members(group.folder)] == ["s0", "s1", "s2", "s3"]
 
 
 def test_a_run_waits_for_another_process_that_trains_it() -> None:
