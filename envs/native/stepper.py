@@ -17,7 +17,7 @@ from ..stepping import BAD_STATE, Stepper, ThreadedStepper, observed
 from .build import NativeUnavailableError, library
 
 _CALLBACKS = (
-    "mjcb_passive", "mjcb_control", "mjcb_contactfilter", "mjcb_sensor", "mjcb_time", "mjcb_act_dyn", "mjcb_act_gain",
+    "mjcb_passive", "mjcb_control", "mjcb_contactfilter", "mjcb_sensor", "mjcb_act_dyn", "mjcb_act_gain",
     "mjcb_act_bias", "mju_user_warning",
 )  # fmt: skip
 """MuJoCo's variables by which Python code can come to run within a step."""
@@ -101,7 +101,8 @@ class NativeStepper(Stepper):
     def step(self, frames: int) -> tuple[Array, Array]:
         """See `Stepper`."""
         s = self._simulators
-        if any(each.value for each in self._callbacks):
+        # The clock's variable is never empty: MuJoCo's bindings set one of their own.
+        if any(each.value for each in self._callbacks) or mujoco.get_mjcb_time() is not None:
             return self._fallback.step(frames)
         if not self._end.alive or self._process != os.getpid():
             self._start()

@@ -20,6 +20,7 @@ import pytest
 from driftrl.envs.mujoco_batch import MujocoVecEnv
 from driftrl.envs.mujoco_tasks import TASKS
 from driftrl.envs.native.build import find_compiler
+from driftrl.envs.stepping import ThreadedStepper
 
 STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 
@@ -110,6 +111,18 @@ def test_every_task_is_that_of_pythons_threads(id: str, threads: int) -> None:
     assert ends > 8
     for env in envs:
         env.close()
+
+
+@pytest.mark.parametrize("id", TASKS)
+def test_it_is_the_compiled_code_that_steps(id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("threads of Python step")
+
+    monkeypatch.setattr(ThreadedStepper, "step", refuse)
+    env = made(id)
+    env.reset()
+    for a in drawn(env, 3, np.random.default_rng(0)):
+        env.step(a)
 
 
 def test_an_argument_that_is_set_later_counts_at_once() -> None:
@@ -233,6 +246,7 @@ def test_threads_end_with_the_batch() -> None:
     assert threads_become(before)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads by /proc")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("native", [True, False])
 def test_a_forked_process_steps_by_threads_of_its_own(native: bool) -> None:
@@ -245,7 +259,9 @@ def test_a_forked_process_steps_by_threads_of_its_own(native: bool) -> None:
     ours, theirs = fork.Pipe(duplex=False)
 
     def child() -> None:
+        before = threads_of_this_process()
         theirs.send([env.step(a)[0] for a in actions[30:]])
+        assert threads_of_this_process() == before + 2
         env.close()
 
     process = fork.Process(target=child)
