@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ...envs.native.build import find_compiler
 from .program import Program, tensors_in
 
 PAYS_AFTER = 25_000
@@ -34,9 +33,8 @@ def compiling_pays(wanted: str, updates: int, device: torch.device) -> bool:
     """
     if wanted == "off":
         return False
-    candidates = (os.environ.get("CXX", "g++"), "g++", "clang++")
     reason = ""
-    if device.type == "cpu" and not any(shutil.which(candidate) for candidate in candidates):
+    if device.type == "cpu" and find_compiler() is None:
         reason = "no C++ compiler is found; install g++ or clang++"
     elif device.type == "cpu" and re.search(r"\s", torch.__file__):
         reason = (

@@ -88,14 +88,16 @@ class FiniteUpdates(LearningRate, FiniteTransitions):
         self.policy.adopt_weights()
 
     def _weights(self) -> Weights:
-        """The policy's weights, ready for updates; a compiled gradient looks at them again if they are others."""
+        """The policy's weights, ready for updates; all that is compiled looks at them again if they are others."""
         before = self.policy.latest_weights
         if before is None or not before.are_current(self.policy):
             self._adopt_policy()  # a callback changed something
         weights = self.policy.latest_weights
         assert weights is not None
-        if weights is not before and isinstance(self._gradient, Compiled):
-            self._gradient.check_again()
+        if weights is not before:
+            for each in vars(self).values():
+                if isinstance(each, Compiled):
+                    each.check_again()
         weights.prepare()
         return weights
 

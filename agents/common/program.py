@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+
+from ...envs.native.build import cache_folder
 
 KEPT = 100
 """Programs that the folder keeps, the latest used; one takes about a megabyte."""
@@ -41,26 +43,31 @@ class Program:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self._traced: dict[Any, tuple[Any, list[Tensor], Callable[[list[Tensor]], Any]]] = {}
+        self._traced: dict[tuple[torch.Size, ...], _Traced] = {}
         self._seen: Any = None
+        self._is_checked = True
 
     def __call__(self, *arguments: Any) -> Any:
-        """Call it; traced, and compiled if need be, where the shapes are new."""
+        """Call it; traced, and compiled if need be, where the shapes are new or a parameter has been replaced."""
+        if not self._is_checked:
+            self._is_checked = True
+            if self._seen != _fingerprint(self.function):
+                self._traced.clear()
         given = list(tensors_in(arguments))
         shapes = tuple([each.shape for each in given])
         traced = self._traced.get(shapes)
+        if traced is not None and not traced.is_current():
+            self._traced.clear()
+            traced = None
         if traced is None:
             traced = self._traced[shapes] = self._trace(arguments, given)
-        program, captured, rebuild = traced
-        return rebuild(program.run(given + captured))
+        return traced.rebuild(traced.program.run(given + traced.captured))
 
     def check_again(self) -> None:
         """Trace anew at the next call if networks that the function uses have been changed, other than their values."""
-        if self._seen != (seen := _fingerprint(self.function)):
-            self._traced.clear()
-            self._seen = seen
+        self._is_checked = False
 
-    def _trace(self, arguments: tuple[Any, ...], given: list[Tensor]) -> Any:
+    def _trace(self, arguments: tuple[Any, ...], given: list[Tensor]) -> _Traced:
         from torch.fx.experimental.proxy_tensor import make_fx
 
         self._seen = _fingerprint(self.function)
@@ -75,7 +82,29 @@ class Program:
         captured = _lift(graph)
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        return _program(graph, given + captured), captured, partial(_unflattened, tuple(structure))
+        places = {
+            id(tensor): (owner, name)
+            for network in _modules(self.function)
+            for module in network.modules()
+            for owner in (module._parameters, module._buffers)
+            for name, tensor in owner.items()
+        }
+        held = [(*places[id(tensor)], tensor) for tensor in captured if id(tensor) in places]
+        rebuild = partial(_unflattened, tuple(structure))
+        return _Traced(_program(graph, given + captured), captured, held, rebuild)
+
+
+class _Traced(NamedTuple):
+    """A program, and how it is called."""
+
+    program: Any
+    captured: list[Tensor]  # inputs beside the arguments
+    held: list[tuple[dict[str, Any], str, Tensor]]  # where networks hold those that are theirs
+    rebuild: Callable[[list[Tensor]], Any]  # makes the result of what the program returns
+
+    def is_current(self) -> bool:
+        """Whether the networks still hold what was captured."""
+        return all([owner.get(name) is tensor for owner, name, tensor in self.held])
 
 
 def tensors_in(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
@@ -166,10 +195,10 @@ def _key(graph: fx.GraphModule, described: list[Any]) -> str:
 
 
 def folder() -> Path:
-    """Where programs are kept: driftrl/programs in XDG_CACHE_HOME or ~/.cache; a temporary one if that is not ours."""
+    """Where programs are kept: programs/ in our cache folder; a temporary one if that is not ours to write."""
     global _temporary
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "driftrl" / "programs"
     try:
+        base = cache_folder() / "programs"
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
         mine = not hasattr(os, "getuid") or (base.stat().st_uid == os.getuid() and not base.stat().st_mode & 0o022)
         if mine and os.access(base, os.W_OK):
@@ -210,7 +239,10 @@ def _fingerprint(function: Any) -> Any:
         for each in module.modules():
             own = {name: value for name, value in vars(each).items() if isinstance(value, _PLAIN)}
             tensors = [*each._parameters.values(), *each._buffers.values()]
-            held = [(id(one), one is not None and one.requires_grad) for one in tensors]
+            held = [
+                None if one is None else (id(one), one.requires_grad, one.dtype, one.shape, one.stride())
+                for one in tensors
+            ]
             found.append((id(each), type(each), own, held))
     return found
 

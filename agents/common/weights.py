@@ -89,6 +89,7 @@ class Weights:
         learning = [name.removeprefix(first) for name in self.names if name.startswith(first)]
         self._average, self._followed = list[Tensor](), list[Tensor]()
         self.vector: Tensor | None = None
+        self._prepared: Joined | None = None  # until the options may be others
         if self.parameters and (not means or set(moving) <= set(learning)) and self._can_join():
             self.vector = _join(self.parameters)
             if means and learning:
@@ -134,6 +135,8 @@ class Weights:
         """All of them as one vector with what a step of their optimizer needs; None where a function cannot make it."""
         if self.vector is None or any(self._groups[0][name] for name in ("amsgrad", "maximize")):
             return None
+        if self._prepared is not None:
+            return self._prepared
         state = self._joined.state[self._vector_parameter]
         if not state:
             zeros = {name: torch.zeros_like(self.vector) for name in ("exp_avg", "exp_avg_sq")}
@@ -145,7 +148,8 @@ class Weights:
         numbers = [group["lr"], *group["betas"], group["eps"], *decays, self.rate]
         options = torch.tensor([float(each) for each in numbers], dtype=torch.float64, device=self.vector.device)
         average = self._average[0] if self._average else self.vector[:0]
-        return Joined(self.vector, state["exp_avg"], state["exp_avg_sq"], state["step"], average, options)
+        self._prepared = Joined(self.vector, state["exp_avg"], state["exp_avg_sq"], state["step"], average, options)
+        return self._prepared
 
     def update(self, gradient: Tensor) -> None:
         """Let the optimizer take a step, and the average follow.
@@ -179,6 +183,7 @@ class Weights:
 
     def prepare(self) -> None:
         """Take over the optimizer's present options, such as its learning rate; before the updates of an iteration."""
+        self._prepared = None
         if self.vector is not None:
             options = {name: value for name, value in self._groups[0].items() if name != "params"}
             self._joined.param_groups[0].update(options)

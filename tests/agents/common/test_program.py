@@ -112,15 +112,41 @@ def test_a_program_is_found_on_disk_and_a_damaged_one_is_made_anew(
     assert [each.suffix for each in (tmp_path / "a folder" / "driftrl" / "programs").iterdir()] == [".pt2"]
 
 
-def test_a_network_that_was_changed_is_traced_anew_when_asked() -> None:
-    layer = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5).eval())
+def test_a_network_that_was_changed_is_traced_anew_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Sequential(nn.Linear(2, 2), nn.Identity())
+    traces, x = list[int](), torch.ones(3, 2)
+
+    def traced(graph: Any, inputs: list[Tensor]) -> Uncompiled:
+        traces.append(1)
+        return Uncompiled(graph)
+
+    monkeypatch.setattr(program, "_program", traced)
     function = Program(layer.forward)
-    function._traced = {"shape": ("traced", [], None)}  # type: ignore[dict-item]
-    function._seen = program._fingerprint(layer.forward)
+    torch.testing.assert_close(function(x), layer(x))
     with torch.no_grad():
         next(layer.parameters()).add_(1)
     function.check_again()
-    assert function._traced
-    layer[1].train()
+    torch.testing.assert_close(function(x), layer(x))
+    assert len(traces) == 1
+    layer[1].train(not layer[1].training)
     function.check_again()
-    assert not function._traced
+    function(x)
+    assert len(traces) == 2
+    layer[1].train(not layer[1].training)
+    function.check_again()
+    layer[1].train(not layer[1].training)  # what counts is how the network is when it is called
+    function(x)
+    assert len(traces) == 2
+    layer[0].bias = nn.Parameter(torch.tensor([5.0, 6.0]))  # nobody asks
+    torch.testing.assert_close(function(x), layer(x))
+    assert len(traces) == 3
+
+
+class Uncompiled:
+    """A graph in the place of its program."""
+
+    def __init__(self, graph: Any) -> None:
+        self.graph = graph
+
+    def run(self, inputs: list[Tensor]) -> list[Tensor]:
+        return list(self.graph(*inputs))

@@ -127,6 +127,12 @@ def test_compiled_functions_tell_shapes_apart_and_notice_new_networks_when_asked
     layer.weight = nn.Parameter(2 * layer.weight.detach())
     function.check_again()
     torch.testing.assert_close(function(long), layer(long[0]))
+    layer.weight = nn.Parameter(2 * layer.weight.detach())  # in a callback, say: nobody asks
+    torch.testing.assert_close(function(short), layer(short[0]))
+    torch.testing.assert_close(function(long), layer(long[0]))
+    layer.weight.data = torch.randn(3, 1).t()  # of other strides
+    function.check_again()
+    torch.testing.assert_close(function(long), layer(long[0]))
 
 
 def test_short_runs_and_machines_without_a_compiler_stay_eager(monkeypatch: pytest.MonkeyPatch) -> None:
