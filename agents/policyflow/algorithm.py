@@ -48,7 +48,9 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
     return error.mean()
 
 
-def losses(policy: FlowPolicy, samples: Samples, spread_coef: Tensor, ratio: Ratio, config: PolicyFlowConfig) -> Losses:
+def losses(
+    policy: FlowPolicy, samples: Samples, spread_coef: Tensor, bc_coef: Tensor, ratio: Ratio, config: PolicyFlowConfig
+) -> Losses:
     """The terms of the objective for a minibatch, with their weights, and what is logged beside them.
 
     The entropy is that of the learned Gaussians, in nats per sample, up to what does not depend on the parameters.
@@ -57,6 +59,7 @@ def losses(policy: FlowPolicy, samples: Samples, spread_coef: Tensor, ratio: Rat
         policy: the networks.
         samples: the minibatch.
         spread_coef: weight of the spread's loss, a scalar, which may be steered from iteration to iteration.
+        bc_coef: that of the imitation loss, likewise.
         ratio: the importance ratio.
         config: hyperparameters.
     """
@@ -81,8 +84,8 @@ def losses(policy: FlowPolicy, samples: Samples, spread_coef: Tensor, ratio: Rat
         t = samples.error_time
         error = local_error_penalty(actor.field, t, chord_point(samples, t), obs, h=0.5).mean()
         table["flow/solver_error"] = Loss(error, config.solver_error_coef)
-    if samples.expert is not None and samples.expert.weight is not None:
-        table["flow/bc_loss"] = Loss(imitation_loss(actor, samples.expert), samples.expert.weight[0])
+    if samples.expert is not None:
+        table["flow/bc_loss"] = Loss(imitation_loss(actor, samples.expert), bc_coef)
     return Losses(
         table,
         {
@@ -252,6 +255,7 @@ class PolicyFlow(Imitation):
             rate = spread_rate(actor, config.spread_std).expand_as(samples.z)
             references = references._replace(samples=references.samples._replace(spread_rate=rate))
 
+        bc_coef = torch.tensor(self._present_weight(), device=self.device)
         passes, step = list[dict[str, float]](), self._stepping(weights)
         for _ in range(config.n_epochs):
             epoch, metrics = draw_epoch(actor, self._ratio, references, generator), list[Tensor]()
@@ -262,7 +266,7 @@ class PolicyFlow(Imitation):
             order = torch.randperm(len(epoch.obs), generator=generator, device=self.device)
             for minibatch in epoch.minibatches(config.batch_size, order):
                 # The gradient of the sum of `losses`, its clip, the optimizer's step, then the weight average follows.
-                scalars = self._update(step, minibatch, spread_coef)
+                scalars = self._update(step, minibatch, spread_coef, bc_coef)
                 if scalars is not None:  # else it was left out
                     metrics.append(scalars)
             means = self._settle(metrics, before)

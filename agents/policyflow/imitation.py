@@ -57,8 +57,7 @@ class Imitation(FlowRollouts):
             return epoch
         obs, actions = self._expert_data
         rows = torch.randint(len(obs), epoch.values.shape, generator=self._generator, device=obs.device)
-        expert = with_noise(self.policy.obs_norm(obs[rows]), actions[rows], self._generator)
-        return epoch._replace(expert=expert._replace(weight=torch.full_like(epoch.values, self._present_weight())))
+        return epoch._replace(expert=with_noise(self.policy.obs_norm(obs[rows]), actions[rows], self._generator))
 
     def _present_weight(self) -> float:
         schedule, weight = self.config.bc_schedule, float(self.config.bc_coef)

@@ -33,7 +33,6 @@ class Expert(NamedTuple):
     action: Tensor  # normalised action units, [B, D]
     base: Tensor  # standard normals, [B, D]
     time: Tensor  # uniform in [0, 1), [B]
-    weight: Tensor | None = None  # of the loss beside others, the same in all rows, [B]; None where it is the only one
 
 
 def imitation_loss(actor: FlowActor, expert: Expert) -> Tensor:
