@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Ant-v5 (8 actions)": {"env_id": "Ant-v5"},
     "Humanoid-v5 (17 actions)": {"env_id": "Humanoid-v5"},
 }
-PARTS = ("simulator", "rest of step", "policy", "rest of rollout", "gradient", "optimizer", "rest of update")
+PARTS = ("simulator", "rest of step", "policy", "rest of rollout", "update", "rest of train")
 
 
 class Timed(Compiled):
@@ -53,6 +53,7 @@ class Timed(Compiled):
 
     def __init__(self, compiled: Compiled, profiled: Profiled, name: str) -> None:
         self.compiled, self.profiled, self.name = compiled, profiled, name
+        self.function = compiled.function
 
     def __call__(self, *arguments: Any) -> Any:
         return self.profiled.timed(self.name, self.compiled, *arguments)
@@ -76,20 +77,11 @@ class Profiled:
         self.seconds: dict[str, float] = defaultdict(float)
         self.history: list[dict[str, float]] = []
         agent: Any = self.agent
-        agent._act, agent._gradient = Timed(agent._act, self, "_act"), Timed(agent._gradient, self, "_gradient")
+        agent._act, agent._step = Timed(agent._act, self, "_act"), Timed(agent._step, self, "_step")
         for owner, name in (
-            (self.env, "_simulate"), (self.env, "step_wait"), (agent, "collect_rollouts"), (agent, "train")
+            (self.env._stepper, "step"), (self.env, "step_wait"), (agent, "collect_rollouts"), (agent, "train")
         ):  # fmt: skip
             setattr(owner, name, partial(self.timed, name, getattr(owner, name)))
-        adopt = agent.policy.adopt_weights
-
-        def adopt_and_time() -> None:
-            adopt()  # makes the weights anew, at the beginning of `learn`
-            for name in ("step", "average"):
-                weights = agent.policy.latest_weights
-                setattr(weights, name, partial(self.timed, name, getattr(weights, name)))
-
-        agent.policy.adopt_weights = adopt_and_time
 
     def timed(self, name: str, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         start = time.perf_counter()
@@ -102,11 +94,9 @@ class Profiled:
         self.seconds.clear()
         self.agent.learn(self.iteration, reset_num_timesteps=False)
         s = self.seconds
-        optimizer = s["step"] + s["average"]
         parts = (
-            s["_simulate"], s["step_wait"] - s["_simulate"], s["_act"],
-            s["collect_rollouts"] - s["step_wait"] - s["_act"], s["_gradient"], optimizer,
-            s["train"] - s["_gradient"] - optimizer,
+            s["step"], s["step_wait"] - s["step"], s["_act"],
+            s["collect_rollouts"] - s["step_wait"] - s["_act"], s["_step"], s["train"] - s["_step"],
         )  # fmt: skip
         self.history.append(dict(zip(PARTS, parts, strict=True)))
 
@@ -125,7 +115,7 @@ class Profiled:
         updates = self.iteration // config.batch_size * config.n_epochs
         features = torch.zeros(self.env.num_envs, policy.obs_dim)
         noise = FlowNoise.of(torch.zeros(policy.draws, self.env.num_envs, policy.action_dim))
-        flops = updates * _flops(gradient.clipped, minibatch, spread_coef)
+        flops = updates * _flops(gradient.clipped, minibatch, spread_coef, torch.tensor(config.bc_coef))
         flops += agent.n_steps * _flops(policy.act, features, noise)
         return best / (steps * self.env.num_envs) * self.iteration, flops / flops_per_second
 
