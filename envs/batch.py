@@ -217,6 +217,34 @@ class BatchVecEnv(VecEnv):
         return [is_wrapped(self._seats[i], wrapper_class) for i in self._get_indices(indices)]
 
 
+class StatesVecEnv(BatchVecEnv):
+    """A batch whose environments are the rows of one array, which is all that determines their course.
+
+    Attributes:
+        states: [N, S]. A subclass makes them before it calls this class.
+    """
+
+    states: Array
+
+    def _own(self, i: int) -> dict[str, Any]:
+        return {"state": self.states[i : i + 1]}
+
+    def get_state(self) -> dict[str, Any]:
+        """All that determines the course of the environments, as arrays, for `set_state`; after the first `reset`."""
+        return super().get_state() | {"states": self.states.copy()}
+
+    def set_state(self, state: dict[str, Any]) -> Array:
+        """Go on where `get_state` was called, on the same or another batch of the task; returns the observations.
+
+        Raises:
+            ValueError: if it is the state of another number of environments or of another task.
+        """
+        if state["states"].shape != self.states.shape:
+            raise ValueError(f"state: got states of shape {state['states'].shape}, expected {self.states.shape}")
+        self.states[:] = state["states"]
+        return super().set_state(state)
+
+
 def _random_words(rng: np.random.Generator) -> list[int]:
     """The state of a generator as Gymnasium makes them (PCG64), in numbers of 64 bits."""
     state = cast("dict[str, Any]", rng.bit_generator.state)

@@ -16,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from .batch import Array, BatchVecEnv, make_prototype
+from .batch import Array, StatesVecEnv, make_prototype
 from .known import bare_task_of_id
 
 Start: TypeAlias = Literal["random"] | Sequence[float]
@@ -224,7 +224,7 @@ def advance(task: GoalTask, state: Array, action: Array) -> tuple[Array, Array, 
     return state.astype(np.float32), reward, terminated, {"is_success": near}
 
 
-class GoalVecEnv(BatchVecEnv):
+class GoalVecEnv(StatesVecEnv):
     """A batch of one of the `GOAL_TASKS` as a Stable-Baselines3 VecEnv, with what its DummyVecEnv and Monitor report.
 
     Args:
@@ -248,21 +248,3 @@ class GoalVecEnv(BatchVecEnv):
 
     def _advance(self, actions: Array) -> tuple[Array, Array, Array, dict[str, Array]]:
         return advance(self.task, self.states, actions)
-
-    def _own(self, i: int) -> dict[str, Any]:
-        return {"state": self.states[i : i + 1]}
-
-    def get_state(self) -> dict[str, Any]:
-        """All that determines the course of the environments, as arrays, for `set_state`; after the first `reset`."""
-        return super().get_state() | {"states": self.states.copy()}
-
-    def set_state(self, state: dict[str, Any]) -> Array:
-        """Go on where `get_state` was called, on the same or another batch of the task; returns the observations.
-
-        Raises:
-            ValueError: if it is the state of another number of environments or of another task.
-        """
-        if state["states"].shape != self.states.shape:
-            raise ValueError(f"state: got states of shape {state['states'].shape}, expected {self.states.shape}")
-        self.states[:] = state["states"]
-        return super().set_state(state)

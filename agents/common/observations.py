@@ -109,7 +109,7 @@ class RunningNorm(nn.Module):
     @torch.no_grad()
     def reset(self) -> None:
         """Forget all batches."""
-        for name, value in vars(RunningNorm(len(self.mean)))["_buffers"].items():
+        for name, value in RunningNorm(len(self.mean)).named_buffers():
             getattr(self, name).copy_(value)
 
     @torch.no_grad()

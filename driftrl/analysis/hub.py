@@ -62,9 +62,7 @@ def check_hub_folder(folder: Path) -> None:
     Raises:
         ValueError: if it is a file, or a folder that is not empty and was not written by `write_hub_folder`.
     """
-    if folder.is_file() or (
-        folder.is_dir() and any(path.name not in (*_FILES, "replay.mp4") for path in folder.iterdir())
-    ):
+    if folder.is_file() or (folder.is_dir() and any(path.name not in _FILES for path in folder.iterdir())):
         raise ValueError(f"hub: got {folder}, expected a new folder: all that lies in it will be pushed")
 
 

@@ -86,7 +86,7 @@ def read_progress(path: Path) -> Log:
     """
     points = {kind: _Points() for kind in _COLUMNS}
     unreadable, last, before, elapsed = 0, 0.0, 0.0, 0.0
-    rows = list(_rows(path, path.read_bytes()))
+    rows = list(rows_of(path, path.read_bytes()))
     if rows and _STEPS not in rows[0]:
         raise ValueError(f"{path} is damaged: it has no column {_STEPS}")
     for row in rows:
@@ -131,7 +131,7 @@ def read_monitors(paths: Sequence[Path]) -> Log:
         starts.append(start)
         env_id = name if isinstance(name, str) and name != "None" else env_id
         unreadable = 0
-        for row in _rows(path, rest):
+        for row in rows_of(path, rest):
             try:
                 value, length, end = (_number(row.get(key)) for key in "rlt")
             except ValueError:
@@ -190,7 +190,7 @@ def thinned(curve: Curve, points: int = 400) -> Curve:
     return Curve(curve.steps[chosen], curve.returns[chosen], curve.seconds[chosen])
 
 
-def _rows(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
+def rows_of(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
     """The rows of a CSV file; the last one only if it is whole: the program may be writing it, or was killed then."""
     try:
         text = content.decode()

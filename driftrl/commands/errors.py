@@ -103,6 +103,12 @@ def users_line(error: BaseException) -> str | None:
     return found
 
 
+def is_ours(error: BaseException) -> bool:
+    """Whether it was our code that raised it: then one line says all."""
+    last = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    return any(last.is_relative_to(root) for root in _ROOTS)
+
+
 def _is_library(path: Path) -> bool:
     """Whether a file is of Python's library, or of a package whose errors we pass on."""
     paths = sysconfig.get_paths()

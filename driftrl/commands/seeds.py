@@ -37,6 +37,12 @@ def check_jobs(jobs: int) -> None:
         raise ValueError(f"jobs: got {jobs}, expected an integer of at least 1")
 
 
+def warn_of_few_cores(jobs: int) -> None:
+    """Say so where runs at a time have to share a core."""
+    if jobs > (cores := available_cores()):
+        warn(f"jobs: {jobs} runs at a time share {cores} core{'s' if cores > 1 else ''}; each gets slower")
+
+
 def train_group(group: Path, jobs: int, total_timesteps: int | None = None, device: str | None = None) -> int:
     """Train those runs of a group that are not complete; returns 0, 1 if some failed, 130 or 143 after a signal.
 
@@ -46,8 +52,7 @@ def train_group(group: Path, jobs: int, total_timesteps: int | None = None, devi
         total_timesteps: steps of each run in all; None: as the runs say.
         device: likewise.
     """
-    if jobs > (cores := available_cores()):
-        warn(f"jobs: {jobs} runs at a time share {cores} core{'s' if cores > 1 else ''}; each gets slower")
+    warn_of_few_cores(jobs)
     changed = {"--total-timesteps": total_timesteps, "--device": device}
     options = [str(text) for flag, value in changed.items() if value is not None for text in (flag, value)]
     seeds = {folder: read_settings(folder).seed for folder in members(group)}

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 
 from .. import __version__
-from ..envs.mujoco_batch import available_cores
-from ..runs.warnings import warn
 from ..sweeps.cluster import Cluster
 from ..sweeps.executors import Executor, Local
 from ..sweeps.plan import check_runs, grid
@@ -23,6 +21,7 @@ from ..sweeps.study import StudySource
 from ..sweeps.tables import format_grid, format_plan, format_study
 from .errors import Parser, fail, import_from_here, output_closed, until_output_closes, whole_number
 from .processes import Signals
+from .seeds import check_jobs, warn_of_few_cores
 
 _TICK = 0.2
 """Seconds between two looks at the runs."""
@@ -88,8 +87,8 @@ def _sweep(args: argparse.Namespace) -> int:
 
 def _changed(spec: Spec, args: argparse.Namespace) -> Spec:
     """The sweep with what the command line says in place of the file."""
-    if args.jobs is not None and args.jobs < 1:
-        raise ValueError(f"jobs: got {args.jobs}, expected an integer of at least 1")
+    if args.jobs is not None:
+        check_jobs(args.jobs)
     executor = args.executor or spec.executor
     ray = spec.ray if executor == "ray" else None
     return dataclasses.replace(spec, jobs=args.jobs or spec.jobs, executor=executor, ray=ray)
@@ -100,8 +99,7 @@ def _executor(spec: Spec) -> Executor:
     if spec.executor == "ray":
         return Cluster(spec.ray or RayOptions(), spec.jobs, spec.retries)
     jobs = spec.jobs or 1
-    if jobs > (cores := available_cores()):
-        warn(f"jobs: {jobs} runs at a time share {cores} core{'s' if cores > 1 else ''}; each gets slower")
+    warn_of_few_cores(jobs)
     return Local(jobs, spec.retries)
 
 

@@ -44,17 +44,7 @@ def record_episodes(
 
     The episodes are divided among parallel environments beforehand, so that short ones are not over-represented.
 
-    Args:
-        agent: what chooses the actions.
-        env_id: Gymnasium id.
-        env_kwargs: arguments of the environment.
-        episodes: how many, at least 1.
-        seed: seed of the environments' first episodes and of the sampled actions.
-        sample: sample the actions; otherwise the deterministic ones.
-        max_steps: where an environment without a time limit is cut off, as if it had one.
-
-    Raises:
-        ValueError: as `evaluate_agent`.
+    Arguments and errors are those of `evaluate_agent`.
     """
     with contextlib.closing(evaluation_env(agent, env_id, env_kwargs, episodes, seed, max_steps)) as env:
         agent.set_random_seed(seed)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import math
 from collections.abc import Iterator
 from pathlib import Path
+
+from ..analysis.logs import rows_of
 
 _STEPS, _RETURN = "time/total_timesteps", "eval/mean_return"
 
@@ -32,9 +33,6 @@ def evaluations(folder: Path) -> dict[int, float]:
 
 
 def _rows(folder: Path) -> Iterator[dict[str, str]]:
-    """The rows that are whole; the run may be writing one."""
-    try:
-        text = (folder / "progress.csv").read_text()
-    except FileNotFoundError:
-        return
-    yield from csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    path = folder / "progress.csv"
+    if path.exists():
+        yield from rows_of(path, path.read_bytes())

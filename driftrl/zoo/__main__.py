@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import runpy
 import sys
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-_OURS = Path(__file__).resolve().parents[1]
 _USAGE = "usage: python -m driftrl.zoo train|enjoy|optimize|record_video [OPTIONS OF RL_ZOO3]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one of rl_zoo3's commands with our agents registered; returns its exit code, 2 for bad input."""
-    from ..commands.errors import fail
+    from ..commands.errors import fail, is_ours
 
     args = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -37,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         commands[name]()
     except ValueError as error:
-        if not _is_ours(error):
+        if not is_ours(error):
             raise
         return fail(error)
     return 0
@@ -57,13 +54,6 @@ def _enjoy() -> None:
 
 def _record_video() -> None:
     runpy.run_module("rl_zoo3.record_video", run_name="__main__")  # rl_zoo3 has no function for it
-
-
-def _is_ours(error: ValueError) -> bool:
-    """Whether we refused something: then one line says all."""
-    last = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    roots = [_OURS, *(_OURS.parent / name for name in ("agents", "envs", "dynamics"))]
-    return any(last.is_relative_to(root) for root in roots)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from driftrl.envs import make_vec
 from driftrl.envs.avoid import AVOID, Avoid, AvoidVecEnv
 from driftrl.envs.avoid_demonstrations import avoid_demonstrations
 
+from .courses import assert_same_course
+
 
 def test_the_checkers_are_content() -> None:
     env = gym.make(AVOID, render_mode="rgb_array").unwrapped
@@ -103,26 +105,13 @@ def test_a_state_steps_the_same_alone_and_in_a_batch() -> None:
 def test_the_batch_equals_single_environments_to_the_last_bit(env_kwargs: dict[str, Any]) -> None:
     ours, theirs = make_vec(AVOID, 5, 3, **env_kwargs), make_vec(AVOID, 5, 3, "sync", **env_kwargs)
     assert isinstance(ours, AvoidVecEnv) and isinstance(theirs, DummyVecEnv)
-    assert (ours.observation_space, ours.action_space) == (theirs.observation_space, theirs.action_space)
-    np.testing.assert_array_equal(np.asarray(ours.reset()), np.asarray(theirs.reset()), strict=True)
-    rng, terminations, truncations, successes = np.random.default_rng(0), 0, 0, 0
-    for _ in range(400):
+    rng = np.random.default_rng(0)
+
+    def draw() -> Any:
         sideways = rng.normal(0, 1, (5, 1)) + np.array([[-1], [-0.5], [0], [0.5], [1]])
-        actions = np.concatenate([sideways, rng.normal(0.7, 0.5, (5, 1))], 1).clip(-1, 1).astype(np.float32)
-        *mine, infos = ours.step(actions)
-        *others, expected_infos = theirs.step(actions)
-        for one, other in zip(mine, others, strict=True):
-            np.testing.assert_array_equal(np.asarray(one), np.asarray(other), strict=True)
-        for info, expected in zip(infos, expected_infos, strict=True):
-            assert set(info) == set(expected)
-            assert type(info["is_success"]) is bool
-            for key in set(info) - {"episode"}:
-                np.testing.assert_array_equal(info[key], expected[key])
-            if "episode" in info:
-                truncations += info["TimeLimit.truncated"]
-                terminations += not info["TimeLimit.truncated"]
-                successes += info["is_success"]
-                assert {**info["episode"], "t": 0} == {**expected["episode"], "t": 0}
+        return np.concatenate([sideways, rng.normal(0.7, 0.5, (5, 1))], 1).clip(-1, 1).astype(np.float32)
+
+    terminations, truncations, successes = assert_same_course(ours, theirs, draw, 400)
     assert terminations > 0 and (truncations > 0 or not env_kwargs) and (successes > 0 or env_kwargs)
 
 

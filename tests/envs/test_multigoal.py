@@ -13,6 +13,8 @@ from driftrl.envs import make_vec
 from driftrl.envs.multigoal import GOAL_TASKS, GoalVecEnv
 from driftrl.envs.termination import TERMINATIONS
 
+from .courses import assert_same_course
+
 MULTI, SOFT = "driftrl/MultiGoal-v0", "driftrl/SoftMultiGoal-v0"
 
 
@@ -93,25 +95,13 @@ def test_a_state_steps_the_same_alone_and_in_a_batch(id: str) -> None:
 def test_the_batch_equals_single_environments_to_the_last_bit(id: str, env_kwargs: dict[str, Any]) -> None:
     ours, theirs = make_vec(id, 5, 3, **env_kwargs), make_vec(id, 5, 3, "sync", **env_kwargs)
     assert isinstance(ours, GoalVecEnv) and isinstance(theirs, DummyVecEnv)
-    assert (ours.observation_space, ours.action_space) == (theirs.observation_space, theirs.action_space)
-    np.testing.assert_array_equal(np.asarray(ours.reset()), np.asarray(theirs.reset()), strict=True)
     rng, high = np.random.default_rng(0), GOAL_TASKS[id].action_space.high
-    drift, terminations, truncations = rng.uniform(-high, high, (5, 2)), 0, 0
-    for _ in range(130):
-        actions = (drift + rng.uniform(-high, high, (5, 2))).clip(-high, high).astype(np.float32)
-        *mine, infos = ours.step(actions)
-        *others, expected_infos = theirs.step(actions)
-        for one, other in zip(mine, others, strict=True):
-            np.testing.assert_array_equal(np.asarray(one), np.asarray(other), strict=True)
-        for info, expected in zip(infos, expected_infos, strict=True):
-            assert set(info) == set(expected)
-            assert type(info["is_success"]) is bool
-            for key in set(info) - {"episode"}:
-                np.testing.assert_array_equal(info[key], expected[key])
-            if "episode" in info:
-                truncations += info["TimeLimit.truncated"]
-                terminations += not info["TimeLimit.truncated"]
-                assert {**info["episode"], "t": 0} == {**expected["episode"], "t": 0}
+    drift = rng.uniform(-high, high, (5, 2))
+
+    def draw() -> Any:
+        return (drift + rng.uniform(-high, high, (5, 2))).clip(-high, high).astype(np.float32)
+
+    terminations, truncations, _ = assert_same_course(ours, theirs, draw, 130)
     assert terminations > 0 and (truncations > 0 or not env_kwargs)
 
 
