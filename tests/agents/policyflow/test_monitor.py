@@ -103,6 +103,8 @@ class Broken(PolicyFlow):
 
 def run(choice: str, agent: type[PolicyFlow] = Broken, steps: int = 512 * 14, **fields: Any) -> PolicyFlow:
     envs = DummyVecEnv([lambda: Monitor(IdentityEnvBox(eps=0.2, ep_length=32))] * 8)
+    for i, space in enumerate(envs.get_attr("action_space")):
+        space.seed(i)  # the task draws its states from it, and seeds it by nothing
     learner = agent(
         "MlpPolicy", envs, n_steps=64, batch_size=64, n_epochs=4, gamma=0.5, learning_rate=1e-3, seed=0, device="cpu",
         normalize_observation=False, stats_window_size=16, compile="off", on_collapse=choice, **fields,
