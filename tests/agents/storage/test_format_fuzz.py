@@ -189,11 +189,18 @@ class Memory:
     """The largest memory of this process since the last look, of Linux."""
 
     def rise(self, kind: type[Checkpointed], data: bytes) -> tuple[str, int]:
-        """The outcome, and by how many bytes memory rose."""
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
-        before = self._peak()
-        result = outcome(kind, data)
-        return result, self._peak() - before
+        """The outcome, and by how many bytes memory rose.
+
+        Beyond the allowance, read again: what a file demands it demands each time. Pages of libraries that the system
+        had put aside, and threads that another test left, count in one reading only.
+        """
+        rises = []
+        while not rises or (rises[-1] > 2 * len(data) + ALLOWANCE and len(rises) < 3):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
+            before = self._peak()
+            result = outcome(kind, data)
+            rises.append(self._peak() - before)
+        return result, min(rises)
 
     @staticmethod
     def _peak() -> int:
