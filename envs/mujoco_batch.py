@@ -103,7 +103,8 @@ class MujocoVecEnv(BatchVecEnv):
         if self._watched or self._first_state is None or not s.can_restart(ended):
             super()._restart(ended, obs)
             return
-        states = np.tile(self._first_state, (len(ended), 1))
+        states = np.empty((len(ended), len(self._first_state)))
+        states[:] = self._first_state
         noise = states[:, 1 : 1 + s.model.nq + s.model.nv]
         for i, row in zip(ended, noise, strict=True):
             self._envs[i].np_random.random(out=row)
