@@ -189,8 +189,9 @@ class CompiledThreads:
     them, after the step in progress if another thread of Python steps. A forked process has none of them and starts its
     own.
 
-    MuJoCo asks its clock some forty times in a step, for `data.timer`: a third of the time of a pendulum. The first
-    step puts a clock of ours in its place, which is MuJoCo's own but within steps whose timer nobody sees.
+    MuJoCo reads its clock 32 times in a step by Euler's method and 114 times in one by Runge and Kutta's, for
+    `data.timer`: a quarter of the time of a small model. The first step puts a clock of ours in its place, which is
+    MuJoCo's own but within steps whose timer nobody sees.
 
     Args:
         s: the simulators.
