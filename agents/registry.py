@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,9 +14,9 @@ from ..envs.known import task_name
 from . import presets
 from .common.config import without_inert
 from .lipschitz_mbpo import LipschitzMBPO, LipschitzMBPOConfig
-from .lipschitz_mbpo.config import GROUPS as LIPSCHITZ_MBPO_GROUPS
+from .lipschitz_mbpo import config as lipschitz_mbpo_config
 from .policyflow import PolicyFlow, PolicyFlowConfig
-from .policyflow.config import GROUPS as POLICYFLOW_GROUPS
+from .policyflow import config as policyflow_config
 from .storage.saving import Checkpointed
 
 
@@ -45,6 +45,7 @@ class AgentSpec:
             total_timesteps, and fields of config.
         default_presets: settings for every other environment, by the preset's name.
         default_env: environment where none is given.
+        upgraded: fields of config as earlier versions named them -> by their present names.
     """
 
     summary: str
@@ -54,6 +55,7 @@ class AgentSpec:
     presets: Mapping[str, Mapping[str, Mapping[str, Any]]]
     default_presets: Mapping[str, Mapping[str, Any]]
     default_env: str
+    upgraded: Callable[[dict[str, Any]], dict[str, Any]]
 
     def settings(self, env_id: str, preset: str, **chosen: Any) -> tuple[dict[str, Any], Any]:
         """A preset with fields chosen in place of its own: n_envs and perhaps total_timesteps, and the Config.
@@ -83,16 +85,17 @@ AGENTS: dict[str, AgentSpec] = {
         summary="on-policy PPO whose policy is a continuous normalizing flow",
         agent=PolicyFlow,
         config=PolicyFlowConfig,
-        groups=POLICYFLOW_GROUPS,
+        groups=policyflow_config.GROUPS,
         presets={"standard": presets.POLICYFLOW},
         default_presets={"standard": presets.DEFAULT},
         default_env="HalfCheetah-v5",
+        upgraded=policyflow_config.upgraded,
     ),
     "mbpo": AgentSpec(
         summary="model-based: value gradients or SAC on one learned model, Lipschitz-regularized critics",
         agent=LipschitzMBPO,
         config=LipschitzMBPOConfig,
-        groups=LIPSCHITZ_MBPO_GROUPS,
+        groups=lipschitz_mbpo_config.GROUPS,
         presets={"standard": presets.VALUE_GRADIENTS, "mbpo": presets.MBPO, "fast": presets.MBPO_FAST},
         default_presets={
             "standard": presets.VALUE_GRADIENT,
@@ -100,6 +103,7 @@ AGENTS: dict[str, AgentSpec] = {
             "fast": presets.MBPO_FAST_DEFAULT,
         },
         default_env="Hopper-v5",
+        upgraded=lipschitz_mbpo_config.upgraded,
     ),
 }
 

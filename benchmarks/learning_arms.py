@@ -259,12 +259,11 @@ def build(run: Run) -> tuple[Any, dict[str, Any]]:
 
     Kept results go on under the name they have: an arm may call fields as an earlier version did.
     """
-    from driftrl.agents.lipschitz_mbpo import config as mbpo_config
-    from driftrl.agents.policyflow import config as policyflow_config
+    from driftrl.agents.registry import AGENTS
 
     name, _, overrides = run.arm.partition(":")
     fields = {key: _value(text) for key, text in (pair.split("=", 1) for pair in overrides.split(",") if pair)}
-    upgraded = mbpo_config.upgraded if name in ("mbpo", "sac", "value-gradient") else policyflow_config.upgraded
+    upgraded = AGENTS["mbpo" if name in ("mbpo", "sac", "value-gradient") else "policyflow"].upgraded
     return ARMS[name](run, **upgraded(fields))
 
 

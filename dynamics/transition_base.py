@@ -185,6 +185,17 @@ class TransitionModel(nn.Module, abc.ABC):
         """Of all weights. Checkpoints need its state: it is not part of the module's ``state_dict``."""
         return self.settings.optimizer((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
+    def adopt_weights(self) -> None:
+        """Let the optimizer know weights that were replaced; others keep their moments. ValueError if none learns."""
+        learning = {p for p in self.parameters() if p.requires_grad}
+        if not learning:
+            raise ValueError("weights: got a model none of which learns, expected one at least; use requires_grad_")
+        held = {p for group in self.optimizer.param_groups for p in group["params"]}
+        if not learning <= held:
+            state, named = self.optimizer.state, self.named_parameters()
+            self.optimizer = self.settings.optimizer((name, p) for name, p in named if p in learning | held)
+            self.optimizer.state.update({p: state[p] for p in learning & held if p in state})
+
     def fit(
         self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor, terminated: Tensor | None = None, *,
         generator: torch.Generator, max_epochs: int = 1000, max_seconds: float = math.inf,
@@ -211,12 +222,13 @@ class TransitionModel(nn.Module, abc.ABC):
             target; "model/epochs"; and "model/terminal_loss", the cross entropy of a terminal head on the hold-out.
 
         Raises:
-            ValueError: on other shapes, on data that are not finite, or when loss or predictions stop being finite:
-                model and optimizer are then as before.
+            ValueError: on other shapes, on data that are not finite, if no weight learns, or when loss or predictions
+                stop being finite: model and optimizer are then as before.
         """
         if max_epochs < 1:
             raise ValueError(f"max_epochs must be at least 1, got {max_epochs}")
         deadline = time.monotonic() + max_seconds
+        self.adopt_weights()
         before = copy.deepcopy((self.state_dict(), self.optimizer.state_dict()))
         try:
             data = self._prepare(obs, action, reward, next_obs, terminated, generator)

@@ -59,7 +59,8 @@ def make_vec(
         **env_kwargs: arguments of the environment.
 
     Raises:
-        ValueError: if n_envs, the backend, the id, the arguments or the spaces are not usable; see `check_env`.
+        ValueError: if n_envs, the backend, an option of workers that there are not, the id, the arguments or the
+            spaces are not usable; see `check_env`.
     """
     if n_envs < 1:
         raise ValueError(f"n_envs: got {n_envs}, expected an integer of at least 1")
@@ -71,6 +72,9 @@ def make_vec(
     task = bare_task_of_id(id)  # what the id stands for may be another class than its name lets expect
     if backend == "auto":
         backend = "batched" if task in _BATCHED and env_kwargs.get("render_mode") != "human" else "sync"
+    for name, value, default in (("worker_timeout", worker_timeout, 60.0), ("worker_restarts", worker_restarts, 10)):
+        if value != default and backend != "subproc":
+            raise ValueError(f"{name}: got {value}, which changes nothing without backend subproc, got {backend}")
     if backend == "batched":
         if task not in _BATCHED:
             what = "an environment that is wrapped or of another class" if id in _BATCHED else "another environment"

@@ -63,18 +63,35 @@ def validate(config: Any, ranges: dict[str, str]) -> None:
     """Check a Config's fields against their ranges, and its Literal fields against their alternatives.
 
     Args:
-        config: dataclass instance.
+        config: dataclass instance; lists in it become tuples.
         ranges: key of `RANGES` -> names of the fields it holds for, separated by blanks.
 
     Raises:
         ValueError: if a field is outside its range.
     """
+    for name in (field.name for field in dataclasses.fields(config)):
+        if isinstance(value := getattr(config, name), list):  # a Config does not change, nor do its values
+            object.__setattr__(config, name, tuple(value))
     for expected, names in ranges.items():
         for name in names.split():
             require(config, name, RANGES[expected](getattr(config, name)), expected)
     for name, hint in get_type_hints(type(config)).items():
         if get_origin(hint) is Literal:
             require(config, name, getattr(config, name) in get_args(hint), "one of " + ", ".join(get_args(hint)))
+
+
+def agreeing(given: Mapping[str, Any], implied: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Fields given by their names, and those that another argument stands for.
+
+    Raises:
+        ValueError: if the two contradict each other.
+    """
+    for name in given.keys() & implied.keys():
+        if given[name] != implied[name]:
+            raise ValueError(
+                f"{name}: got {given[name]!r}, but {source} stands for {implied[name]!r}; give one of the two"
+            )
+    return {**given, **implied}
 
 
 def resolve(config: T, fields: Mapping[str, Any]) -> T:
@@ -141,6 +158,7 @@ class Configured(BaseAlgorithm):
     """An agent whose attributes are its Config's fields: reading one reads it, assigning to one replaces the Config."""
 
     _config: Any
+    _rate: float  # of `LearningRate`
     config_class: ClassVar[type[Any]]
     _fixed: ClassVar[frozenset[str]]
     """Fields that networks and buffers are made of: to change them means to make another agent."""
@@ -190,6 +208,8 @@ class Configured(BaseAlgorithm):
             if name in off:  # others may be without effect for now: a callback anneals what switches them on
                 raise _no_effect(config, name, off[name])
         self._check(config)
+        if config.learning_rate != self.config.learning_rate:
+            self._rate = config.learning_rate
         self._config = config
         if config.lr_schedule != "function":
             vars(self).pop("learning_rate", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,8 +41,8 @@ class BoxPolicy(BasePolicy):
     """Name of the module that the weight average follows."""
     follower: ClassVar[str]
     """Name of the module that holds the average, or of None."""
-    followers: ClassVar[tuple[str, ...]] = ()
-    """Further modules whose weights are averages and do not learn."""
+    followers: ClassVar[Mapping[str, str]] = {}
+    """Further modules whose weights are averages and do not learn -> what they follow."""
 
     def __init__(
         self, observation_space: spaces.Space, action_space: spaces.Space,  # type: ignore[type-arg]
@@ -119,16 +120,17 @@ class BoxPolicy(BasePolicy):
                 f"weights: {', '.join(lost)} would not learn, policy.optimizer does not hold them; add them "
                 "(policy.optimizer.add_param_group), or freeze them (requires_grad_(False))"
             )
-        average: nn.Module | None = getattr(self, self.follower)
-        if average is not None:
+        for follower, what in {self.follower: self.followed, **self.followers}.items():
+            if (average := getattr(self, follower)) is None:
+                continue
             mean, followed = (
                 {name: each.shape for name, each in module.named_parameters()}
-                for module in (average, getattr(self, self.followed))
+                for module in (average, getattr(self, what))
             )
             if mean != followed:
                 wrong = ", ".join(sorted(str(name) for name in mean.keys() ^ followed.keys())) or "their shapes"
                 raise ValueError(
-                    f"weights: {self.follower} has other parameters than {self.followed}, which it follows ({wrong}); "
+                    f"weights: {follower} has other parameters than {what}, which it follows ({wrong}); "
                     f"do the same to both"
                 )
         self.latest_weights = None

@@ -26,7 +26,7 @@ from torch import Tensor
 from ...dynamics.transition_base import TransitionModel
 from ..common.arguments import without_neutral
 from ..common.compiling import compiles, eager
-from ..common.config import Configured, resolve
+from ..common.config import Configured, agreeing, resolve
 from ..common.networks import check_default_dtype, check_weights
 from ..common.observations import FiniteReplay
 from ..common.update import Gradient, Loss, Losses, Updates, rate_fields
@@ -111,8 +111,9 @@ class LipschitzMBPO(CheckpointedReplay, Configured, Updates, FiniteReplay):
             raise ValueError("env: got None, expected an environment, a vectorised environment or a registered id")
         config, fields = config or LipschitzMBPOConfig(), own_fields(fields)
         policy_kwargs = without_neutral(policy_kwargs or {}, POLICY_ARGUMENTS)
-        fields = rate_fields(learning_rate, resolve(config, fields)) | fields
-        self.config = resolve(config, fields | implied_fields(policy_kwargs))
+        rate = rate_fields(learning_rate, resolve(config, fields))
+        fields = agreeing(agreeing(fields, rate, "learning_rate"), implied_fields(policy_kwargs), "policy_kwargs")
+        self.config = resolve(config, fields)
         if terminated is not None and self.config.termination in ("learned", "never"):
             raise ValueError(
                 f"terminated: got a rule, which changes nothing with termination={self.config.termination!r}"
@@ -195,6 +196,8 @@ class LipschitzMBPO(CheckpointedReplay, Configured, Updates, FiniteReplay):
                 the weights were changed so that some would not learn.
         """
         self._adopt_policy()
+        if self.transition is not None:
+            self.transition.adopt_weights()
         done = self.num_timesteps  # a run that goes on is compiled as the whole would be
         if reset_num_timesteps:  # the clock starts anew, what was done by it lies before its start
             for name in ("_fitted_at", "_imagined_at", "_diagnosed_at", "_seen"):

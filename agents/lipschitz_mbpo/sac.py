@@ -200,7 +200,7 @@ class SACPolicy(BoxPolicy):
         ValueError: if a space or an argument is not supported.
     """
 
-    followed, follower, followers = "critic", "target_critic", ("averaged_actor",)
+    followed, follower, followers = "critic", "target_critic", {"averaged_actor": "actor"}
     draws = 1
 
     def __init__(

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...dynamics.regularize import jacobian_penalty, local_error_penalty
 from ..common.arguments import without_neutral
 from ..common.compiling import compiles, owner, prepared
-from ..common.config import resolve
+from ..common.config import agreeing, resolve
 from ..common.networks import check_default_dtype, check_weights
 from ..common.update import Gradient, Loss, Losses, rate_fields
 from .config import PolicyFlowConfig
@@ -76,11 +76,13 @@ def losses(
         table["flow/spread_loss"] = Loss(spread, spread_coef)
     if config.transport_coef > 0:
         table["flow/transport_cost"] = Loss(transport_cost(actor, samples), config.transport_coef)
-    if config.jacobian_coef > 0 and samples.chord is not None:
+    if config.jacobian_coef > 0:
+        assert samples.chord is not None
         t = samples.chord.t
         penalty = jacobian_penalty(actor.field, t, chord_point(samples, t), obs).mean()
         table["flow/jacobian_loss"] = Loss(penalty, config.jacobian_coef)
-    if config.solver_error_coef > 0 and samples.error_time is not None:
+    if config.solver_error_coef > 0:
+        assert samples.error_time is not None
         t = samples.error_time
         error = local_error_penalty(actor.field, t, chord_point(samples, t), obs, h=0.5).mean()
         table["flow/solver_error"] = Loss(error, config.solver_error_coef)
@@ -137,9 +139,10 @@ class PolicyFlow(Imitation):
             raise ValueError("env: got None, expected an environment, a vectorised environment or a registered id")
         config, fields = config or PolicyFlowConfig(), without_neutral(fields, ARGUMENTS)
         policy_kwargs = own_policy_kwargs(policy_kwargs or {})
-        fields = rate_fields(learning_rate, resolve(config, fields)) | fields
+        rate = rate_fields(learning_rate, resolve(config, fields))
         implied = implied_fields(policy_kwargs)
-        self.config = resolve(config, fields | implied)
+        fields = agreeing(agreeing(fields, rate, "learning_rate"), implied, "policy_kwargs")
+        self.config = resolve(config, fields)
         decays = "weight_decay" in implied or "optimizer_class" not in policy_kwargs
         if not decays and self.config.weight_decay:
             got = self.config.weight_decay

@@ -179,6 +179,9 @@ class PolicyFlowConfig:
             what = f"at least {least:.3g}, to which {self.solver} can shrink base_std in {self.solver_steps} steps"
             require(self, "spread_std", self.spread_std >= least, what)
         require(self, "lr_max", self.lr_max >= self.lr_min, f"a number of at least lr_min = {self.lr_min}")
+        if self.lr_schedule == "adaptive" and self.learning_rate:  # 0: to act only, as rl_zoo3's enjoy asks
+            inside = self.lr_min <= self.learning_rate <= self.lr_max
+            require(self, "learning_rate", inside, f"lr_min to lr_max, {self.lr_min} to {self.lr_max}, or 0")
 
     def switched_off(self) -> dict[str, str]:
         """Fields that change nothing as the others are -> what would switch them on."""
@@ -220,7 +223,13 @@ RENAMED = {
 
 
 def upgraded(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields as an earlier version named them, in saved runs and benchmarks, by their present names."""
+    """Fields as an earlier version named them, in saved runs and benchmarks, by their present names.
+
+    Raises:
+        ValueError: if one is there by both names.
+    """
+    if both := [old for old, name in RENAMED.items() if old in fields and name in fields]:
+        raise ValueError(f"{both[0]}: got it and {RENAMED[both[0]]}, its present name; keep the latter")
     fields = {RENAMED.get(name, name): value for name, value in fields.items()}
     if fields.get("on_collapse") == "off":
         fields["on_collapse"] = "ignore"

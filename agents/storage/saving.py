@@ -112,6 +112,7 @@ class Checkpointed(BaseAlgorithm):
         Raises:
             CheckpointError: if the file is damaged, no agent of this class, written by a newer version, or in
                 Stable-Baselines3's format without `allow_pickle`, or policy_kwargs are not the saved ones.
+            TypeError: if a keyword is no attribute.
             ValueError: if env has other spaces.
         """
         if print_system_info:
@@ -124,6 +125,11 @@ class Checkpointed(BaseAlgorithm):
             content = _read(file, label)
             size = file.seek(0, io.SEEK_END)
         attributes = content["attributes"] | (custom_objects or {})
+        fields = {field.name for field in dataclasses.fields(cls.config_class)}  # type: ignore[attr-defined]
+        if unknown := sorted(kwargs.keys() - attributes.keys() - fields - {"config", *dir(cls)}):
+            raise TypeError(f"unknown argument: got {', '.join(unknown)}, expected attributes of {cls.__name__}")
+        if "config" in kwargs and kwargs["config"].learning_rate != attributes["config"].learning_rate:
+            kwargs.setdefault("_rate", kwargs["config"].learning_rate)  # in use where lr_schedule adapts it
         if missing := [name for name in _NEEDED if name not in attributes]:
             given = f"custom_objects={{{missing[0]!r}: ...}}"
             raise CheckpointError(f"{label}: got a file saved without {', '.join(missing)}; give load {given}")

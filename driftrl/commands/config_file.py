@@ -102,7 +102,11 @@ def options_of(data: dict[str, Any], path: Path, agent: str | None) -> ConfigFil
     hints = get_type_hints(AGENTS[agent or str(named)].config)
     run: dict[str, Any] = {}
     fields: dict[str, Any] = {}
-    for key, value in {**data, **nested}.items():
+    try:
+        options = AGENTS[agent or str(named)].upgraded({**data, **nested})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for key, value in options.items():
         name = "env" if key == "env_id" else str(key).replace("-", "_")
         if is_of_a_run and name in _OF_A_RUN:
             continue

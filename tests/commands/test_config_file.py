@@ -134,3 +134,15 @@ def test_flags_replace_the_seeds_of_a_file(monkeypatch: pytest.MonkeyPatch) -> N
     assert json.loads(group.read_text()) == {"runs": ["s3", "s4"]}
     assert begun == [(group.parent, 2)]
     assert read_settings(group.parent / "s3").env_kwargs == {"g": 9}
+
+
+def test_options_by_their_former_names_are_read() -> None:
+    Path("old.yaml").write_text("env: InvertedPendulum-v5\nguard: rollback\nbrownian_coef: 0.1\nsampler: sde\n")
+    fields = read_config_file(Path("old.yaml"), "policyflow").fields
+    assert fields == {"on_collapse": "rollback", "spread_coef": 0.1, "langevin_eps": 0.1}
+    Path("both.yaml").write_text("guard: rollback\non_collapse: warn\n")
+    with pytest.raises(ValueError, match=r"both\.yaml: guard: got it and on_collapse, its present name"):
+        read_config_file(Path("both.yaml"), "policyflow")
+    for name, agent in (("policyflow_paper", "policyflow"), ("mbpo", "mbpo")):
+        folder = Path(__file__).parents[1] / "runs" / "last_release" / name
+        assert read_config_file(next(folder.rglob("config.json")), agent).is_of_a_run

@@ -114,3 +114,10 @@ def test_env_kwargs_of_the_command_line() -> None:
     for wrong in ("a", "3", "[1]", "{a: 1}"):
         with pytest.raises(ValueError, match="expected key=value or a JSON object"):
             parse_env_kwargs([wrong])
+
+
+def test_options_of_workers_need_workers() -> None:
+    with pytest.raises(ValueError, match="worker_timeout: got 3, which changes nothing without backend subproc"):
+        make_vec("InvertedPendulum-v5", 1, 0, worker_timeout=3)
+    with pytest.raises(ValueError, match="worker_restarts: got 1, which changes nothing"):
+        make_vec("Pendulum-v1", 1, 0, backend="sync", worker_restarts=1)

@@ -50,7 +50,7 @@ def test_a_schedule_and_its_name_agree(kind: type[Any]) -> None:
     message = "lr_schedule: got 'function', expected learning_rate to be one"
     with pytest.raises(ValueError, match=message):
         agent.lr_schedule = "function"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="lr_schedule: got 'function', but learning_rate stands for 'constant'"):
         make(kind, learning_rate=1e-3, lr_schedule="function")
     assert make(kind, learning_rate=lambda remaining: 1e-3 * (1 - remaining)).lr_schedule(0.0) == 1e-3  # a warm-up
 
@@ -142,3 +142,56 @@ def test_more_that_changes_nothing_is_refused(fields: dict[str, Any]) -> None:
         make(PolicyFlow, **fields)
     with pytest.raises(ValueError, match="adversary: got 'pgd', which changes nothing without"):
         make(LipschitzMBPO, robust_coef=0.0, adversary="pgd", adversary_steps=9)
+
+
+@both
+@pytest.mark.parametrize("schedule", ["adaptive", "constant"])
+def test_a_rate_given_by_a_config_is_used(kind: type[Any], schedule: str, tmp_path: Any) -> None:
+    if kind is LipschitzMBPO and schedule == "adaptive":
+        pytest.skip("it has no such schedule")
+    agent = make(kind, lr_schedule=schedule)
+    agent.save(tmp_path / "a")
+    other = dataclasses.replace(agent.config, learning_rate=2e-3)
+    agent.config = other
+    assert agent.lr_schedule(1.0) == agent.learning_rate == 2e-3
+    loaded = kind.load(tmp_path / "a", config=other, device="cpu")
+    assert loaded.lr_schedule(1.0) == loaded.learning_rate == 2e-3
+
+
+@both
+def test_load_refuses_what_is_no_attribute(kind: type[Any], tmp_path: Any) -> None:
+    make(kind).save(tmp_path / "a")
+    with pytest.raises(TypeError, match="unknown argument: got clip_rnage, expected attributes of"):
+        kind.load(tmp_path / "a", device="cpu", clip_rnage=0.1)
+    assert kind.load(tmp_path / "a", device="cpu", verbose=1, gamma=0.5).gamma == 0.5
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"learning_rate": ConstantSchedule(1e-3), "lr_schedule": "adaptive"}, "lr_schedule: got 'adaptive', but"),
+        ({"actor_hidden": (8,), "policy_kwargs": {"net_arch": [32]}}, r"actor_hidden: got \(8,\), but policy_kwargs"),
+        ({"action_std": 0.2, "policy_kwargs": {"log_std_init": 0.0}}, "action_std: got 0.2, but policy_kwargs"),
+        ({"activation": "relu", "policy_kwargs": {"activation_fn": "tanh"}}, "activation: got 'relu', but"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PolicyFlow("MlpPolicy", "Pendulum-v1", device="cpu", **fields)
+
+
+@both
+def test_a_config_does_not_change(kind: type[Any]) -> None:
+    widths = [8, 8]
+    config = kind.config_class(actor_hidden=widths)
+    widths.append(99)
+    assert config == kind.config_class(actor_hidden=(8, 8)) and hash(config)
+
+
+def test_the_adaptive_rate_begins_within_its_bounds() -> None:
+    cases: list[dict[str, Any]] = [{"learning_rate": 0.1}, {"learning_rate": 1e-4, "lr_min": 1e-3}]
+    for bounds in cases:
+        with pytest.raises(ValueError, match=r"learning_rate: got .*, expected lr_min to lr_max"):
+            PolicyFlow.config_class(**bounds)
+    PolicyFlow.config_class(learning_rate=0.0)  # to act only
+    PolicyFlow.config_class(learning_rate=0.1, lr_schedule="constant")

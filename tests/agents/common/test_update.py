@@ -29,9 +29,9 @@ def agent(**fields: Any) -> PolicyFlow:
         "n_steps": 24,
         "batch_size": 16,
         "n_epochs": 2,
-        "actor_hidden": (8, 8),
-        "critic_hidden": (8,),
     }
+    if "net_arch" not in fields.get("policy_kwargs", {}):
+        sizes |= {"actor_hidden": (8, 8), "critic_hidden": (8,)}
     return PolicyFlow("MlpPolicy", env, seed=0, device="cpu", **sizes | fields)
 
 

@@ -299,6 +299,14 @@ def test_an_average_that_cannot_follow_is_refused() -> None:
         learn(agent)
 
 
+def test_another_average_that_cannot_follow_is_refused() -> None:
+    agent = make(LipschitzMBPO, ema_decay=0.9)
+    layer = next(each for each in agent.policy.actor.modules() if isinstance(each, nn.Linear))
+    prune.l1_unstructured(layer, "weight", 0.5)
+    with pytest.raises(ValueError, match="averaged_actor has other parameters than actor, which it follows"):
+        learn(agent)
+
+
 def test_freezing_is_what_it_is_in_stable_baselines3() -> None:
     env = make_vec("InvertedPendulum-v5", 1, 0)
     peers: list[tuple[Any, Any]] = [

@@ -327,3 +327,21 @@ def test_jacobian_prior_reaches_every_model_and_is_saved(model: str, tmp_path: P
 def test_jacobian_prior_without_a_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model_jacobian_coef: got 0\.1, expected 0 without a model"):
         LipschitzMBPOConfig(model="none", model_jacobian_coef=0.1)
+
+
+def test_replaced_weights_of_the_model_learn_and_a_frozen_model_is_refused() -> None:
+    agent = LipschitzMBPO(
+        "MlpPolicy", make_vec("InvertedPendulum-v5", 1, 0), learning_starts=20, gradient_steps=1, model_rollouts=2,
+        model_hidden=(8,), model_epochs=2, model_interval=20, batch_size=8, actor_hidden=(8,), critic_hidden=(8,),
+        seed=0, device="cpu", compile="off",
+    )  # fmt: skip
+    agent.learn(21)
+    model = agent.transition
+    assert model is not None
+    model.load_state_dict({name: each.clone() for name, each in model.state_dict().items()}, assign=True)
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    agent.learn(40, reset_num_timesteps=False)
+    assert [name for name, each in model.named_parameters() if torch.equal(each, before[name])] == []
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="weights: got a model none of which learns"):
+        agent.learn(1, reset_num_timesteps=False)

@@ -107,8 +107,8 @@ def test_steering_learns_from_reward_through_the_base() -> None:
     assert trained.predict(np.zeros(1, np.float32), deterministic=True)[0].item() > 0.5
 
 
-def test_two_rates_are_two_optimizers() -> None:
-    trained, reference = agent(), agent()
+def test_two_rates_are_two_optimizers_and_the_average_follows() -> None:
+    trained, reference = agent(ema_decay=0.9), agent(ema_decay=0.9)
     rng = torch.Generator().manual_seed(0)
     ours, theirs = trained.policy, reference.policy
     theirs.adopt_weights()
@@ -127,6 +127,9 @@ def test_two_rates_are_two_optimizers() -> None:
             named[name].grad = part.view_as(named[name])
         for adam in adams:
             adam.step()
+        assert theirs.averaged_actor is not None
+        for mean, each in zip(theirs.averaged_actor.parameters(), theirs.actor.parameters(), strict=True):
+            mean.data.lerp_(each.detach(), theirs.averaging)
     for name, each in ours.named_parameters():
         torch.testing.assert_close(each, named[name], rtol=1e-5, atol=1e-7)
 
