@@ -9,6 +9,8 @@ from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from driftrl import LipschitzMBPO, PolicyFlow, PolicyFlowConfig
+from driftrl.commands import demonstrate
+from driftrl.runs.folder import PRETRAIN, PRETRAINED
 from driftrl.runs.log import open_logger
 
 ROOT = Path(__file__).parents[1]
@@ -43,8 +45,8 @@ def test_code_of_the_documentation_runs(page: str, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     "page",
     [
-        "README.md", "docs/checkpoints.md", "docs/commands.md", "docs/compare.md", "docs/dynamics.md", "docs/export.md",
-        "docs/multimodal.md", "docs/sb3.md", "docs/sweep.md",
+        "README.md", "docs/checkpoints.md", "docs/commands.md", "docs/compare.md", "docs/demonstrations.md",
+        "docs/dynamics.md", "docs/export.md", "docs/multimodal.md", "docs/sb3.md", "docs/sweep.md",
     ],
 )  # fmt: skip
 def test_links_of_the_documentation_exist(page: str) -> None:
@@ -100,3 +102,19 @@ def test_the_page_names_every_metric_of_the_model_based_agent(fields: dict[str, 
     names = {name for name in agent.logger.name_to_value if name.split("/")[0] not in ("time", "rollout")}
     page = (ROOT / "docs" / "lipschitz_mbpo.md").read_text().partition("## Metrics")[2]
     assert names == {name for name in names if f"| `{name}` |" in page}
+
+
+def test_the_code_on_demonstrations_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("h5py")
+    monkeypatch.chdir(tmp_path)
+    assert demonstrate.main(["data/avoid-v0", "--episodes", "24"]) == 0
+    (block,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs/demonstrations.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    exec(compile(block.replace("10_000", "20").replace("100_000", "64"), "docs/demonstrations.md", "exec"), {})
+
+
+def test_the_page_on_demonstrations_names_its_metrics_and_files(tmp_path: Path) -> None:
+    page = (ROOT / "docs/demonstrations.md").read_text()
+    assert all(f"`{name}`" in page for name in ("pretrain/loss", "pretrain/validation_loss", "pretrain/"))
+    assert all(f"`{name}`" in page for name in (PRETRAIN, PRETRAINED, "pretrained.json"))

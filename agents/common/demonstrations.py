@@ -76,6 +76,19 @@ class Demonstrations:
         chosen[rng.permutation(number)[: min(max(round(share * number), 1), number - 1)]] = True
         return self._episodes(~chosen), self._episodes(chosen)
 
+    def returning(self, at_least: float) -> Demonstrations:
+        """The episodes whose return is no less: of data with failures, those worth imitating.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        chosen = self.returns >= at_least
+        if not chosen.any():
+            raise ValueError(
+                f"demonstrations: got no episode that returns {at_least:g}, at most {self.returns.max():g}"
+            )
+        return self._episodes(chosen)
+
     def _episodes(self, chosen: Array) -> Demonstrations:
         steps = np.repeat(chosen, self.lengths)
         return Demonstrations(self.observations[steps], self.actions[steps], self.rewards[steps], self.lengths[chosen])

@@ -33,7 +33,7 @@ def read_lines(command: list[str], lines: int, folder: Path) -> tuple[int, str]:
 
 
 def test_training_is_saved_where_its_output_is_closed(tmp_path: Path) -> None:
-    code, error = read_lines(TRAIN, 3, tmp_path)  # two that describe the run, one with its folder
+    code, error = read_lines(TRAIN, 4, tmp_path)  # three that describe the run, one with its folder
     assert code == 141
     (run,) = (path.parent for path in tmp_path.rglob("config.json"))
     assert (

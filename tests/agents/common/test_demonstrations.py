@@ -21,6 +21,10 @@ def test_returns_are_sums_over_episodes() -> None:
     data = Demonstrations.of([("a", episode(1, 2)), ("b", episode(4)), ("c", episode(0.5, 0.25, 1))], BOX, ACTIONS)
     assert data.lengths.tolist() == [2, 1, 3]
     assert data.returns.tolist() == [3, 4, 1.75]
+    better = data.returning(3)
+    assert better.lengths.tolist() == [2, 1] and better.rewards.tolist() == [1, 2, 4]
+    with pytest.raises(ValueError, match="got no episode that returns 5, at most 4"):
+        data.returning(5)
 
 
 def test_a_split_keeps_episodes_whole_and_loses_none() -> None:
