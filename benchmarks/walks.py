@@ -26,9 +26,11 @@ Before the redesign (commit 8470cbc, flat agents/; a copy of this file ran there
 files and 689 lines, 13 and 836 with the simulator; LipschitzMBPO 10 and 440, 12 and 587 with the simulator, 17 and 918
 with the model, too; all of learn 15 and 962, 17 and 1,017; 36 hops in a minibatch of either; 21 files to resume.
 
-The redesign was to bring resume to 12 files. It takes 26: the Config, networks, optimizer, flow and their checks
-(agents 10), a file that is checked and turned into data (storage 4), the environments, made and put to where they
-were (5), the run's folder, log and signals (4), the command and its errors (2), noise (1).
+The redesign was to bring the walks to 8 files and 1,000 lines, with 4 in the algorithm's folder, and resume to 12
+files. PolicyFlow takes 9 files, 4 of them its own; LipschitzMBPO 10 with the model rollouts that go on between two
+fits, 3 its own. --resume takes 41, nearly all of them what a new run takes, too: the Config, networks, flow and
+environments are made, the run's folder, log and signals, the command. Beyond a new run it is 5 files and 228 lines.
+Value gradients came after the redesign: every imagined step calls actor, model and termination rule, each in its file.
 """
 
 from __future__ import annotations
@@ -56,8 +58,10 @@ BEFORE = Path(__file__).parent / "results/walks.json"
 STEPS = {"policyflow": 3 * 512, "mbpo": 250}
 SMALL: dict[str, dict[str, Any]] = {
     "policyflow": {"n_envs": 8, "n_steps": 64, "batch_size": 128, "n_epochs": 2},
-    "mbpo": {"learning_starts": 50, "gradient_steps": 3, "batch_size": 32, "model_epochs": 2, "model_rollouts": 4},
-}
+    "mbpo": {"learning_starts": 50, "gradient_steps": 3, "batch_size": 32, "model_epochs": 2, "model_rollouts": 4,
+             "value_gradient": 0},
+}  # fmt: skip
+HORIZON = 5  # of the preset's value gradients, which came after the redesign
 SECOND_FIT = {"model_interval": 100}  # so that a second one falls into STEPS, which it does not with the preset's 250
 TINY_RUN = (
     "policyflow --n-envs 2 --n-steps 16 --batch-size 16 --n-epochs 1 --total-timesteps 32 --compile off --device cpu"
@@ -187,7 +191,8 @@ def all_of_learn(root: Path, name: str) -> Walk:
     return trace.walk()
 
 
-def resume_to_ready(root: Path) -> Walk:
+def command_to_ready(root: Path) -> tuple[Walk, Walk]:
+    """The walks of a new run and of one that is resumed."""
     from driftrl.agents.registry import AGENTS
 
     train = runpy.run_path(str(root / "train.py"))["main"]
@@ -206,20 +211,27 @@ def resume_to_ready(root: Path) -> Walk:
         subprocess.run([sys.executable, str(root / "train.py"), *options], check=True, stdout=subprocess.DEVNULL)
         (run,) = Path(folder).glob("*/*/*")
         agent.learn = stop
-        with Trace(root) as trace, contextlib.suppress(ReadyError):
+        with Trace(root) as resumed, contextlib.suppress(ReadyError):
             train(["--resume", str(run), "--total-timesteps", "64"])
+        with Trace(root) as new, contextlib.suppress(ReadyError):
+            train([*options, "--seed", "1"])
         agent.learn = learn
-    return trace.walk()
+    return new.walk(), resumed.walk()
 
 
 def measure(root: Path) -> dict[str, Any]:
     """All walks, {"walks": {title: files}, "hops": {agent: number}}."""
-    walks, hops = {"--resume to ready": resume_to_ready(root)}, dict[str, int]()
+    new, resumed = command_to_ready(root)
+    beyond = {file: lines for file, lines in resumed.items() if file not in new}
+    walks = {"--resume to ready": resumed, "a new run to ready": new, "--resume beyond a new run": beyond}
+    hops = dict[str, int]()
     for name in SMALL:
         walk, hops[name] = observation_to_gradient(root, name)
         ways = {"": walk}
         if name == "mbpo":
             ways[" with the model"] = observation_to_gradient(root, name, **SECOND_FIT)[0]
+            differentiated = observation_to_gradient(root, name, value_gradient=HORIZON)
+            ways[f" with value gradients, H = {HORIZON}"], hops["mbpo with value gradients"] = differentiated
         for way, files in ways.items():
             ours = {file: lines for file, lines in files.items() if not file.startswith(SIMULATOR)}
             walks[f"{name}{way}"] = ours

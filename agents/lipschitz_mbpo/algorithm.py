@@ -27,10 +27,9 @@ from ...dynamics.transition_base import TransitionModel
 from ..common.arguments import without_neutral
 from ..common.compiling import compiles, eager
 from ..common.config import Configured, resolve
-from ..common.finite_updates import FiniteUpdates
 from ..common.networks import check_default_dtype, check_weights
 from ..common.observations import FiniteReplay
-from ..common.update import Gradient, Loss, Losses, rate_fields
+from ..common.update import Gradient, Loss, Losses, Updates, rate_fields
 from .config import LipschitzMBPOConfig
 from .critic_regularizers import draw_search, robust_penalty
 from .diagnostics import GRADIENTS, gradient_diagnostics, model_diagnostics, runs_away, value_diagnostics
@@ -59,7 +58,7 @@ def rollout_length(config: LipschitzMBPOConfig, step: int) -> int:
 _SB3_ARGUMENTS = ("buffer_size", "learning_starts", "batch_size", "tau", "gamma", "gradient_steps")
 
 
-class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay):
+class LipschitzMBPO(CheckpointedReplay, Configured, Updates, FiniteReplay):
     """SAC on the rollouts of one learned model, with a Lipschitz-regularized value (arXiv 2302.01244, 1906.08253).
 
     A Stable-Baselines3 algorithm: `learn`, `save`, `load`, `predict`, `save_replay_buffer`, callbacks and loggers are
@@ -97,7 +96,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         ("actor_hidden", "critic_hidden", "n_critics", "critic_layer_norm", "temperature", "model", "members",
          "snapshots", "model_hidden", "model_jacobian_coef", "model_layer_norm")
     )  # fmt: skip
-    _remade = ("model_buffer", "_gradient", "_step", "_terminated")
+    _remade = ("model_buffer", "_objective", "_gradient", "_step", "_terminated")
     _ran_away = False  # whether critics ever did
 
     def __init__(
@@ -229,7 +228,7 @@ class LipschitzMBPO(CheckpointedReplay, Configured, FiniteUpdates, FiniteReplay)
         draw = self._starts if config.value_gradient else self._minibatches
         for batch in draw(updates, batch_size):
             # The gradient of the sum of `losses`, the optimizer's step, then the slow critics follow.
-            scalars = self._update(weights.update, batch)
+            scalars = self._update(weights, batch)
             if scalars is None:  # it was left out
                 continue
             metrics.append(scalars)

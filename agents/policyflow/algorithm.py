@@ -255,18 +255,20 @@ class PolicyFlow(Imitation):
             rate = spread_rate(actor, config.spread_std).expand_as(samples.z)
             references = references._replace(samples=references.samples._replace(spread_rate=rate))
 
-        bc_coef = torch.tensor(self._present_weight(), device=self.device)
-        passes, step = list[dict[str, float]](), self._stepping(weights)
+        bc_coef = torch.tensor(self._present_weight() if config.bc_coef > 0 else 0.0, device=self.device)
+        is_tuned = config.critic_learning_rate is not None or self._iteration < config.critic_warmup
+        passes, step = list[dict[str, float]](), self._two_rates(weights) if is_tuned else None
         for _ in range(config.n_epochs):
             epoch, metrics = draw_epoch(actor, self._ratio, references, generator), list[Tensor]()
             if config.solver_error_coef > 0:
                 time = torch.empty_like(samples.values).uniform_(0, 0.5, generator=generator)
                 epoch = epoch._replace(error_time=time)
-            epoch = self._with_expert(epoch)
+            if config.bc_coef > 0:
+                epoch = self._with_expert(epoch)
             order = torch.randperm(len(epoch.obs), generator=generator, device=self.device)
             for minibatch in epoch.minibatches(config.batch_size, order):
                 # The gradient of the sum of `losses`, its clip, the optimizer's step, then the weight average follows.
-                scalars = self._update(step, minibatch, spread_coef, bc_coef)
+                scalars = self._update(weights, minibatch, spread_coef, bc_coef, step=step)
                 if scalars is not None:  # else it was left out
                     metrics.append(scalars)
             means = self._settle(metrics, before)

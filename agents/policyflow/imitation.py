@@ -52,8 +52,8 @@ class Imitation(FlowRollouts):
         return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
 
     def _with_expert(self, epoch: Samples) -> Samples:
-        """An epoch with as many demonstrated steps beside its own, if they have a weight."""
-        if self.config.bc_coef == 0 or self._expert_data is None:
+        """An epoch with as many demonstrated steps beside its own."""
+        if self._expert_data is None:
             return epoch
         obs, actions = self._expert_data
         rows = torch.randint(len(obs), epoch.values.shape, generator=self._generator, device=obs.device)
@@ -84,11 +84,9 @@ class Imitation(FlowRollouts):
         """Whether only the critic learns yet."""
         return self._iteration < int(self.config.critic_warmup)
 
-    def _stepping(self, weights: Weights) -> Callable[[Tensor], None]:
-        """What takes the optimizer's step given a gradient, the average following."""
+    def _two_rates(self, weights: Weights) -> Callable[[Tensor], None]:
+        """What takes the optimizer's step given a gradient, where the critic has a rate of its own or learns alone."""
         config, rate = self.config, self._rate_at(self._current_progress_remaining)
-        if config.critic_learning_rate is None and not self.is_warming_up:
-            return weights.update
         critic_rate = rate if config.critic_learning_rate is None else config.critic_learning_rate
         if config.critic_learning_rate is not None and config.lr_schedule == "linear":
             critic_rate *= self._current_progress_remaining

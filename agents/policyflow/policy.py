@@ -127,6 +127,10 @@ class FlowActor(nn.Module):
             entropy = entropy + self.chain_log_std.clamp(*LOG_STD_RANGE).sum()
         return entropy
 
+    def norms(self) -> Tensor:
+        """Norms of all parameters: they differ as soon as it has learned, been loaded or been written to."""
+        return torch.stack(torch._foreach_norm([each.detach() for each in self.parameters()]))
+
     def flow(self, z: Tensor, obs: Tensor, path: Tensor | None = None, field: FieldLike | None = None) -> Tensor:
         """Carry z [B, D] to x1 [B, D] given obs [B, O]: by the ODE or, along the noise of each step, a noisy flow.
 

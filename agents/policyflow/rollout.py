@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ...dynamics.noise import StepNoise, step_noise
 from ..common.config import Configured
-from ..common.finite_updates import FiniteUpdates
 from ..common.networks import lazy_zeros
 from ..common.observations import batch_of_one, observation_vectors, to_box
+from ..common.update import Updates
 from ..storage.saving import Checkpointed
 from .policy import FlowActor, FlowNoise, FlowPolicy, FlowSample
-from .rollout_view import Collected, RolloutView, weight_norms
+from .rollout_view import Collected, RolloutView
 
 if TYPE_CHECKING:
     from .pretraining import Expert
@@ -144,7 +144,7 @@ def generalized_advantage(
     return advantages
 
 
-class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
+class FlowRollouts(Checkpointed, Configured, Updates, OnPolicyAlgorithm):
     """The half of an on-policy agent that lies between the environments and the samples to learn from.
 
     Subclasses build the policy and call `_setup_rollout`, then learn from `samples` in `train`.
@@ -160,8 +160,8 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
     _exploration: StepNoise | None  # action noise with memory, which lasts from rollout to rollout
     _diverged = 0  # unstable simulations so far
     _iteration: int  # so many times `train` was called
-    _remade = ("_expert_data", "samples", "_ratio", "_monitor", "_discounted_return", "_act", "_gradient", "_step",
-               "_exploration", "storage", "collected", "steps_collected")  # fmt: skip
+    _remade = ("_expert_data", "samples", "_ratio", "_monitor", "_discounted_return", "_act", "_objective", "_gradient",
+               "_step",               "_exploration", "storage", "collected", "steps_collected")  # fmt: skip
 
     def _setup_rollout(self) -> None:
         config, envs, size = self.config, self.n_envs, (self.n_envs, self.policy.action_dim)
@@ -276,7 +276,7 @@ class FlowRollouts(Checkpointed, Configured, FiniteUpdates, OnPolicyAlgorithm):
             past=PastNoise(*(torch.cat(each) for each in zip(*moments, strict=True))) if moments else None,
             path=FlowNoise.of(noise.transpose(0, 1)).path.movedim(0, 2).flatten(0, 1) if path_length else None,
         )
-        self.collected = Collected(self.samples, scaled, starts, weight_norms(self.policy.actor))
+        self.collected = Collected(self.samples, scaled, starts, policy.actor.norms())
         if left_out.any():
             self.samples = self.samples.rows(_replacements(to_device(left_out).flatten(), self._generator))
         callback.on_rollout_end()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common.observations import split_vectors
 from .density import marginal_log_prob
@@ -26,12 +26,7 @@ class Collected(NamedTuple):
     samples: Samples  # in the order of their steps, T x N rows
     rewards: Tensor  # as learned from, [T, N]
     episode_starts: np.ndarray  # [T, N]
-    norms: Tensor  # of the weights that acted, by `weight_norms`
-
-
-def weight_norms(actor: nn.Module) -> Tensor:
-    """Norms of an actor's parameters: they differ as soon as it has learned, been loaded or been written to."""
-    return torch.stack(torch._foreach_norm([each.detach() for each in actor.parameters()]))
+    norms: Tensor  # of the weights that acted, by `FlowActor.norms`
 
 
 class RolloutView:
@@ -119,7 +114,7 @@ class RolloutView:
         rollout = self._complete()
         if self._log_probs is None or self._log_probs[0] is not rollout:
             policy, (obs, action) = self._agent.policy, (rollout.samples.obs, rollout.samples.action)
-            if not torch.equal(weight_norms(policy.actor), rollout.norms):
+            if not torch.equal(policy.actor.norms(), rollout.norms):
                 raise RuntimeError("log_probs: the policy that acted has changed since; read them in on_rollout_end")
             with torch.no_grad():
                 parts = zip(obs.split(ROWS), action.split(ROWS), strict=True)

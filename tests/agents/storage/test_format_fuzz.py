@@ -194,7 +194,7 @@ class Memory:
         Beyond the allowance, read again: what a file demands it demands each time. Pages of libraries that the system
         had put aside, and threads that another test left, count in one reading only.
         """
-        rises = []
+        rises = list[int]()
         while not rises or (rises[-1] > 2 * len(data) + ALLOWANCE and len(rises) < 3):
             Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
             before = self._peak()
