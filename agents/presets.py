@@ -55,6 +55,14 @@ POLICYFLOW: dict[str, dict[str, Any]] = {
     # From its start all goals are equally far; a critic with random values prefers one, and that is slow to go.
     "driftrl/SoftMultiGoal-v0": SPREAD
     | {"total_timesteps": 1_200_000, "critic_gain": 0.0, "spread_coef": 0.05},
+    # After pretraining on demonstrations (docs/demonstrations.md): small steps of the policy, so that equally good
+    # routes stay, and a critic that learns first.
+    "driftrl/Avoid-v0": {
+        "n_envs": 64, "n_steps": 50, "batch_size": 640, "n_epochs": 5, "total_timesteps": 400_000,
+        "learning_rate": 1e-4, "lr_schedule": "constant", "clip_range": 0.1, "critic_warmup": 3,
+        "critic_learning_rate": 1e-3, "base": "standard", "base_std": 1.0, "solver_steps": 5, "ratio": "endpoint",
+        "action_std": 0.1, "action_std_min": 0.05, "actor_hidden": (128, 128, 128), "activation": "mish",
+    },
     "driftrl/PointMazeMedium-v0": MAZE,
     "PointMaze_Medium_Diverse_GDense-v3": MAZE,
 }  # fmt: skip

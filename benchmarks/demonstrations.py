@@ -1,9 +1,11 @@
 """Pretrained, fine-tuned and steered policies on demonstrations of Avoid: success and routes, over seeds.
 
-python benchmarks/demonstrations.py --out benchmarks/results/demonstrations --seeds 0 1 2 3 4
+    OMP_NUM_THREADS=1 python benchmarks/demonstrations.py --seeds 0 1 2 3 4
 
-Each run is one `train.py` in a folder of its own: what is there and complete is not run again. The table is printed at
-the end, from all runs in the folder. Chunks of actions are not measured: policies decide at every step.
+Each run is one `train.py` with Avoid's preset. Its evaluations are kept in `benchmarks/results/demonstrations/`, and a
+run that is kept is not repeated. The table is printed at the end, from all that are kept. The Gaussian is the same
+policy with a base of width 0; from scratch is the flow without demonstrations. Chunks of actions are not measured:
+policies decide at every step.
 """
 
 from __future__ import annotations
@@ -17,36 +19,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from paired import machine, write
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results" / "demonstrations"
 ENV = "driftrl/Avoid-v0"
-NETWORKS = [
-    "--activation", "relu", "--actor-hidden", "128", "128", "--critic-hidden", "128", "128",
-    "--pretrain-steps", "10000", "--pretrain-learning-rate", "1e-2",
-]  # fmt: skip
+PRETRAIN = ["--pretrain-steps", "5000"]
 HEADS = {
-    "flow": ["--base", "gaussian", "--base-std", "0.5", "--action-std", "0.05", "--solver-steps", "8"],
-    "gaussian": ["--base", "standard", "--base-std", "0", "--ratio", "endpoint", "--action-std", "0.3"],
+    "flow": [],
+    "flow with a learned base": ["--base", "gaussian", "--base-std", "0.5"],  # steering needs one
+    "gaussian": ["--base-std", "0", "--action-std", "0.3"],
 }
-TUNING = [
-    "--gamma", "1", "--critic-warmup", "3", "--critic-learning-rate", "1e-3", "--n-envs", "256", "--n-steps", "64",
-    "--batch-size", "4096", "--n-epochs", "10", "--clip-range", "0.1",
-]  # fmt: skip
 STAGES = {
     "pretrained": ["--total-timesteps", "0"],
-    "fine-tuned": [*TUNING, "--learning-rate", "2e-4", "--lr-schedule", "constant", "--total-timesteps", "2000000"],
-    "steering": [
-        *TUNING, "--learning-rate", "3e-4", "--lr-schedule", "constant", "--freeze-flow", "--total-timesteps", "600000",
-    ],
-}  # fmt: skip
+    "fine-tuned": [],
+    "steering": ["--freeze-flow", "--learning-rate", "3e-4"],
+    "from scratch": ["--critic-warmup", "0"],
+}
 ARMS = [("good", "flow", "pretrained"), ("good", "gaussian", "pretrained"), ("half", "flow", "fine-tuned"),
-        ("half", "gaussian", "fine-tuned"), ("half", "flow", "steering")]  # fmt: skip
-"""Data (all demonstrations good, or half of them), head, stage."""
+        ("half", "gaussian", "fine-tuned"), ("half", "flow with a learned base", "steering"),
+        ("none", "flow", "from scratch")]  # fmt: skip
+"""Data (all demonstrations good, half of them, or none), head, stage."""
 
 
-def dataset(out: Path, data: str) -> Path:
+def dataset(runs: Path, data: str) -> Path:
     """The demonstrations, written if they are not there."""
-    target = out / "data" / f"{data}-v0"
+    target = runs / "data" / f"{data}-v0"
     if not target.exists():
         success = {"good": "1", "half": "0.5"}[data]
         command = [sys.executable, "-m", "driftrl.commands.demonstrate", str(target), "--success", success]
@@ -54,37 +52,44 @@ def dataset(out: Path, data: str) -> Path:
     return target
 
 
-def run(out: Path, data: str, head: str, stage: str, seed: int) -> None:
-    """Train one arm with one seed, unless it is complete."""
-    folder = out / f"{data}-{head}-{stage}-{seed}"
-    if list(folder.rglob("eval.json")):
+def kept(data: str, head: str, stage: str, seed: int) -> Path:
+    """Where the result of a run is kept."""
+    return RESULTS / f"{data}-{head}-{stage}".replace(" ", "_") / f"s{seed}.json"
+
+
+def run(runs: Path, data: str, head: str, stage: str, seed: int) -> None:
+    """Train one arm with one seed, unless it is complete, and keep its evaluations."""
+    result = kept(data, head, stage, seed)
+    if result.exists():
         return
+    folder = runs / result.parent.name / result.stem
     found = next(iter(folder.rglob("config.json")), None)
     if found is not None:
         command = ["--resume", str(found.parent)]
     else:
-        what = ["--env", ENV, "--demonstrations", str(dataset(out, data)), "--seed", str(seed)]
-        command = ["policyflow", *what, *NETWORKS, *HEADS[head], *STAGES[stage], "--run-dir", str(folder)]
-    print(f"{folder.name} ...", flush=True)
+        command = ["policyflow", "--env", ENV, "--seed", str(seed), *HEADS[head], *STAGES[stage]]
+        command += ["--run-dir", str(folder)]
+        if data != "none":
+            command += ["--demonstrations", str(dataset(runs, data)), *PRETRAIN]
+    print(f"{folder.parent.name}, seed {seed} ...", flush=True)
     subprocess.run([sys.executable, "train.py", *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    (report,) = folder.rglob("eval.json")
+    after, pretrained = json.loads(report.read_text()), report.parent / "pretrained.json"
+    before = json.loads(pretrained.read_text()) if pretrained.exists() else after
+    write(result, {"machine": machine("torch", "numpy"), "before": before, "after": after})
 
 
-def rows(out: Path, data: str, head: str, stage: str) -> list[dict[str, Any]]:
+def rows(data: str, head: str, stage: str) -> list[dict[str, Any]]:
     """What the complete runs of an arm came to: before reinforcement learning, and at the end."""
-    found = []
-    for path in sorted(out.glob(f"{data}-{head}-{stage}-*")):
-        for report in path.rglob("eval.json"):
-            before = json.loads((report.parent / "pretrained.json").read_text())
-            found.append({"before": before, "after": json.loads(report.read_text())})
-    return found
+    return [json.loads(each.read_text()) for each in sorted(kept(data, head, stage, 0).parent.glob("s*.json"))]
 
 
-def table(out: Path) -> str:
+def table() -> str:
     """Success and entropy of routes of each arm: median and range over seeds."""
     lines = ["| data | head | stage | seeds | policy | success before | after | bits before | after |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for data, head, stage in ARMS:
-        found = rows(out, data, head, stage)
+        found = rows(data, head, stage)
         for policy in ("sampled", "deterministic") if found else ():
             cells = []
             for key, form in (("success", "{:.1%}"), ("entropy_bits", "{:.2f}")):
@@ -98,16 +103,15 @@ def table(out: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/demonstrations"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/demonstrations"), help="run folders and data")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="none: only print the table")
     parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=list(STAGES), help="which to run")
     args = parser.parse_args(argv)
-    out = args.out.resolve()
     for seed in args.seeds:
         for arm in ARMS:
             if arm[2] in args.stages:
-                run(out, *arm, seed)
-    print(table(out))
+                run(args.runs.resolve(), *arm, seed)
+    print(table())
     return 0
 
 

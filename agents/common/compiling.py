@@ -16,8 +16,13 @@ from torch.nn.utils import parametrize
 from ...envs.native.build import find_compiler
 from .program import Program, tensors_in
 
-PAYS_AFTER = 25_000
-"""Gradient updates after which a compiled run has caught up with an eager one (benchmarks/train_speed.py)."""
+PAYS_AFTER = 3_500
+"""Gradient updates from which on a run is compiled.
+
+The first run of a kind, which waits for the compiler, catches up with an eager one after some 15,000. The next one
+takes two thirds of the time (benchmarks/short_run.py), and a run is seldom the only one of its kind. The state of the
+cache does not count: the same command gives the same numbers.
+"""
 
 
 def compiling_pays(wanted: str, updates: int, device: torch.device) -> bool:
