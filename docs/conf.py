@@ -59,8 +59,8 @@ napoleon_use_ivar = True  # else fields of a dataclass stand in the index twice
 default_role = "literal"  # what docstrings put between single backticks
 nitpick_ignore_regex = [
     # Other libraries: their pages would have to be fetched to be linked.
-    ("py:.*", r"(abc|collections|gymnasium|numpy|os|pathlib|stable_baselines3|torch|typing)\..*"),
-    ("py:class", r"driftrl\..*\.(_\w+|BoxPolicy|Pretraining)"),  # ours, of the inner parts
+    ("py:.*", r"(abc|collections|gymnasium|io|numpy|os|pathlib|stable_baselines3|torch|typing)\..*"),
+    ("py:class", r"driftrl\..*\.(_\w+|BoxPolicy|Pretraining|Self)"),  # ours, of the inner parts
     # Names that a module imports for its annotations only: autodoc sees their text.
     ("py:class", r"Array|BasePolicy|FlowPolicy|GymEnv|MaybeCallback|SACPolicy|Schedule|Tensor|TransitionModel"),
 ]
