@@ -97,9 +97,9 @@ def test_twelve_runs_survive_the_death_of_drivers_and_workers(
         run_in_training(folder, done)
         kill(process)
     process = begin(spec)
-    for done, what in ((8, "the worker"), (9, "the run")):
+    for done, what in ((8, "a worker"), (9, "the run"), (10, "another worker")):
         run = run_in_training(folder, done)
-        os.kill(worker_of(run) if what == "the worker" else run, signal.SIGKILL)
+        os.kill(run if what == "the run" else worker_of(run), signal.SIGKILL)
     finish(process, spec)
     pairs = list(zip(run_folders(Path("whole")), run_folders(folder), strict=True))
     assert len(pairs) == 12
