@@ -79,7 +79,7 @@ class Profiled:
         agent: Any = self.agent
         agent._act, agent._step = Timed(agent._act, self, "_act"), Timed(agent._step, self, "_step")
         for owner, name in (
-            (self.env._stepper, "step"), (self.env, "step_wait"), (agent, "collect_rollouts"), (agent, "train")
+            (self.env.simulators, "step"), (self.env, "step_wait"), (agent, "collect_rollouts"), (agent, "train")
         ):  # fmt: skip
             setattr(owner, name, partial(self.timed, name, getattr(owner, name)))
 

@@ -33,11 +33,13 @@ class BatchVecEnv(VecEnv):
 
     Attributes:
         render_index: the environment that `render` and `get_images` show; None: all, tiled, as DummyVecEnv.
+        all_infos: whether `step` gives the infos of all environments; else those whose episode goes on have empty ones.
     """
 
     def __init__(self, prototype: gym.Env[Any, Any], n_envs: int) -> None:
         self._env = cast(Any, prototype.unwrapped)
         self.render_index: int | None = None
+        self.all_infos = True
         steps = prototype.spec.max_episode_steps if prototype.spec else None
         limit = np.inf if steps is None or steps < 0 else steps
         rewards: list[list[float]] = [[] for _ in range(n_envs)]
@@ -64,8 +66,11 @@ class BatchVecEnv(VecEnv):
         """Called after resets and methods of environments, which may have moved them."""
 
     def _hand_out(self, i: int, value: Any) -> bool:
-        """Called with an attribute of environment i that somebody gets; whether it has to be read again."""
+        """Called with what somebody gets or gives of environment i; whether an attribute has to be read again."""
         return False
+
+    def _look(self) -> None:
+        """Called before somebody looks at environments or into them."""
 
     def reset(self) -> Array:
         """Begin a new episode everywhere; the seeds set by `seed` apply once. Returns observations [N, O]."""
@@ -104,35 +109,61 @@ class BatchVecEnv(VecEnv):
         episodes = self._episodes
         episodes.elapsed += 1
         truncated = (episodes.elapsed >= episodes.limit) & ~terminated
-        info["TimeLimit.truncated"] = truncated
-        columns = [values.tolist() if values.ndim == 1 else list(values) for values in info.values()]
-        names = tuple(info)
-        infos: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
         for history, value in zip(episodes.rewards, reward.tolist(), strict=True):
             history.append(value)
         dones = terminated | truncated
-        if dones.any():
-            for i in np.flatnonzero(dones).tolist():
-                infos[i] |= {"episode": self._episode(i), "terminal_observation": obs[i].copy()}
-                obs[i] = self._reset(i)
-            self._moved()
+        ended = dones.nonzero()[0].tolist()
+        infos = self._infos(info | {"TimeLimit.truncated": truncated}, ended)
+        if ended:
+            for i in ended:
+                infos[i]["episode"], infos[i]["terminal_observation"] = self._episode(i), obs[i].copy()
+            self._restart(ended, obs)
         self._obs = obs
         return obs.copy(), reward.astype(np.float32), dones, infos
 
+    def _infos(self, columns: dict[str, Array], ended: list[int]) -> list[dict[str, Any]]:
+        """The infos of a step, from their entries [N, ...]."""
+        if not self.all_infos:
+            infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+            for i in ended:
+                infos[i] = {
+                    name: values[i].tolist() if values.ndim == 1 else values[i] for name, values in columns.items()
+                }
+            return infos
+        empty = dict.fromkeys(columns)
+        infos = [empty.copy() for _ in range(self.num_envs)]  # a copy has its size from the beginning
+        for name, values in columns.items():
+            for info, value in zip(infos, values.tolist() if values.ndim == 1 else values, strict=True):
+                info[name] = value
+        return infos
+
+    def _restart(self, ended: list[int], obs: Array) -> None:
+        """Begin episodes of the environments `ended`, and write their observations into `obs` [N, O]."""
+        for i in ended:
+            obs[i] = self._reset(i)
+        self._moved()
+
     def _reset(self, i: int, seed: int | None = None, options: dict[str, Any] | None = None) -> Array:
         """New episode of environment i by Gymnasium's own reset; returns its observation [O]."""
+        self._count_anew(i)
+        obs, self.reset_infos[i] = self._envs[i].reset(seed=seed, options=options)
+        return cast(Array, obs)
+
+    def _count_anew(self, i: int) -> None:
+        """No step, no reward of environment i so far."""
         episodes, rewards = self._episodes, self._episodes.rewards[i]
         episodes.elapsed[i] = 0
         episodes.earlier[i] += len(rewards)
         rewards.clear()
-        obs, self.reset_infos[i] = self._envs[i].reset(seed=seed, options=options)
-        return cast(Array, obs)
 
     def _episode(self, i: int) -> dict[str, float]:
         """What Monitor says of an episode."""
         rewards = self._episodes.rewards[i]
         total, length, seconds = sum(rewards), len(rewards), round(time.time() - self._start, 6)
-        self._seats[i].end(total, length, seconds)
+        seat = self._seats[i]
+        seat.episode_returns.append(total)
+        seat.episode_lengths.append(length)
+        seat.episode_times.append(seconds)
         return {"r": round(total, 6), "l": length, "t": seconds}
 
     def get_state(self) -> dict[str, Any]:
@@ -166,11 +197,13 @@ class BatchVecEnv(VecEnv):
         if self.render_mode != "rgb_array":
             warnings.warn(f"render_mode: got {self.render_mode}, expected 'rgb_array' for pictures", stacklevel=2)
             return [None for _ in chosen]
+        self._look()
         return [cast("Array | None", seat.render()) for seat in chosen]
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """An attribute of each environment or of its wrappers."""
         values = []
+        self._look()
         for i in self._get_indices(indices):
             value = self._seats[i].get_wrapper_attr(attr_name)
             values.append(self._seats[i].get_wrapper_attr(attr_name) if self._hand_out(i, value) else value)
@@ -202,10 +235,12 @@ class BatchVecEnv(VecEnv):
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
         """Call a method of each environment or of its wrappers."""
-        results = [
-            self._seats[i].get_wrapper_attr(method_name)(*method_args, **method_kwargs)
-            for i in self._get_indices(indices)
-        ]
+        results = []
+        self._look()
+        for i in self._get_indices(indices):
+            method = self._seats[i].get_wrapper_attr(method_name)
+            self._hand_out(i, method)
+            results.append(method(*method_args, **method_kwargs))
         self._ready = not any(seat.needs_reset for seat in self._seats)
         self._moved()  # set_state, for example, moves them
         return results

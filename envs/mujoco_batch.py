@@ -1,15 +1,14 @@
 """Gymnasium's MuJoCo v5 tasks in batches: all cores step the simulators, NumPy does the rest for all of them at once.
 
-Compiled code steps them where there is a compiler (`native/`), else threads of Python do (`stepping.py`).
-
 The numbers are Gymnasium's own, bit for bit (`tests/envs/test_mujoco_batch.py`). One Gymnasium environment, the
-prototype, supplies the model, the arguments and the spaces, its copies the resets and the pictures; what runs in every
-step stands here and in `mujoco_tasks.py`.
+prototype, supplies the model, the arguments and the spaces, its copies the resets and the pictures. What runs in every
+step stands in `batch.py`, here, in `mujoco_tasks.py` and in `simulators.py`.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from typing import Any
 
@@ -17,16 +16,13 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
+from gymnasium.envs.registration import EnvSpec
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 from .batch import Array, BatchVecEnv, make_prototype
 from .known import bare_task_of_id
 from .mujoco_tasks import TASKS
-from .native.stepper import NativeStepper
-from .simulators import Simulators
-from .stepping import make_stepper
-
-_STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
+from .simulators import STATE, Simulators
 
 
 class MujocoVecEnv(BatchVecEnv):
@@ -62,14 +58,16 @@ class MujocoVecEnv(BatchVecEnv):
             raise ValueError(f"threads: got {threads}, expected an integer of at least 1")
         prototype = make_prototype(id, n_envs, env_kwargs)
         self._task = TASKS[task]
-        self.simulators = Simulators(prototype.unwrapped, n_envs)
-        self._watched = False
+        self.simulators = Simulators(
+            prototype.unwrapped, self._task, n_envs, min(threads or available_cores(), n_envs), native
+        )
+        self._watched = False  # whether somebody has something in hand by which environments can be moved or seen
+        self._unready: list[int] = []  # whose state was set in this step, but not computed what follows from it
         super().__init__(prototype, n_envs)
         self.diverged = np.zeros(n_envs, dtype=np.int64)  # unstable simulations so far
-        threads = min(threads or available_cores(), n_envs)
-        observation, contact_forces = self._task.observation, self._task.contact_forces
-        self._stepper = make_stepper(self.simulators, observation, contact_forces, threads, native)
-        self.native = isinstance(self._stepper, NativeStepper)
+        self.native = self.simulators.compiled is not None
+        quick = self._task.uniform_start and "xml_file" not in env_kwargs and _draws_alike()
+        self._first_state = _first_state(self.simulators.model) if quick else None
 
     def step_wait(self) -> VecEnvStepReturn:
         """Observations [N, O], rewards [N] (float32), dones [N] and infos; ended episodes begin anew."""
@@ -82,8 +80,8 @@ class MujocoVecEnv(BatchVecEnv):
         s = self.simulators
         if self._watched:
             self._moved()
-        s.actions = actions
-        obs, diverged = self._stepper.step(self._env.frame_skip)
+        self._unready.clear()
+        obs, diverged = s.step(actions, timed=self._watched)
         if self._task.point is not None:
             s.after = self._task.point(s)
         reward, terminated, info = self._task.outcome(s)
@@ -96,6 +94,46 @@ class MujocoVecEnv(BatchVecEnv):
             s.before = s.after
         return obs, reward, terminated, info
 
+    def _restart(self, ended: list[int], obs: Array) -> None:
+        """Begin episodes by Gymnasium's resets, or set the states that these would: where nobody sees the difference.
+
+        A state that is set lacks what follows from it, until `_look` or the next step.
+        """
+        s, env = self.simulators, self._env
+        if self._watched or self._first_state is None or not s.can_restart(ended):
+            super()._restart(ended, obs)
+            return
+        states = np.empty((len(ended), len(self._first_state)))
+        states[:] = self._first_state
+        noise = states[:, 1 : 1 + s.model.nq + s.model.nv]
+        for i, row in zip(ended, noise, strict=True):
+            self._envs[i].np_random.random(out=row)
+        low, high = -env._reset_noise_scale, env._reset_noise_scale
+        noise[:] = np.concatenate([env.init_qpos, env.init_qvel]) + (low + (high - low) * noise)
+        s.restart(ended, states)
+        for i in ended:
+            self._count_anew(i)
+            self.reset_infos[i] = self._envs[i]._get_reset_info()
+        self._unready += ended
+        if self._task.point is not None:
+            s.before = self._task.point(s)
+
+    def _look(self) -> None:
+        """Compute what follows from the states that were set, as Gymnasium's reset does."""
+        s = self.simulators
+        for i in self._unready:
+            state = np.empty(mujoco.mj_stateSize(s.model, STATE))
+            mujoco.mj_getState(s.models[i], s.datas[i], state, STATE)
+            mujoco.mj_resetData(s.models[i], s.datas[i])
+            mujoco.mj_setState(s.models[i], s.datas[i], state, STATE)
+            mujoco.mj_forward(s.models[i], s.datas[i])
+        self._unready.clear()
+
+    def _begin(self) -> None:
+        """All environments are in an episode now."""
+        self._unready.clear()
+        super()._begin()
+
     def _own(self, i: int) -> dict[str, Any]:
         model, data, theirs = self.simulators.models[i], self.simulators.datas[i], self._env.mujoco_renderer
         renderer = MujocoRenderer(
@@ -106,15 +144,23 @@ class MujocoVecEnv(BatchVecEnv):
 
     def _hand_out(self, i: int, value: Any) -> bool:
         """Give environment i a model of its own if its model can be changed now; expect its state to be changed."""
-        if not isinstance(value, gym.Env | mujoco.MjModel | mujoco.MjData):
+        if _harmless(value):
             return False
         self._watched = True
+        if not isinstance(value, gym.Env | mujoco.MjModel | mujoco.MjData):
+            return False
         shares = self.simulators.models[i] is self.simulators.model
         if shares and not isinstance(value, mujoco.MjData):
             self.simulators.models[i], self.simulators.own_models = copy.copy(self.simulators.model), True
             self._envs[i].mujoco_renderer.close()
             vars(self._envs[i]).update(self._own(i))
         return True
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """As `BatchVecEnv.set_attr`."""
+        self._watched = self._watched or not _harmless(value)
+        super().set_attr(attr_name, value, indices)
+        self.simulators.arguments_changed()
 
     def _moved(self) -> None:
         """Note where the next step begins."""
@@ -125,9 +171,9 @@ class MujocoVecEnv(BatchVecEnv):
     def get_state(self) -> dict[str, Any]:
         """All that determines the course of the environments, as arrays, for `set_state`; after the first `reset`."""
         s = self.simulators
-        physics = np.empty((self.num_envs, mujoco.mj_stateSize(s.model, _STATE)))
+        physics = np.empty((self.num_envs, mujoco.mj_stateSize(s.model, STATE)))
         for row, data in zip(physics, s.datas, strict=True):
-            mujoco.mj_getState(s.model, data, row, _STATE)
+            mujoco.mj_getState(s.model, data, row, STATE)
         before = None if self._task.point is None else s.before.copy()
         return super().get_state() | {"physics": physics, "before": before, "diverged": self.diverged.copy()}
 
@@ -138,11 +184,11 @@ class MujocoVecEnv(BatchVecEnv):
             ValueError: if it is the state of another number of environments or of another model.
         """
         s = self.simulators
-        expected = (self.num_envs, mujoco.mj_stateSize(s.model, _STATE))
+        expected = (self.num_envs, mujoco.mj_stateSize(s.model, STATE))
         if state["physics"].shape != expected:
             raise ValueError(f"state: got physics of shape {state['physics'].shape}, expected {expected}")
         for row, model, data in zip(state["physics"], s.models, s.datas, strict=True):
-            mujoco.mj_setState(model, data, row, _STATE)
+            mujoco.mj_setState(model, data, row, STATE)
             mujoco.mj_forward(model, data)  # what is shown and read follows from the state
         self.diverged = state["diverged"].copy()
         obs = super().set_state(state)
@@ -158,10 +204,36 @@ class MujocoVecEnv(BatchVecEnv):
 
     def close(self) -> None:
         """End the threads and close the environments."""
-        self._stepper.close()
+        self.simulators.close()
         super().close()
 
 
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _harmless(value: Any) -> bool:
+    """Whether nobody can move environments by it, nor look into them."""
+    if isinstance(value, tuple):
+        return all(map(_harmless, value))
+    return isinstance(value, str | bytes | int | float | None | np.generic | gym.Space | EnvSpec)
+
+
+def _first_state(model: Any) -> Array:
+    """The state of a simulator that was reset: time, qpos, qvel and what follows."""
+    data = mujoco.MjData(model)
+    state = np.empty(mujoco.mj_stateSize(model, STATE))
+    data.time, data.qpos[:], data.qvel[:] = 1, 2, 3
+    mujoco.mj_getState(model, data, state, STATE)
+    assert state[: 1 + model.nq + model.nv].tolist() == [1.0] + [2.0] * model.nq + [3.0] * model.nv
+    mujoco.mj_resetData(model, data)
+    mujoco.mj_getState(model, data, state, STATE)
+    return state
+
+
+@functools.cache
+def _draws_alike() -> bool:
+    """Whether NumPy rounds uniform numbers as we do: a build of it might contract product and sum."""
+    ours, theirs = (np.random.default_rng(0) for _ in range(2))
+    return np.array_equal(-0.1 + 0.2 * ours.random(500), theirs.uniform(-0.1, 0.1, 500))

@@ -9,15 +9,61 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 from gymnasium.envs.mujoco.humanoid_v5 import mass_center
+from numpy.typing import NDArray
 
-from .simulators import Array, Field, Reader, Simulators
+if TYPE_CHECKING:
+    from .simulators import Simulators
 
+Array: TypeAlias = NDArray[Any]
+Reader: TypeAlias = "Callable[[Simulators], Array]"
+"""What is read of all simulators, [N, k] or [N]."""
 Outcome: TypeAlias = tuple[Array, Array, dict[str, Array]]
 """Reward [N] (float64), terminated [N] (bool), and the entries of info, each [N] or [N, k]."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """Part of an observation: a field of MjData without its first rows, flattened to [N, k].
+
+    Args:
+        name: field of MjData.
+        skip: entries (of the position: only if positions are excluded) or bodies to leave out.
+        clip: bound of the magnitude, or the attribute of the environment that holds (low, high).
+        when: attribute of the environment that switches it on.
+    """
+
+    name: str
+    skip: int = 0
+    clip: float | str | None = None
+    when: str | None = None
+
+    def __call__(self, s: Simulators) -> Array:
+        """The part of each observation, [N, k]."""
+        values, start = s[self.name], self.start(s.env)
+        if start is None:
+            return np.empty((len(values), 0))
+        bounds = self.bounds(s.env)
+        if bounds is not None:
+            values = np.clip(values, *bounds)
+        return values[:, start:].reshape(len(values), -1)
+
+    def start(self, env: Any) -> int | None:
+        """The first row that is observed; None if it is switched off."""
+        if self.when and not getattr(env, self.when):
+            return None
+        shown = self.skip and self.name == "qpos" and not env._exclude_current_positions_from_observation
+        return 0 if shown else self.skip
+
+    def bounds(self, env: Any) -> tuple[Any, Any] | None:
+        """The lowest and the highest value."""
+        if isinstance(self.clip, str):
+            low, high = getattr(env, self.clip)
+            return low, high
+        return None if self.clip is None else (-self.clip, self.clip)
 
 
 @dataclass(frozen=True)
@@ -29,12 +75,15 @@ class Task:
         outcome: reward, termination and info of a step.
         point: the point whose displacement pays, [N] or [N, 2].
         contact_forces: compute cfrc_ext after every step (`mj_rnePostConstraint`).
+        uniform_start: episodes begin at init_qpos and init_qvel, each plus uniform noise, and what is observed and
+            reported then are positions and velocities only.
     """
 
     observation: tuple[Reader, ...]
     outcome: Callable[[Simulators], Outcome]
     point: Reader | None = None
     contact_forces: bool = False
+    uniform_start: bool = False
 
 
 def _dot(a: Array) -> Array:
@@ -205,16 +254,19 @@ TASKS: dict[str, Task] = {
         observation=(Field("qpos", skip=1), Field("qvel", clip=10)),
         outcome=_locomotion(position=_height_position, healthy=_hopper_healthy),
         point=lambda s: s["qpos"][:, 0],
+        uniform_start=True,
     ),
     "Walker2d-v5": Task(
         observation=(Field("qpos", skip=1), Field("qvel", clip=10)),
         outcome=_locomotion(position=_height_position, healthy=_walker_healthy),
         point=lambda s: s["qpos"][:, 0],
+        uniform_start=True,
     ),
     "Swimmer-v5": Task(
         observation=(Field("qpos", skip=2), Field("qvel")),
         outcome=_locomotion(position=_xy_position),
         point=lambda s: s["qpos"][:, :2],
+        uniform_start=True,
     ),
     "Ant-v5": Task(
         observation=(
@@ -261,6 +313,7 @@ TASKS: dict[str, Task] = {
     "InvertedPendulum-v5": Task(
         observation=(Field("qpos"), Field("qvel")),
         outcome=_inverted_pendulum,
+        uniform_start=True,
     ),
     "InvertedDoublePendulum-v5": Task(
         observation=(

@@ -75,12 +75,6 @@ class Seat(Monitor):
                 layer.checked_reset = layer.checked_step = layer.checked_data_reuse = True
             layer = layer.env
 
-    def end(self, total: float, length: int, seconds: float) -> None:
-        """Note an episode that ended in the batch, as Monitor does."""
-        self.episode_returns.append(total)
-        self.episode_lengths.append(length)
-        self.episode_times.append(seconds)
-
 
 if TYPE_CHECKING:
     _Limit = TimeLimit[Any, Any]

@@ -72,6 +72,11 @@ def test_wheel_holds_what_the_report_page_is_made_of(wheel_files: dict[str, byte
         assert wheel_files[name] == (ROOT / name).read_bytes()
 
 
+def test_wheel_holds_the_source_that_is_compiled_at_first_use(wheel_files: dict[str, bytes]) -> None:
+    name = "envs/native/step.cpp"
+    assert wheel_files[f"driftrl/{name}"] == (ROOT / name).read_bytes()
+
+
 def test_wheel_is_marked_as_typed(wheel_files: dict[str, bytes]) -> None:
     assert "driftrl/py.typed" in wheel_files
 

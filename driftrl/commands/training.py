@@ -19,6 +19,7 @@ from ..agents.storage.files import write_json
 from ..agents.storage.saving import Checkpointed, restore
 from ..analysis.evaluation import EVALUATION_SEED, evaluate_modes, format_table
 from ..envs import make_vec
+from ..envs.batch import BatchVecEnv
 from ..envs.make import has_time_limit
 from ..runs.callbacks import Checkpoints, Progress, Report, Reports, reported
 from ..runs.folder import Resumption, RunSettings, find_checkpoint, has_saved, save_agent
@@ -36,7 +37,10 @@ def make_env(settings: RunSettings, seed: int | None) -> VecEnv:
     """The environments of a run."""
     names = ("backend", "worker_timeout", "worker_restarts")
     how = {name: getattr(settings, name) for name in names}
-    return make_vec(settings.env_id, settings.n_envs, seed, **how, **settings.env_kwargs)
+    env = make_vec(settings.env_id, settings.n_envs, seed, **how, **settings.env_kwargs)
+    if isinstance(env, BatchVecEnv):
+        env.all_infos = False  # a run's agent and callbacks read those of ended episodes only
+    return env
 
 
 def make_agent(settings: RunSettings, env: VecEnv, config: Any) -> Checkpointed:

@@ -1,4 +1,4 @@
-"""Builds step.cpp at first use, keeps the result on disk, and loads it.
+"""Builds step.cpp at first use, keeps the result on disk, loads it, and says what its functions take.
 
 The compiler is the one that torch.compile needs. The result lies in the user's cache folder under a name that tells
 what it was built of (source, compiler, MuJoCo's version, system) and what it contains: a damaged file is not loaded,
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from ctypes import c_char_p, c_double, c_int, c_void_p
 from pathlib import Path
 
 import mujoco
@@ -28,6 +29,23 @@ _SECONDS = 120  # a build takes one or two
 
 class NativeUnavailableError(Exception):
     """Why the simulators cannot be stepped natively here."""
+
+
+class Functions(ctypes.Structure):
+    """`Functions` of step.cpp: those of MuJoCo by these names."""
+
+    NAMES = (
+        "mj_step", "mj_rnePostConstraint", "mj_setState", "_mjPRIVATE__get_tls_error_fn", "_mjPRIVATE__set_tls_error_fn"
+    )  # fmt: skip
+    _fields_ = [(name.strip("_"), c_void_p) for name in NAMES]
+
+
+class Part(ctypes.Structure):
+    """`Part` of step.cpp."""
+
+    _fields_ = [
+        ("field", c_int), ("start", c_int), ("count", c_int), ("clipped", c_int), ("low", c_double), ("high", c_double)
+    ]  # fmt: skip
 
 
 def find_compiler() -> str | None:
@@ -43,7 +61,7 @@ def cache_folder() -> Path:
 
 
 def library() -> ctypes.CDLL:
-    """The compiled step.cpp.
+    """The compiled step.cpp; its functions have their types.
 
     Raises:
         NativeUnavailableError: if there is no compiler, or it does not build the source (which also warns, once).
@@ -51,7 +69,29 @@ def library() -> ctypes.CDLL:
     loaded, reason = _loaded()
     if loaded is None:
         raise NativeUnavailableError(reason)
+    loaded.driftrl_make.argtypes = [c_void_p, c_int, c_int, *[c_void_p] * 3, c_int, c_void_p, c_int, c_int]
+    loaded.driftrl_make.restype = c_void_p
+    loaded.driftrl_read.argtypes = [c_void_p, c_int, c_void_p, c_void_p, c_int, c_void_p]
+    loaded.driftrl_step.argtypes = [c_void_p, c_void_p, *[c_int] * 3, *[c_void_p] * 3]
+    loaded.driftrl_step.restype = c_char_p
+    loaded.driftrl_restart.argtypes = [c_void_p, c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_void_p]
+    loaded.driftrl_end.argtypes = [c_void_p]
+    for function in (loaded.driftrl_restart, loaded.driftrl_end):
+        function.restype = None
     return loaded
+
+
+def mujoco_library() -> ctypes.CDLL:
+    """The library that the mujoco package has loaded.
+
+    Raises:
+        OSError: if it is not where it should be.
+    """
+    folder = Path(mujoco.__file__).parent
+    for pattern in ("libmujoco.so*", "libmujoco*.dylib"):
+        for path in sorted(folder.glob(pattern)):
+            return ctypes.CDLL(str(path))
+    raise OSError(f"no libmujoco in {folder}")
 
 
 @functools.cache

@@ -1,12 +1,11 @@
 // Steps persistent simulators from a queue, and gathers what is read of them after every step.
 //
-// Compiled at first use by build.py. It calls MuJoCo by pointers that stepper.py passes and knows no layout of its
+// Compiled at first use by build.py, called by simulators.py. It calls MuJoCo by pointers and knows no layout of its
 // structs: what is read and written of an mjData comes as addresses of its arrays. So it needs no MuJoCo headers, and
 // nothing is linked. MuJoCo's own code does all arithmetic; what is done here is copies, bounds and comparisons.
 #include <atomic>
 #include <chrono>
 #include <cmath>
-#include <csetjmp>
 #include <csignal>
 #include <cstdio>
 #include <cstring>
@@ -15,14 +14,17 @@
 #include <thread>
 #include <vector>
 
+#include <setjmp.h>
+
 namespace {
 
 using ErrorHandler = void (*)(const char*);
 
-// What stepper.py passes of MuJoCo; the order is that of its `_Functions`.
+// What is passed of MuJoCo; the order is that of `Functions` in build.py.
 struct Functions {
     void (*step)(const void* model, void* data);
     void (*contact_forces)(const void* model, void* data);
+    void (*set_state)(const void* model, void* data, const double* state, int signature);
     ErrorHandler (*get_error_handler)();
     void (*set_error_handler)(ErrorHandler);
 };
@@ -34,13 +36,16 @@ struct Part {
 };
 
 // MuJoCo reports an error by a function that must not return. Without one of our own it ends the process.
-thread_local std::jmp_buf escape;
+thread_local jmp_buf escape;
 thread_local char message[1024];
 
 void leave(const char* text) {
     std::snprintf(message, sizeof message, "%s", text);
-    std::longjmp(escape, 1);
+    _longjmp(escape, 1);
 }
+
+// Whether MuJoCo, called from this thread, is not to look at its clock.
+thread_local bool untimed = false;
 
 void pause_briefly() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -91,7 +96,7 @@ struct Batch {
     double* observations = nullptr;
     unsigned char* bad = nullptr;
     int frames = 1, width = 0;
-    bool contact_forces = false;
+    bool contact_forces = false, timed = true;
 
     std::atomic<int> next{0};   // the next environment to be stepped
     std::atomic<int> left{0};   // environments of this step that are not ready
@@ -102,15 +107,17 @@ struct Batch {
     std::vector<std::thread> threads;
 
     void simulate(int i) {
-        if (setjmp(escape)) {
+        if (_setjmp(escape)) {
             if (!failed.exchange(true)) std::memcpy(error, message, sizeof error);  // the first of a step is told
             return;
         }
+        untimed = !timed;
         for (int k = 0; k < frames; ++k) functions.step(models[i], datas[i]);
         if (contact_forces) functions.contact_forces(models[i], datas[i]);
     }
 
-    void gather(int i) {
+    // Returns whether the simulator is sound.
+    bool gather(int i) {
         double* out = fields;
         for (size_t f = 0; f < sizes.size(); ++f) {
             const size_t size = sizes[f];
@@ -131,7 +138,7 @@ struct Batch {
                 broken |= !std::isfinite(*row);
             }
         }
-        bad[i] = broken;
+        return !broken;
     }
 
     // Whoever is awake takes the next environment: a thread that the system has put aside holds up only its own.
@@ -139,7 +146,7 @@ struct Batch {
         for (int i; (i = next.fetch_add(1)) < n;) {
             std::memcpy(control[i], actions + static_cast<size_t>(i) * controls, controls * sizeof(double));
             simulate(i);
-            gather(i);
+            bad[i] = !gather(i);
             if (left.fetch_sub(1) == 1) left.notify_all();
         }
     }
@@ -203,12 +210,14 @@ int driftrl_read(Batch* batch, int fields, const double* const* sources, const i
 }
 
 // Steps all by the actions [n, controls]. Writes the fields one after the other, each [n, size], the observations
-// [n, width], and whether MuJoCo warned or a number of the observation is not finite, [n]. Nonzero after an error.
-int driftrl_step(Batch* batch, const double* actions, int frames, int contact_forces, double* fields,
-                 double* observations, unsigned char* bad) noexcept {
+// [n, width], and whether MuJoCo warned or a number of the observation is not finite, [n]. Returns what the first error
+// says, until the next one of this thread, or null.
+const char* driftrl_step(Batch* batch, const double* actions, int frames, int contact_forces, int timed, double* fields,
+                         double* observations, unsigned char* bad) noexcept {
     batch->actions = actions;
     batch->frames = frames;
     batch->contact_forces = contact_forces;
+    batch->timed = timed;
     batch->fields = fields;
     batch->observations = observations;
     batch->bad = bad;
@@ -225,11 +234,28 @@ int driftrl_step(Batch* batch, const double* actions, int frames, int contact_fo
     for (int left = batch->left; left; left = wait_while(batch->left, left)) {
     }
     batch->functions.set_error_handler(before);
-    return batch->failed;
+    untimed = false;
+    if (!batch->failed) return nullptr;
+    std::memcpy(message, batch->error, sizeof message);
+    return message;
 }
 
-// What the error of the last step says.
-const char* driftrl_error(const Batch* batch) noexcept { return batch->error; }
+// Sets the states [count, size] of some simulators, and gathers them again into what the last step wrote.
+void driftrl_restart(Batch* batch, const int* which, int count, const double* states, int size, int signature,
+                     double* fields, double* observations) noexcept {
+    batch->fields = fields;
+    batch->observations = observations;
+    for (int k = 0; k < count; ++k) {
+        const int i = which[k];
+        batch->functions.set_state(batch->models[i], batch->datas[i], states + static_cast<size_t>(k) * size, signature);
+        batch->gather(i);
+    }
+}
+
+// MuJoCo's clock, and what stands in its place: the time means nothing within a step that is not timed.
+double (*driftrl_their_clock)() = nullptr;
+
+double driftrl_clock() { return untimed || !driftrl_their_clock ? 0 : driftrl_their_clock(); }
 
 // Ends and joins the threads.
 void driftrl_end(Batch* batch) noexcept {

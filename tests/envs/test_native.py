@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
-import multiprocessing
-import os
 import pickle
-import time
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,58 +14,11 @@ import pytest
 
 from driftrl.envs.mujoco_batch import MujocoVecEnv
 from driftrl.envs.mujoco_tasks import TASKS
-from driftrl.envs.native.build import find_compiler
-from driftrl.envs.stepping import ThreadedStepper
+from driftrl.envs.python_threads import PythonThreads
 
-STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
+from .pairs import assert_equal, assert_same, drawn, made, needs_compiler, physics
 
-pytestmark = pytest.mark.skipif(find_compiler() is None or os.name != "posix", reason="needs a C++ compiler")
-
-
-def made(id: str, n: int = 3, seed: int = 3, **arguments: Any) -> MujocoVecEnv:
-    env = MujocoVecEnv(id, n, **{"native": True, **arguments})
-    env.seed(seed)
-    return env
-
-
-def drawn(env: MujocoVecEnv, steps: int, rng: np.random.Generator) -> np.ndarray:
-    space: Any = env.action_space
-    actions: np.ndarray = rng.uniform(space.low, space.high, (steps, env.num_envs, *space.shape)).astype(np.float32)
-    return actions
-
-
-def assert_equal(ours: Any, theirs: Any, where: str) -> None:
-    """Equal to the last bit, the signs of zeros included; times of day apart."""
-    if isinstance(theirs, dict):
-        assert list(ours) == list(theirs), where
-        for key in set(theirs) - {"t"}:
-            assert_equal(ours[key], theirs[key], f"{where} {key}")
-    elif isinstance(theirs, list | tuple):
-        assert len(ours) == len(theirs), where
-        for i, (mine, yours) in enumerate(zip(ours, theirs, strict=True)):
-            assert_equal(mine, yours, f"{where} {i}")
-    else:
-        assert type(ours) is type(theirs), where
-        mine, yours = np.asarray(ours), np.asarray(theirs)
-        assert mine.dtype == yours.dtype, where
-        assert mine.shape == yours.shape, where
-        assert mine.tobytes() == yours.tobytes(), f"{where}: {ours} {theirs}"
-
-
-def assert_same(envs: Sequence[MujocoVecEnv], script: Callable[[MujocoVecEnv], Any], where: str) -> Any:
-    """Do the same with both; returns the first one's result."""
-    first, second = (script(env) for env in envs)
-    assert_equal(first, second, where)
-    return first
-
-
-def physics(env: MujocoVecEnv) -> np.ndarray:
-    """The state of every simulator, [N, S]."""
-    model = env.simulators.model
-    states = np.empty((env.num_envs, mujoco.mj_stateSize(model, STATE)))
-    for row, data in zip(states, env.simulators.datas, strict=True):
-        mujoco.mj_getState(model, data, row, STATE)
-    return states
+pytestmark = needs_compiler
 
 
 def disturbed(env: MujocoVecEnv, what: int, i: int, seed: int) -> Any:
@@ -118,7 +66,7 @@ def test_it_is_the_compiled_code_that_steps(id: str, monkeypatch: pytest.MonkeyP
     def refuse(*arguments: Any) -> None:
         raise AssertionError("threads of Python step")
 
-    monkeypatch.setattr(ThreadedStepper, "step", refuse)
+    monkeypatch.setattr(PythonThreads, "run", refuse)
     env = made(id)
     env.reset()
     for a in drawn(env, 3, np.random.default_rng(0)):
@@ -215,66 +163,10 @@ def test_a_bad_state_is_warned_of_as_by_python(tmp_path: Path, monkeypatch: pyte
     assert logs[0] == logs[1]
 
 
-def threads_of_this_process() -> int:
-    return len(os.listdir("/proc/self/task"))
-
-
-def threads_become(count: int) -> bool:
-    """Whether so many are left, soon: the system lists a thread for a moment after it was joined."""
-    for _ in range(200):
-        if threads_of_this_process() == count:
-            return True
-        time.sleep(0.05)
-    return False
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads by /proc")
-def test_threads_end_with_the_batch() -> None:
-    gc.collect()  # batches of other tests
-    before = threads_of_this_process()
-    env, other = made("Hopper-v5", 8, threads=4), made("Hopper-v5", 8, threads=3)
-    assert threads_of_this_process() == before + 5
-    env.close()
-    env.close()
-    assert threads_become(before + 2)
-    del other
-    gc.collect()
-    assert threads_become(before)
-    env.reset()  # as DummyVecEnv, whose environments can be used after close
-    env.step(np.zeros((8, 3)))
-    env.close()
-    assert threads_become(before)
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads by /proc")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("native", [True, False])
-def test_a_forked_process_steps_by_threads_of_its_own(native: bool) -> None:
-    env = made("Hopper-v5", 6, threads=3, native=native)
-    env.reset()
-    actions = drawn(env, 60, np.random.default_rng(0))
-    for a in actions[:30]:
-        env.step(a)
-    fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe(duplex=False)
-
-    def child() -> None:
-        before = threads_of_this_process()
-        theirs.send([env.step(a)[0] for a in actions[30:]])
-        assert threads_of_this_process() == before + 2
-        env.close()
-
-    process = fork.Process(target=child)
-    process.start()
-    assert ours.poll(60)
-    forked = ours.recv()
-    process.join(60)
-    assert process.exitcode == 0
-    assert_equal(forked, [env.step(a)[0] for a in actions[30:]], "in the forked process")
-
-
 def test_batches_are_not_pickled_or_copied() -> None:
     env = made("Hopper-v5")
     for attempt in (pickle.dumps, copy.deepcopy, copy.copy):
-        with pytest.raises(TypeError, match="take the state over"):
-            attempt(env)
+        for what in (env, env.simulators, env.simulators.compiled):
+            with pytest.raises(TypeError, match="take the state") as caught:
+                attempt(what)
+            assert "\n" not in str(caught.value)

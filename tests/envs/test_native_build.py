@@ -117,7 +117,7 @@ def test_a_compiler_that_fails_is_reported_once(tmp_path: Path, monkeypatch: pyt
 
 @needs_compiler
 def test_what_mujoco_does_not_offer_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("driftrl.envs.native.stepper._CALLBACKS", ("mjcb_no_such",))
+    monkeypatch.setattr("driftrl.envs.simulators._CALLBACKS", ("mjcb_no_such",))
     assert not steps_natively()
     with pytest.raises(ValueError, match="lacks what native stepping needs"):
         MujocoVecEnv("Hopper-v5", 2, native=True)
