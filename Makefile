@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 LOCK_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all lint format lock clean
+.PHONY: help setup train test test-all lint format docs lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,14 @@ lint: $(READY)  ## check lint rules, format and types
 format: $(READY)  ## format the code and apply the safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# -W and -n: a link that leads nowhere, and a public name without documentation, are errors. -E: a warning of the last
+# build would not come again.
+docs: $(READY)  ## build the documentation site, build/site/index.html (Python 3.11 or newer)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'The site needs Python 3.11 or newer: make clean, then make PYTHON=python3.12 docs.' >&2; exit 1; }
+	$(BIN)/python -m sphinx -E -q -n -W --keep-going -b html -d build/doctrees -c docs . build/site
+	@echo 'Built: build/site/index.html'
 
 # One resolution for all Pythons and platforms. The CUDA libraries are left out: pip finds those that belong to the
 # PyTorch build it installs, which on a CPU-only build are none. That is also why there are no hashes.

@@ -213,3 +213,11 @@ def test_walks_count_files_lines_and_hops(tmp_path: Path, monkeypatch: pytest.Mo
     assert trace.walk() == {"one.py": 7, "room/two.py": 8}  # outer, with nested within; inner and key
     assert trace.hops == 3  # two calls of inner, one of key by way of sorted
     assert walks.folders(trace.walk()) == "top level 1, room 1"
+
+
+def test_the_picture_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = benchmark("front_picture", monkeypatch)
+    for name, number in (("EPISODES", 20), ("DRAWN", 20), ("SAMPLES", 100)):
+        monkeypatch.setattr(module, name, number)
+    module.main(steps=2, figure=tmp_path / "front.png")
+    assert (tmp_path / "front.png").stat().st_size > 20_000

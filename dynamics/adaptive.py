@@ -115,7 +115,7 @@ def odeint_adaptive(
         max_steps: most steps of a row, accepted and rejected together.
 
     Returns:
-        State, time, status and counts of each row. It does not raise if a row fails: see ``AdaptiveResult.checked``.
+        State, time, status and counts of each row. A row that fails raises nothing; ``AdaptiveResult.checked`` does.
 
     Raises:
         ValueError: if x is not [B, D], a tolerance or ``max_steps`` out of range, the solver without error estimate, a

@@ -29,7 +29,7 @@ def odeint_reversible(
     """``odeint`` by a method that can be run backwards, so that a gradient needs no memory per step.
 
     The reversible form of any one-step method ``x + psi_h(t, x)`` (McCallum and Foster, arXiv 2410.11648), of the same
-    order and at twice its field calls, with y = z = x at t0 and c the coupling:
+    order and at twice its field calls, with y = z = x at t0 and c the coupling::
 
         y' = c y + (1 - c) z + psi_h(t, z),    z' = z - psi_-h(t + h, y')
 

@@ -28,7 +28,16 @@ QUICKER = [
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/checkpoints.md", "docs/compare.md", "docs/dynamics.md", "docs/export.md", "docs/sb3.md"],
+    [
+        "README.md",
+        "docs/checkpoints.md",
+        "docs/compare.md",
+        "docs/dynamics.md",
+        "docs/export.md",
+        "docs/sb3.md",
+        "docs/howto/environment.md",
+        "docs/howto/network.md",
+    ],
 )
 @pytest.mark.filterwarnings("ignore::tqdm.TqdmExperimentalWarning")  # of the progress bar of Stable-Baselines3
 def test_code_of_the_documentation_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,21 +51,15 @@ def test_code_of_the_documentation_runs(page: str, tmp_path: Path, monkeypatch: 
         exec(compile(block, page, "exec"), names)
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md", "docs/checkpoints.md", "docs/commands.md", "docs/compare.md", "docs/demonstrations.md",
-        "docs/dynamics.md", "docs/export.md", "docs/multimodal.md", "docs/sb3.md", "docs/sweep.md",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("page", ["README.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))])
 def test_links_of_the_documentation_exist(page: str) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
         assert ((ROOT / page).parent / target).exists(), target
 
 
 def test_readme_activates_the_environment_before_it_is_needed() -> None:
     text = (ROOT / "README.md").read_text()
-    assert 0 < text.find(". .venv/bin/activate") < text.find("python train.py")
+    assert 0 < text.find("    . .venv/bin/activate") < text.find("\n    python ")
 
 
 def test_differences_from_ppo_are_those_documented() -> None:

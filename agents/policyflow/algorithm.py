@@ -112,7 +112,8 @@ class PolicyFlow(Imitation):
         env: environment, vectorised environment or registered id, with Box actions; None only to load.
         learning_rate: in place of config.learning_rate; a function of what remains (1 to 0) also replaces lr_schedule.
         config: hyperparameters. They can be read, and most of them assigned to, as attributes of the agent.
-        policy_kwargs, **fields: of `FlowPolicy` and of `PolicyFlowConfig`; both take precedence over the config.
+        policy_kwargs: arguments of `FlowPolicy` that take precedence over the config.
+        **fields: fields of `PolicyFlowConfig` by keyword, which take precedence over config.
         stats_window_size, tensorboard_log, verbose, seed, device, _init_setup_model: as Stable-Baselines3's.
 
     Raises:

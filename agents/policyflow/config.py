@@ -97,7 +97,7 @@ class PolicyFlowConfig:
     spread_std: float = 0.5
     """spread consistent: standard deviation that the flow's samples are driven to, > 0, by the solver's own steps."""
     transport_coef: float = 0.0
-    """Weight of the transport cost |x1 - z|^2, >= 0: the flow moves z only as far as advantages ask for; 0: off."""
+    """Weight of the transport cost ``|x1 - z|^2``, >= 0: the flow moves z only as far as advantages ask for; 0: off."""
     jacobian_coef: float = 0.0
     """Weight of the squared Frobenius norm of the field's Jacobian, >= 0; 0 switches it off."""
     solver_error_coef: float = 0.0

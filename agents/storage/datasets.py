@@ -58,7 +58,9 @@ def find_dataset(source: str | os.PathLike[str]) -> Path:
 
     Raises:
         DatasetError: if there is none.
+        ValueError: if h5py is missing, without which nothing of it can be read.
     """
+    _h5py()
     path = Path(source)
     root = Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
     candidates = [path, path / MAIN, path / "data" / MAIN, root / path / "data" / MAIN]

@@ -50,7 +50,7 @@ def export_onnx(agent: BaseAlgorithm | BoxPolicy, path: Path, *, sampled: bool =
         onnx: Any = importlib.import_module("onnx")
         importlib.import_module("onnxscript")
     except ImportError as error:
-        raise ValueError(f"export: {error.name} is not installed; run pip install onnx onnxscript") from error
+        raise ValueError(f"export: {error.name} is not installed; run pip install 'driftrl[export]'") from error
     policy = _policy_of(agent)
     program = _trace(policy, sampled)
     inputs = ["obs", "noise"] if sampled else ["obs"]

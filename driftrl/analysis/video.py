@@ -30,7 +30,7 @@ def record_video(
 
         importlib.import_module("imageio_ffmpeg")  # encodes for imageio
     except ImportError as error:
-        raise ValueError(f"video: {error.name} is not installed; run pip install 'imageio[ffmpeg]'") from error
+        raise ValueError(f"video: {error.name} is not installed; run pip install 'driftrl[video]'") from error
     if path.suffix not in (".mp4", ".gif"):
         raise ValueError(f"video: got {path}, expected a name that ends in .mp4 or .gif")
     env: gym.Env[Any, Any] = gym.make(env_id, **env_kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from .worker import train_run
 
 _PATIENCE = 30.0
 """Seconds that a run has for its last checkpoint after it was stopped."""
+_REACH = 10.0
+"""Seconds to reach a cluster."""
 _LONGEST = 300
 """Characters of an error of Ray that are shown."""
 _LOOK = 2.0
@@ -44,8 +47,9 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         try:
+            _check_reached(self._options.address)
             self._ray.init(address=self._options.address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             text = " ".join(str(error).split())[:_LONGEST]
             raise ValueError(
                 f"ray.address: found no cluster at {self._options.address} ({text}); start one by ray start --head, or "
@@ -72,6 +76,17 @@ class Cluster:
     def job(self, folder: Path, label: str, total_timesteps: int) -> Job:
         """A run as a task of the cluster."""
         return _Task(self._ray, self._task, folder.resolve(), label, total_timesteps, self._retries)
+
+
+def _check_reached(address: str) -> None:
+    """Fail at once where nobody listens: Ray would try for minutes.
+
+    Raises:
+        OSError: if an address with a port, of another kind than "auto" or "local", is not reached.
+    """
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_REACH).close()
 
 
 class _Task(Job):

@@ -149,6 +149,6 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(ValueError, match="got PPO, expected an agent of this library, or its policy"):
         export_program(ppo, tmp_path / "policy.pt2")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ValueError, match="export: onnxscript is not installed; run pip install onnx onnxscript"):
+    with pytest.raises(ValueError, match=r"export: onnxscript is not installed; run pip install 'driftrl\[export\]'"):
         export_onnx(make(FlowPolicy, {}), tmp_path / "policy.onnx")
     assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,13 @@ def test_the_model_based_agent_refuses_demonstrations(
     options = ["--env", "driftrl/Avoid-v0", "--demonstrations", data, "--pretrain-steps", "5"]
     assert train.main(["mbpo", *options, "--run-dir", str(tmp_path)]) == 2
     assert "demonstrations: got them for mbpo, which cannot learn from them" in capsys.readouterr().err
+
+
+def test_without_h5py_no_run_is_made(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    assert train.main(command(data, tmp_path, "--pretrain-steps", "5")) == 2
+    message = "error: demonstrations: h5py is not installed; run pip install 'driftrl[data]'\n"
+    assert capsys.readouterr().err == message
+    assert list(tmp_path.iterdir()) == []

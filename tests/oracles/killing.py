@@ -76,7 +76,11 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 def finish(process: subprocess.Popen[bytes], spec: Path) -> str:
     """Wait for the command to succeed; returns all that it has printed."""
-    code = process.wait(400)
+    try:
+        code = process.wait(400)
+    finally:
+        process.kill()  # of one that hangs
+        process.wait()
     text = spec.with_suffix(".log").read_text()
     assert code == 0, text
     return text
