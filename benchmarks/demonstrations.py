@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/demonstrations.py --seeds 0 1 2 3 4
 
 Each run is one `train.py` with Avoid's preset. Its evaluations are kept in `benchmarks/results/demonstrations/`, and a
-run that is kept is not repeated. The table is printed at the end, from all that are kept. The Gaussian is the same
-policy with a base of width 0; from scratch is the flow without demonstrations. Chunks of actions are not measured:
-policies decide at every step.
+run that is kept is not repeated. The table of all that are kept is printed at the end and written into
+docs/demonstrations.md. The Gaussian is the same policy with a base of width 0; from scratch is the flow without
+demonstrations. Chunks of actions are not measured: policies decide at every step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from learning import write_between
 from paired import machine, write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,11 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="none: only print the table")
     parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=list(STAGES), help="which to run")
     args = parser.parse_args(argv)
-    for seed in args.seeds:
-        for arm in ARMS:
+    for arm in ARMS:
+        for seed in args.seeds:
             if arm[2] in args.stages:
                 run(args.runs.resolve(), *arm, seed)
     print(table())
+    write_between(ROOT / "docs" / "demonstrations.md", "demonstrations", table())
     return 0
 
 
