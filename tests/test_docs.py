@@ -46,7 +46,7 @@ def test_code_of_the_documentation_runs(page: str, tmp_path: Path, monkeypatch: 
     "page",
     [
         "README.md", "docs/checkpoints.md", "docs/commands.md", "docs/compare.md", "docs/demonstrations.md",
-        "docs/dynamics.md", "docs/export.md", "docs/multimodal.md", "docs/sb3.md", "docs/sweep.md",
+        "docs/dynamics.md", "docs/export.md", "docs/gpu.md", "docs/multimodal.md", "docs/sb3.md", "docs/sweep.md",
     ],
 )  # fmt: skip
 def test_links_of_the_documentation_exist(page: str) -> None:
