@@ -29,7 +29,7 @@ NAVIGATION = {
     "Begin": ["docs/choose", "docs/commands", "docs/compare", "docs/faq"],
     "How to": [
         "docs/howto/environment", "docs/howto/network", "docs/howto/resume", "docs/demonstrations", "docs/export",
-        "docs/howto/gpu", "docs/sweep", "docs/sb3",
+        "docs/gpu", "docs/sweep", "docs/sb3",
     ],
     "Agents": ["docs/policyflow", "docs/flow_ratios", "docs/lipschitz_mbpo", "docs/multimodal"],
     "Below the agents": ["docs/dynamics", "docs/checkpoints", "docs/performance"],
@@ -62,6 +62,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(abc|collections|gymnasium|io|numpy|os|pathlib|stable_baselines3|torch|typing)\..*"),
     ("py:class", r"driftrl\..*\.(_\w+|BoxPolicy|Pretraining|Self)"),  # ours, of the inner parts
     # Names that a module imports for its annotations only: autodoc sees their text.
+    ("py:exc", "RankError"),  # likewise
     ("py:class", r"Array|BasePolicy|FlowPolicy|GymEnv|MaybeCallback|SACPolicy|Schedule|Tensor|TransitionModel"),
 ]
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from .networks import check_default_dtype
+from .ranks import ALONE, Ranks, check_alone
 
 if TYPE_CHECKING:
     from .policy import BoxPolicy
@@ -113,13 +114,15 @@ class RunningNorm(nn.Module):
             getattr(self, name).copy_(value)
 
     @torch.no_grad()
-    def update(self, batch: Tensor) -> None:
-        """Merge a batch [B, dim] into the statistics."""
+    def update(self, batch: Tensor, ranks: Ranks = ALONE) -> None:
+        """Merge a batch [B, dim] into the statistics, or those of several ranks."""
         batch = batch.double()
-        n = batch.shape[0]
+        n, mean, var = batch.shape[0], batch.mean(0), batch.var(0, unbiased=False)
+        if ranks.size > 1:
+            n, mean, var = ranks.merged(n, mean, var)
         total = self.count + n
-        delta = batch.mean(0) - self.mean
-        spread = self.var * self.count + batch.var(0, unbiased=False) * n + delta.square() * self.count * n / total
+        delta = mean - self.mean
+        spread = self.var * self.count + var * n + delta.square() * self.count * n / total
         self.mean += delta * n / total
         self.var.copy_(spread / total)
         self.count.copy_(total)
@@ -135,6 +138,8 @@ class FiniteTransitions(BaseAlgorithm):
     """The part of an agent that looks at what the environments return; goes before Stable-Baselines3's class."""
 
     config: Any  # with the field `nonfinite`
+    trains_on_ranks: ClassVar[bool] = False
+    """Whether several processes can train one agent of the class together."""
     _held: np.ndarray  # [N], environments whose last observation is an older one, held
     _transitions_left_out = _worker_restarts = 0  # so far
 
@@ -144,6 +149,8 @@ class FiniteTransitions(BaseAlgorithm):
     ) -> tuple[int, BaseCallback]:  # fmt: skip
         begins = reset_num_timesteps or self._last_obs is None  # else it goes on where it was, maybe in a saved file
         check_default_dtype()
+        if not self.trains_on_ranks:
+            check_alone(type(self).__name__)
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         for _, fault in _faults(observation_vectors(self._last_obs, self.observation_space), "observation"):
             raise ValueError(fault)  # there is none before it to act on

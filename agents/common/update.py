@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .compiling import Compiled, prepared
 from .observations import FiniteTransitions, blame
+from .ranks import ALONE, Ranks
 from .weights import Joined, Weights
 
 if TYPE_CHECKING:
@@ -79,13 +80,22 @@ class Gradient(nn.Module):
 
     def clipped(self, *batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The (clipped) gradient, parameter after parameter, and the scalars, "train/grad_norm" among them."""
+        return self.clip(*self.own(*batch))
+
+    def own(self, *batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient before it is clipped, and the scalars: where ranks average them, those of one rank's samples."""
         weights = self.policy.latest_weights or Weights.of(self.policy)
         if torch.compiler.is_compiling():  # it cannot look into autograd
-            gradients, scalars = self._by_parts([each.detach() for each in weights.parameters], *batch)
-            return self._clip(gradients, scalars)
+            return self._by_parts([each.detach() for each in weights.parameters], *batch)
         total, scalars = self(*batch)
-        gradients = torch.autograd.grad(total, weights.parameters, materialize_grads=True)
-        return self._clip(gradients, scalars)
+        return _vector(torch.autograd.grad(total, weights.parameters, materialize_grads=True)), _detached(scalars)
+
+    def clip(self, gradient: Tensor, scalars: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient of at most the norm `max_norm`, and "train/grad_norm", what it was, beside the scalars."""
+        norm = gradient.norm()
+        if self.max_norm is not None:
+            gradient = (self.max_norm / (norm + 1e-6)).clamp(max=1.0) * gradient
+        return gradient, scalars | {"train/grad_norm": norm}
 
     def step(self, joined: Joined, *batch: Any) -> Tensor:
         """The whole update: the clipped gradient, a step of Adam or AdamW, and the average that follows.
@@ -97,7 +107,7 @@ class Gradient(nn.Module):
         Returns:
             The scalars, [number of names].
         """
-        gradient, scalars = self._clip(*self._by_parts(joined.parts(self.policy), *batch))
+        gradient, scalars = self.clip(*self._by_parts(joined.parts(self.policy), *batch))
         self.names = tuple(scalars)
         table = torch.stack(list(scalars.values()))
         after = joined.after(gradient)
@@ -109,21 +119,22 @@ class Gradient(nn.Module):
                 old.copy_(new)
         return table
 
-    def _by_parts(self, parameters: Sequence[Tensor], *batch: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """The gradients at these values of the weights, and the scalars, by functions that can be traced."""
+    def _by_parts(self, parameters: Sequence[Tensor], *batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient at these values of the weights, and the scalars, by functions that can be traced."""
         weights = self.policy.latest_weights
         assert weights is not None
         by_name, scalars = torch.func.grad(
             lambda values: torch.func.functional_call(self, values, batch), has_aux=True
         )({f"policy.{name}": each for name, each in zip(weights.names, parameters, strict=True)})
-        return tuple(by_name.values()), scalars
+        return _vector(by_name.values()), _detached(scalars)
 
-    def _clip(self, gradients: Sequence[Tensor], scalars: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        vector = torch.cat([each.flatten() for each in gradients])
-        norm = vector.norm()
-        if self.max_norm is not None:
-            vector = (self.max_norm / (norm + 1e-6)).clamp(max=1.0) * vector
-        return vector, {name: scalar.detach() for name, scalar in scalars.items()} | {"train/grad_norm": norm}
+
+def _vector(gradients: Iterable[Tensor]) -> Tensor:
+    return torch.cat([each.flatten() for each in gradients])
+
+
+def _detached(scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: scalar.detach() for name, scalar in scalars.items()}
 
 
 class LearningRate(BaseAlgorithm):
@@ -216,16 +227,18 @@ class Updates(LearningRate, FiniteTransitions):
 
     policy: BoxPolicy
     _objective: Gradient
-    _gradient: Callable[..., tuple[Tensor, dict[str, Tensor]]]  # its `clipped`, perhaps compiled
+    _gradient: Callable[..., tuple[Tensor, dict[str, Tensor]]]  # its `clipped`, or `own` of ranks, perhaps compiled
     _config_changed: Callable[[], None]  # of `Configured`
     _names: tuple[str, ...]  # of the scalars of an update
     _step: Callable[..., Any] | None = None  # its `step`, where updates are compiled for the CPU
+    _ranks: Ranks = ALONE
     _updates_left_out = _rollbacks = _recompilations = 0  # so far
 
     def _use_gradient(self, gradient: Gradient) -> None:
         """Update by another gradient from now on; compiled like the one before, if that happens rarely."""
         compiled = self._step or isinstance(vars(self).get("_gradient"), Compiled)
-        self._objective, self._gradient, self._step = gradient, gradient.clipped, None
+        several = self._ranks.size > 1  # their mean is clipped, not each
+        self._objective, self._gradient, self._step = gradient, gradient.own if several else gradient.clipped, None
         if not compiled:
             return
         self._recompilations += 1
@@ -238,10 +251,13 @@ class Updates(LearningRate, FiniteTransitions):
             )
 
     def _compile_updates(self, wanted: bool) -> None:
-        """Make updates compiled or eager. On a CPU the whole of an update is one program, where nothing hinders it."""
+        """Make updates compiled or eager. On a CPU the whole of an update is one program, where nothing hinders it.
+
+        Of several ranks only the gradient is: they average it in the middle of an update.
+        """
         device = torch.device(self.device)
         self._gradient = prepared(self._gradient, wanted, device)
-        if device.type == "cpu":
+        if device.type == "cpu" and self._ranks.size == 1:
             self._step = prepared(self._step or self._objective.step, True, device) if wanted else None
 
     def _update(self, weights: Weights, *batch: Any, step: Callable[[Tensor], None] | None = None) -> Tensor | None:
@@ -262,11 +278,19 @@ class Updates(LearningRate, FiniteTransitions):
             self._names = self._objective.names
             return None if skips and self._refuses(table) else table
         gradient, scalars = self._gradient(*batch)
+        if self._ranks.size > 1:
+            gradient, scalars = self._objective.clip(*self._averaged(gradient, scalars))
         self._names, table = tuple(scalars), torch.stack(list(scalars.values()))
         if skips and self._refuses(table):
             return None
         (step or weights.update)(gradient)
         return table
+
+    def _averaged(self, gradient: Tensor, scalars: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Means over the ranks, by one exchange: so they agree on what is not finite, the KL and the learning rate."""
+        numbers = self._ranks.mean_(torch.cat([gradient, torch.stack(list(scalars.values()))]))
+        mean, table = numbers.split([len(gradient), len(scalars)])
+        return mean, dict(zip(scalars, table.unbind(), strict=True))
 
     def _adopt_policy(self) -> None:
         """Let training follow the policy as it is: another one, or other weights; whenever there are."""

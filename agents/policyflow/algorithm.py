@@ -22,7 +22,7 @@ from ..common.networks import check_default_dtype, check_weights
 from ..common.update import Gradient, Loss, Losses, rate_fields
 from .config import PolicyFlowConfig
 from .diagnostics import flow_diagnostics
-from .entropy import steered_weight
+from .entropy import policy_entropy, steered_weight
 from .fine_tuning import SteeringRatio
 from .imitation import Imitation
 from .monitor import CollapseMonitor
@@ -221,17 +221,26 @@ class PolicyFlow(Imitation):
     ) -> PolicyFlow:  # fmt: skip
         """Train for total_timesteps environment steps, as Stable-Baselines3's `PPO.learn`.
 
+        Where the program has called `torch.distributed.init_process_group`, all its processes train one agent together:
+        n_envs and batch_size are of each of them, total_timesteps is of all (docs/gpu.md).
+
         Raises:
+            RankError: if another process failed or is lost.
             ValueError: if an observation or a reward is not finite, compile="on" finds no compiler, or the weights were
                 changed so that some would not learn.
         """
+        ranks = self._join_ranks(total_timesteps)
         self._adopt_policy()
         done = 0 if reset_num_timesteps else self.num_timesteps  # a run that goes on is compiled as the whole would be
-        updates = (done + total_timesteps) * self.config.n_epochs // self.config.batch_size
+        updates = (done + total_timesteps) * self.config.n_epochs // (self.config.batch_size * ranks.size)
         compiled = compiles(self.policy, self.config.compile, updates, self.device)
         self._act = prepared(self._act, compiled, self.device)
         self._compile_updates(compiled)
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        shows = progress_bar and ranks.rank == 0
+        with ranks.announced():
+            super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, shows)
+            ranks.gather(None)  # what a callback raises at the end of training ends all
+        return self
 
     def train(self) -> None:
         """Fit actor and critic to the rollout (the paper's Algorithm 1), then let the observation statistics see it."""
@@ -239,18 +248,20 @@ class PolicyFlow(Imitation):
         policy.train()
         update_learning_rate(policy.optimizer, self._rate_at(self._current_progress_remaining))
         weights, before = self._weights(), self._before_updates()
-        samples = self.samples
+        samples, several = self.samples, self._ranks.size > 1
         if config.normalize_advantage:
             advantages = samples.advantages
-            samples = samples._replace(advantages=(advantages - advantages.mean()) / (advantages.std() + 1e-8))
+            mean, std = self._ranks.mean_and_std(advantages) if several else (advantages.mean(), advantages.std())
+            samples = samples._replace(advantages=(advantages - mean) / (std + 1e-8))
 
         # The references are taken now, while the policy still is the one that acted: no copy of it is needed.
         chord = config.jacobian_coef > 0 or (config.spread_coef > 0 and config.spread != "score")
         references = record_references(actor, self._ratio, samples, generator, chord=chord)
         steered: dict[str, float] = {}
         if config.target_entropy is not None:
-            given = (samples.obs, self._spread_coef, config.target_entropy, self._current_progress_remaining)
-            self._spread_coef, steered = steered_weight(actor, *given)
+            entropy = self._ranks.average(policy_entropy(actor, samples.obs).item())
+            given = (entropy, self._spread_coef, config.target_entropy, self._current_progress_remaining)
+            self._spread_coef, steered = steered_weight(*given)
         spread_coef = torch.tensor(steered.get("flow/spread_coef", config.spread_coef), device=self.device)
         if config.spread_coef > 0 and config.spread == "score":
             noise = posterior_noise(actor, samples, generator)
@@ -262,6 +273,8 @@ class PolicyFlow(Imitation):
         bc_coef = torch.tensor(self._present_weight() if config.bc_coef > 0 else 0.0, device=self.device)
         is_tuned = config.critic_learning_rate is not None or self._iteration < config.critic_warmup
         passes, step = list[dict[str, float]](), self._two_rates(weights) if is_tuned else None
+        if several:
+            self._ranks.begin_updates()
         for _ in range(config.n_epochs):
             epoch, metrics = draw_epoch(actor, self._ratio, references, generator), list[Tensor]()
             if config.solver_error_coef > 0:
@@ -279,12 +292,14 @@ class PolicyFlow(Imitation):
             passes = [*passes, means] if means else []
             if not means or (config.target_kl is not None and means["train/approx_kl"] > 1.5 * config.target_kl):
                 break
+        if several:
+            self._ranks.end_updates()
         for name, value in steered.items():
             self.logger.record(name, value)
         if passes:
             self._report(passes, epoch)
         if self._iteration > 0 and not self._is_pretrained:  # the first rollout's are known already
-            policy.obs_norm.update(self.storage.features[:-1].flatten(0, 1))
+            policy.obs_norm.update(self.storage.features[:-1].flatten(0, 1), self._ranks)
         self._iteration += 1
 
     def _report(self, passes: list[dict[str, float]], epoch: Samples) -> None:

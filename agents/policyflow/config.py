@@ -226,9 +226,9 @@ def upgraded(fields: dict[str, Any]) -> dict[str, Any]:
     """Fields as an earlier version named them, in saved runs and benchmarks, by their present names.
 
     Raises:
-        ValueError: if one is there by both names.
+        ValueError: if one is there by both names, with two values.
     """
-    if both := [old for old, name in RENAMED.items() if old in fields and name in fields]:
+    if both := [old for old, name in RENAMED.items() if old in fields and fields.get(name, fields[old]) != fields[old]]:
         raise ValueError(f"{both[0]}: got it and {RENAMED[both[0]]}, its present name; keep the latter")
     fields = {RENAMED.get(name, name): value for name, value in fields.items()}
     if fields.get("on_collapse") == "off":

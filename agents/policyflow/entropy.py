@@ -50,7 +50,7 @@ def _standard_noise(rows: int, shape: tuple[int, int], like: Tensor) -> Tensor:
 
 
 def steered_weight(
-    actor: FlowActor, obs: Tensor, weight: float, target: tuple[float, float], remaining: float
+    entropy: float, weight: float, target: tuple[float, float], remaining: float
 ) -> tuple[float, dict[str, float]]:
     """Adapt the weight of the entropy term so that the entropy meets its target.
 
@@ -60,16 +60,15 @@ def steered_weight(
     spreads: where the entropy is above the target, only what the task rewards brings it down.
 
     Args:
-        actor: the policy that acted.
-        obs: normalised observations of the rollout, [B, O].
+        entropy: `policy_entropy` of the policy that acted.
         weight: the weight that was kept.
         target: entropies at the start and the end of the run, in nats; linear in between.
         remaining: share of the run that remains, from 1 to 0.
 
     Returns:
-        The weight to keep; flow/entropy, see `policy_entropy`; flow/target_entropy; flow/spread_coef, to be used.
+        The weight to keep; flow/entropy; flow/target_entropy; flow/spread_coef, to be used.
     """
-    entropy, goal = policy_entropy(actor, obs).item(), remaining * target[0] + (1 - remaining) * target[1]
+    goal = remaining * target[0] + (1 - remaining) * target[1]
     error = min(1.0, max(-1.0, goal - entropy))
     weight = min(max(weight * math.exp(RATE * error), WEIGHTS[0]), WEIGHTS[1])
     used = weight * math.exp(GAIN * error)

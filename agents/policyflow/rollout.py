@@ -11,17 +11,14 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from ...dynamics.noise import StepNoise, step_noise
-from ..common.config import Configured
 from ..common.networks import lazy_zeros
 from ..common.observations import batch_of_one, observation_vectors, to_box
-from ..common.update import Updates
-from ..storage.saving import Checkpointed
-from .policy import FlowActor, FlowNoise, FlowPolicy, FlowSample
+from .policy import FlowActor, FlowNoise, FlowSample
+from .ranked import Ranked
 from .rollout_view import Collected, RolloutView
 
 if TYPE_CHECKING:
@@ -144,24 +141,21 @@ def generalized_advantage(
     return advantages
 
 
-class FlowRollouts(Checkpointed, Configured, Updates, OnPolicyAlgorithm):
+class FlowRollouts(Ranked):
     """The half of an on-policy agent that lies between the environments and the samples to learn from.
 
     Subclasses build the policy and call `_setup_rollout`, then learn from `samples` in `train`.
     """
 
-    policy: FlowPolicy  # type: ignore[assignment]  # SB3 asks for more of its policies than its loops use
     samples: Samples
     rollout_buffer: RolloutView  # type: ignore[assignment]  # to read: SB3's learn() hands it to collect_rollouts
     storage: RolloutStorage
     collected: Collected | None = None  # the last rollout, None while one is collected
-    steps_collected = 0  # of the rollout
     _act: Callable[[Tensor, Tensor], Tensor]  # FlowPolicy.act, perhaps compiled
     _exploration: StepNoise | None  # action noise with memory, which lasts from rollout to rollout
-    _diverged = 0  # unstable simulations so far
-    _iteration: int  # so many times `train` was called
     _remade = ("_expert_data", "samples", "_ratio", "_monitor", "_discounted_return", "_act", "_objective", "_gradient",
-               "_step",               "_exploration", "storage", "collected", "steps_collected")  # fmt: skip
+               "_step", "_exploration", "storage", "collected", "steps_collected", "_ranks", "_before",
+               "_ended")  # fmt: skip
 
     def _setup_rollout(self) -> None:
         config, envs, size = self.config, self.n_envs, (self.n_envs, self.policy.action_dim)
@@ -201,6 +195,8 @@ class FlowRollouts(Checkpointed, Configured, Updates, OnPolicyAlgorithm):
         self.collected, self.steps_collected, begins = None, 0, self._last_episode_starts
         policy.train(False)
         callback.on_rollout_start()
+        if several := self._ranks.size > 1:
+            self._begin_rollout()
         shape, memory, path_length = (n_rollout_steps, env.num_envs), self._exploration, policy.actor.path_length
         # Per step the `FlowNoise`, and further normals of an action noise whose memory takes several.
         further_terms = memory.terms - 1 if memory else 0  # the newest is the action's own
@@ -224,13 +220,17 @@ class FlowRollouts(Checkpointed, Configured, Updates, OnPolicyAlgorithm):
             self._check_actions(actions)
             clipped_actions = to_box(actions.clip(-1, 1), self.action_space)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
-            self.num_timesteps += env.num_envs
+            self.num_timesteps += env.num_envs * self._ranks.size
             callback.update_locals(locals())
             goes_on = callback.on_step()
             self._update_info_buffer(infos, dones)
+            if several:
+                self._note(infos, dones)
             new_obs, left_out[step] = self._screen(new_obs, rewards, dones, infos)
             if not goes_on:  # an agent that learns again begins where the environments are
                 self._last_obs, self._last_episode_starts = new_obs, dones
+                if several:
+                    self._agree(stops=True)
                 return False
             host_rewards[step], terminated[step] = np.where(left_out[step], 0, rewards), dones
             for i in np.flatnonzero(dones).tolist():
@@ -241,13 +241,15 @@ class FlowRollouts(Checkpointed, Configured, Updates, OnPolicyAlgorithm):
             features[step + 1] = self._features(new_obs)
             self._last_obs, self._last_episode_starts = new_obs, dones
             self.steps_collected = step + 1
+        if several and self._agree(stops=False):  # a callback of another rank ended training
+            return False
         self._record_counts({"rollout/simulations_diverged": self._diverged})
         self._record_faults()
 
         if policy.obs_norm.count == 0:
             # A new field is zero: no action has looked at an observation yet, so the first statistics change nothing
             # that was done, and learning need not start from raw observations.
-            policy.obs_norm.update(features[:-1].flatten(0, 1))
+            policy.obs_norm.update(features[:-1].flatten(0, 1), self._ranks)
         to_device = partial(torch.as_tensor, device=self.device)
         all_obs = policy.obs_norm(features.flatten(0, 1))
         all_values = policy.value(all_obs).view(-1, env.num_envs)
@@ -294,7 +296,7 @@ class FlowRollouts(Checkpointed, Configured, Updates, OnPolicyAlgorithm):
         for t in range(len(rewards)):
             returns[t] = rewards[t] + self.gamma * self._discounted_return
             self._discounted_return = returns[t] * ~ended[t]
-        self.policy.return_norm.update(torch.as_tensor(returns, device=self.device).view(-1, 1))
+        self.policy.return_norm.update(torch.as_tensor(returns, device=self.device).view(-1, 1), self._ranks)
         return (rewards * self.policy.return_norm.scale.item()).clip(-10, 10)
 
 

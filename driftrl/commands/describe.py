@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..agents.common.ranks import present
 from ..agents.registry import AgentSpec
 from ..agents.storage.saving import Checkpointed
 from ..envs.known import task_name
@@ -19,6 +20,8 @@ from .arguments import Arguments
 def describe(settings: RunSettings, device: object, seeds: Sequence[int] = ()) -> str:
     """One line that says what is trained."""
     environments = f"{settings.n_envs} environment{'s' if settings.n_envs > 1 else ''}"
+    if (size := present().size) > 1:
+        environments = f"{environments} on each of {size} ranks"
     which = f"seeds {' '.join(map(str, seeds))}" if seeds else f"seed {settings.seed}"
     what = f"{settings.agent} on {settings.env_id}, {settings.total_timesteps:,} steps"
     return f"{what}, {environments}, {which}, {device}"

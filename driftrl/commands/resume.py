@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..agents.common.ranks import check_alone, present
 from ..agents.registry import AGENTS
 from ..runs.callbacks import Report
 from ..runs.fields import made_of
@@ -29,6 +30,7 @@ from ..runs.lock import alone
 from ..runs.warnings import warn
 from .describe import command, describe
 from .errors import Parser, whole_number
+from .ranks import check_agent, check_same_file
 from .seeds import check_jobs, train_group
 from .training import make_agent, make_env, train
 
@@ -46,13 +48,16 @@ def resume(args: Sequence[str], report_to: Report | None = None) -> int:
     if folder.is_file():
         raise ValueError(f"resume: got the file {folder}, expected a run folder")
     if is_group(folder):
+        check_alone("a group of runs")
         return _resume_group(folder, arguments)
     if arguments.jobs is not None:
         raise ValueError(f"jobs: got {arguments.jobs}, but {folder} is one run; --jobs is for groups")
     begins = is_member(folder) and not has_saved(folder)
-    if not begins:
+    if begins:
+        check_alone("a run of a group that has not begun")
+    else:
         find_checkpoint(folder)  # says what is wrong if there is none
-    with alone(folder):
+    with contextlib.nullcontext() if present().rank else alone(folder):
         return (_begin_in if begins else _resume_in)(folder, arguments, report_to)
 
 
@@ -86,9 +91,11 @@ def _changed(settings: RunSettings, arguments: argparse.Namespace) -> RunSetting
 
 def _resume_in(folder: Path, arguments: argparse.Namespace, report_to: Report | None) -> int:
     settings = _changed(read_settings(folder), arguments)
+    check_agent(settings.agent)
     with contextlib.closing(make_env(settings, None)) as env:
         found = load_newest(folder, settings.device, env)
         done = found.agent.num_timesteps
+        check_same_file(found.file)
         for reason in found.skipped:
             warn(f"skipped {reason}")
         if done >= settings.total_timesteps and is_complete(folder):
@@ -97,6 +104,8 @@ def _resume_in(folder: Path, arguments: argparse.Namespace, report_to: Report | 
                 f"them\n  {command('train')} --resume {shlex.quote(str(folder))} --total-timesteps {2 * done}"
             )
             return 0
+        if present().rank:
+            return train(found.agent, None, settings, found)
         record_resumption(folder, done, settings.total_timesteps)
         print(describe(settings, found.agent.device))
         print(f"resumed from {found.file} at {done:,} steps")

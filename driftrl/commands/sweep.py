@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from ..sweeps.study import StudySource
 from ..sweeps.tables import format_grid, format_plan, format_study
 from .errors import Parser, fail, import_from_here, output_closed, until_output_closes, whole_number
 from .processes import Signals
+from .ranks import started_by_torchrun
 from .seeds import check_jobs, warn_of_few_cores
 
 _TICK = 0.2
@@ -61,6 +63,9 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
+    if started_by_torchrun():
+        size = os.environ["WORLD_SIZE"]
+        raise ValueError(f"ranks: got {size} for a sweep, whose runs are one process each; start it without torchrun")
     spec = _changed(read_spec(args.spec), args)
     if spec.search is not None:
         check_space(spec)

@@ -13,12 +13,12 @@ from typing import Any
 
 from .. import __version__
 from ..agents.common.config import without_inert
+from ..agents.common.ranks import RankError, check_alone, present
 from ..agents.registry import AGENTS, AgentSpec
 from ..envs.known import full_id
 from ..runs.callbacks import Report
-from ..runs.folder import RunSettings, new_run
+from ..runs.folder import RunSettings
 from ..runs.group import incomplete_group, new_group
-from ..runs.lock import alone
 from ..runs.signals import exit_code, sigterm_as_interrupt
 from .arguments import Arguments
 from .config_file import ConfigFile, read_config_file
@@ -26,6 +26,7 @@ from .describe import describe, describe_preset
 from .errors import Parser, fail, import_from_here, output_closed, until_output_closes, users_line
 from .help import LEGEND, Option, format_help, grouped, options
 from .options import named_options, read_options
+from .ranks import check_agent, in_ranks, is_said_elsewhere, run_folder, say
 from .resume import resume
 from .seeds import check_jobs, check_seeds, train_group
 from .settings import defaults_of, settings_of
@@ -40,14 +41,14 @@ def main(argv: Sequence[str] | None = None, report_to: Report | None = None) -> 
     Returns:
         Exit code: 0, 1 if runs of a group failed, 2 for bad input, 130, 141 or 143 where a signal ended it.
     """
-    return until_output_closes(partial(_main, argv, report_to))
+    return in_ranks(partial(until_output_closes, partial(_main, argv, report_to)))
 
 
 def _main(argv: Sequence[str] | None, report_to: Report | None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     import_from_here()
     try:
-        with sigterm_as_interrupt():
+        with sigterm_as_interrupt(), present().announced():
             if args and args[0] in AGENTS:
                 return _start(args[0], args[1:])
             if any(arg.split("=")[0] == "--config" for arg in args):
@@ -61,12 +62,12 @@ def _main(argv: Sequence[str] | None, report_to: Report | None) -> int:
             print(f"driftrl {__version__}")
             return 0
         raise ValueError(f"got {args[0] if args else 'no agent'}, expected {' or '.join(AGENTS)}, or --resume RUN")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RankError) as error:
         if users_line(error) or output_closed():
             raise
-        return fail(error)
+        return 2 if is_said_elsewhere() else fail(error)
     except KeyboardInterrupt as interrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return exit_code(interrupt)
 
 
@@ -108,12 +109,16 @@ def _start(name: str | None, args: Sequence[str]) -> int:
         arguments = _arguments(name, args, defaults, preset, chosen)
         arguments = dataclasses.replace(arguments, env=known.env, config=without_inert(arguments.config, chosen))
         _check_group_options(arguments, chosen)
-        settings = settings_of(name, arguments, chosen)
+        check_agent(name)
+        settings = present().gather(settings_of(name, arguments, chosen))[0]  # rank 0 draws the seed
+        if settings.pretrain_steps:
+            check_alone("pretraining on demonstrations")
         if "seeds" in chosen:
+            check_alone("a group of runs")
             return _start_group(entry, standard, arguments, settings)
         with contextlib.closing(make_env(settings, settings.seed)) as env:
             agent = make_agent(settings, env, arguments.config)
-            with new_run(arguments.run_dir, settings) as folder, alone(folder):
+            with run_folder(arguments.run_dir, settings) as folder:
                 print(describe(settings, agent.device))
                 print(describe_preset(entry, standard, arguments))
                 return train(agent, folder, settings)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
+from ..agents.common.ranks import RankError, check_alone, present
 from ..agents.registry import AGENTS, policy_alias
 from ..agents.storage.files import write_json
 from ..agents.storage.saving import Checkpointed, restore
@@ -21,7 +22,7 @@ from ..analysis.evaluation import EVALUATION_SEED, evaluate_modes, format_table
 from ..envs import make_vec
 from ..envs.batch import BatchVecEnv
 from ..envs.make import has_time_limit
-from ..runs.callbacks import Checkpoints, Progress, Report, Reports, reported
+from ..runs.callbacks import Checkpoints, Follows, Progress, Report, Reports, reported
 from ..runs.folder import Resumption, RunSettings, find_checkpoint, has_saved, save_agent
 from ..runs.log import open_logger
 from ..runs.pretraining import pretrain, use_demonstrations
@@ -50,11 +51,18 @@ def make_agent(settings: RunSettings, env: VecEnv, config: Any) -> Checkpointed:
 
 
 def train(
-    agent: Checkpointed, folder: Path, settings: RunSettings, found: Resumption | None = None,
+    agent: Checkpointed, folder: Path | None, settings: RunSettings, found: Resumption | None = None,
     report_to: Report | None = None,
 ) -> int:  # fmt: skip
-    """Train up to the run's total, save, evaluate and say what can be done next; `report_to` hears how it goes."""
+    """Train up to the run's total, save, evaluate and say what can be done next; `report_to` hears how it goes.
+
+    Without a folder, as a rank other than 0, only train along.
+    """
     torch.set_num_threads(settings.threads)
+    if settings.pretrain_steps and not getattr(agent, "is_pretrained", True):
+        check_alone("pretraining on demonstrations")
+    if folder is None:
+        return _follow(agent, settings, found)
     if not has_time_limit(settings.env_id, settings.env_kwargs):
         warn(f"{settings.env_id} has no time limit: an episode that never ends has no return; evaluation cuts it off")
     print(f"run folder: {folder}", flush=True)
@@ -88,7 +96,7 @@ def train(
         if isinstance(error, BrokenPipeError) and output_closed():
             print(f"output closed at {agent.num_timesteps:,} of {total:,} steps; {kept}", file=sys.stderr, flush=True)
             raise
-        if where is None and isinstance(error, ValueError | ChildProcessError) and has_saved(folder):
+        if where is None and isinstance(error, ValueError | ChildProcessError | RankError) and has_saved(folder):
             raise ValueError(f"{error}; {kept}") from error
         print(
             f"error: {settings.env_id} ended training at {agent.num_timesteps:,} of {total:,} steps"
@@ -106,8 +114,19 @@ def train(
     return 0
 
 
+def _follow(agent: Checkpointed, settings: RunSettings, found: Resumption | None) -> int:
+    """What the other ranks do of `train`."""
+    if settings.demonstrations is not None:
+        use_demonstrations(agent, settings)
+    try:
+        _learn(agent, None, settings, Logger(None, []), found, None)
+    except KeyboardInterrupt as interrupt:
+        return exit_code(interrupt)
+    return 0
+
+
 def _learn(
-    agent: Checkpointed, folder: Path, settings: RunSettings, logger: Logger, found: Resumption | None,
+    agent: Checkpointed, folder: Path | None, settings: RunSettings, logger: Logger, found: Resumption | None,
     report_to: Report | None,
 ) -> None:  # fmt: skip
     """Train and save; raises KeyboardInterrupt after that where a signal ended it early.
@@ -115,29 +134,42 @@ def _learn(
     It also saves where anything else ends it, an error in the user's environment say, unless the agent is broken.
     """
     done, total = agent.num_timesteps, settings.total_timesteps
-    with contextlib.closing(Progress(done, total)) as progress, StopOnSignal() as stop:
+    with contextlib.ExitStack() as stack, StopOnSignal(says_so=folder is not None) as stop:
         agent.set_logger(logger)
         best = _go_on(agent, settings, found) if found else None
-        checkpoints = Checkpoints(folder, settings, stop, best)
-        callbacks = [checkpoints, progress, *([Reports(done, report_to)] if report_to else [])]
+        checkpoints = Checkpoints(folder, settings, stop, best) if folder else Follows(stop)
+        callbacks: list[BaseCallback] = [checkpoints, *([Reports(done, report_to)] if report_to else [])]
+        if folder:
+            callbacks.insert(1, stack.enter_context(contextlib.closing(Progress(done, total))))
         try:
             agent.learn(total - done, callback=CallbackList(callbacks), reset_num_timesteps=done == 0)
         except Exception:
-            if agent.num_timesteps > done and all(each.isfinite().all() for each in agent.policy.parameters()):
+            if _is_worth_saving(agent, done):
                 stop.be_patient()
                 checkpoints.save()
             raise
         stop.be_patient()
         checkpoints.save()
-        with reported("final.zip", agent.num_timesteps):
-            save_agent(agent, folder / "final.zip")
+        if folder:
+            with reported("final.zip", agent.num_timesteps):
+                save_agent(agent, folder / "final.zip")
     if stop.signal is not None:
         raise KeyboardInterrupt(stop.signal)
+
+
+def _is_worth_saving(agent: Checkpointed, done: int) -> bool:
+    """Whether an agent that an error ended has learned and is not broken; ranks can save only where all are there."""
+    ranks = present()
+    worth = agent.num_timesteps > done and all(bool(each.isfinite().all()) for each in agent.policy.parameters())
+    return ranks.aligned and all(ranks.gather(worth))
 
 
 def _go_on(agent: Checkpointed, settings: RunSettings, found: Resumption) -> dict[str, Any] | None:
     """Put back all that the checkpoint holds beside the agent and say what it lacks; returns the best so far."""
     agent.set_random_seed((settings.seed + agent.num_timesteps) % 2**31)  # of what cannot be put back
-    missing = ["all but the agent: the file is no checkpoint"] if found.state is None else restore(agent, found.state)
+    if found.state is None:
+        missing = ["all but the agent: the file is no checkpoint"]
+    else:
+        missing = [found.state["missing"]] if "missing" in found.state else restore(agent, found.state)
     print("\n".join(f"not restored: {each}" for each in missing) or "all restored: as if it had not been interrupted")
     return found.state["progress"] if found.state is not None else None

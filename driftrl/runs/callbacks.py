@@ -14,10 +14,12 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
+from ..agents.common.ranks import present
 from ..agents.storage.files import write_json
 from ..agents.storage.saving import Checkpointed
 from .evaluations import Evaluations
 from .folder import COMPLETE, RunSettings, save_agent, save_checkpoint
+from .rank_states import hand_over
 from .signals import StopOnSignal
 from .warnings import warn
 
@@ -60,13 +62,15 @@ class Checkpoints(BaseCallback):
     def _on_rollout_start(self) -> None:  # the policy was just updated
         assert self._progress is not None
         steps, interval = self.model.num_timesteps, self._settings.checkpoint_interval
+        is_due = steps // interval > self._last // interval or self._was_final
+        _agree(self._stop, is_due)
         if self._evaluations.are_due(steps, self._progress["evaluated_at"]):  # before a checkpoint, which knows of it
             self._evaluate(steps)
         if self._stop.signal is not None:
             self._stop.be_patient()
             self.save()
             raise KeyboardInterrupt(self._stop.signal)
-        if steps // interval > self._last // interval or self._was_final:
+        if is_due:
             self._last, self._was_final = steps, False
             self.save()
         if self._settings.eval_interval is None:
@@ -107,6 +111,39 @@ class Checkpoints(BaseCallback):
             with reported("best.zip", details["timesteps"]):
                 save_agent(self.model, self._folder / "best.zip")
                 write_json(self._folder / "best.json", {"mean_return": mean_return, **details})
+
+
+class Follows(BaseCallback):
+    """What `Checkpoints` is on the other ranks: hands their part of a checkpoint over to rank 0."""
+
+    model: Checkpointed
+
+    def __init__(self, stop: StopOnSignal) -> None:
+        super().__init__()
+        self._stop = stop
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        is_due = _agree(self._stop, False)
+        if self._stop.signal is not None:
+            self._stop.be_patient()
+        if is_due or self._stop.signal is not None:
+            self.save()
+        if self._stop.signal is not None:
+            raise KeyboardInterrupt(self._stop.signal)
+
+    def save(self) -> None:
+        """Hand over."""
+        hand_over(self.model)
+
+
+def _agree(stop: StopOnSignal, saves: bool) -> bool:
+    """Let a signal of one rank stop all. Returns whether one of them wants to save."""
+    said = present().gather((stop.signal, saves))
+    stop.signal = next((signal for signal, _ in said if signal is not None), None)
+    return any(each for _, each in said)
 
 
 @contextlib.contextmanager

@@ -26,12 +26,14 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from .. import __version__
 from ..agents.common.config import validate
+from ..agents.common.ranks import present
 from ..agents.registry import AGENTS
 from ..agents.storage import format as checkpoint
 from ..agents.storage import saving
 from ..agents.storage.files import all_or_nothing, write_json
 from ..agents.storage.saving import Checkpointed
 from ..agents.storage.values import CheckpointError
+from .rank_states import documents, state_in
 
 _REMEDY = f"expected a .zip file saved by {' or '.join(AGENTS)}, or a run folder"
 
@@ -174,11 +176,11 @@ def save_agent(agent: Checkpointed, path: Path) -> None:
 def save_checkpoint(agent: Checkpointed, folder: Path, keep: int, progress: dict[str, Any]) -> Path:
     """Save an agent and all that its training goes on from, all or nothing; of the older ones `keep` - 1 stay.
 
-    Newer ones can only be broken: training went on from before them, and will replace them.
+    Newer ones can only be broken: training went on from before them, and will replace them. Of several ranks rank 0
+    calls this, the others `rank_states.hand_over`.
     """
     path = checkpoint_path(folder, agent.num_timesteps)
-    run = {**saving.capture(agent), "progress": progress}
-    _save(path, {"agent": checkpoint.encode(agent.contents()), "run": checkpoint.encode(run)})
+    _save(path, {"agent": checkpoint.encode(agent.contents()), **documents(agent, progress)})
     for old in [file for file in checkpoints(folder) if _steps(file) < agent.num_timesteps][keep - 1 :]:
         old.unlink()
     return path
@@ -306,7 +308,7 @@ class Resumption(NamedTuple):
     Args:
         file: what was read.
         agent: the agent in it.
-        state: for `saving.restore`; None if the file is no checkpoint but best.zip or final.zip.
+        state: for `saving.restore`, see `state_in`; None if the file is no checkpoint but best.zip or final.zip.
         skipped: what is newer and does not read, and why.
     """
 
@@ -323,17 +325,17 @@ def load_newest(folder: Path, device: str, env: VecEnv) -> Resumption:
         ValueError: if there is none, or env or the device do not fit.
     """
     for half in folder.rglob("*.part"):  # of a process that was killed while it wrote
-        half.unlink()
+        half.unlink(missing_ok=True)  # another rank did
     skipped: list[str] = []
     names = ("final.zip", "best.zip", PRETRAINED, PRETRAIN)
     for file in filter(Path.exists, (*checkpoints(folder), *(folder / name for name in names))):
         try:
-            state = None
-            if file.parent.name == "checkpoints":
-                with file.open("rb") as stream:
-                    state = checkpoint.read(stream, "run", str(file))
-            exact = state is not None and saving.tells_its_state(env)
-            return Resumption(file, load_agent(file, device, env, force_reset=not exact), state, skipped)
+            state = state_in(file) if file.parent.name == "checkpoints" else None
+            exact = state is not None and saving.tells_its_state(env) and "missing" not in state
+            agent = load_agent(file, device, env, force_reset=not exact)
+            if exact and state is not None:
+                vars(agent).update(state.get("attributes", {}))
+            return Resumption(file, agent, state, skipped)
         except CheckpointError as error:
             skipped.append(str(error))
     raise ValueError(f"no checkpoint of {folder} reads: {'; '.join(skipped)}")
@@ -351,6 +353,8 @@ def _provenance() -> dict[str, Any]:
     for package in ("torch", "numpy", "mujoco", "gymnasium", "stable-baselines3"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
+    if (size := present().size) > 1:
+        versions["ranks"] = str(size)
     root, revision = Path(__file__).resolve().parents[2], None
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -34,12 +34,16 @@ class StopOnSignal:
 
     `Checkpoints` stops it where nothing is lost, between an update and the next rollout. Where that takes longer than
     `PATIENCE` seconds, training is interrupted: the last checkpoint is what remains.
+
+    Args:
+        says_so: whether to print that training will stop; one of several ranks is enough.
     """
 
     PATIENCE = 6.0
 
-    def __init__(self) -> None:
+    def __init__(self, says_so: bool = True) -> None:
         self.signal: int | None = None
+        self._says_so = says_so
 
     def __enter__(self) -> StopOnSignal:
         self._handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -60,7 +64,8 @@ class StopOnSignal:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, self._handlers[each])
         signal.setitimer(signal.ITIMER_REAL, self.PATIENCE)
-        os.write(2, b"\nstopping after this iteration (again: at once, without saving)\n")  # print is not reentrant
+        if self._says_so:
+            os.write(2, b"\nstopping after this iteration (again: at once, without saving)\n")  # print is not reentrant
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(self.signal)
