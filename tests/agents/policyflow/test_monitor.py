@@ -81,9 +81,10 @@ def test_recorded_runs_of_policyflow_raise_no_alarm_and_collapsed_ones_do() -> N
 
     # with little action noise FPO's ratios learn for a while and lose it
     lost = "base_standard_base_std_0.5_action_std_0.1"
-    # On Pusher-v5 the first returns differ by less than the noise of the episodes, which is not recorded.
+    # On Pusher-v5 and within 50,000 steps returns differ by less than the noise of the episodes, which is not kept.
+    noisy = (lost, "Pusher-v5", "-50k")
     found = recorded("*k/policyflow*/s*.json").items()
-    healthy = {file: curve for file, curve in found if lost not in file and "Pusher-v5" not in file}
+    healthy = {file: curve for file, curve in found if not any(each in file for each in noisy)}
     assert len(healthy) >= 100
     assert alarms(healthy, 0.5) == 0
     assert alarms({file: curve for file, curve in healthy.items() if "HalfCheetah-v5" in file}, 0.2) == 0
