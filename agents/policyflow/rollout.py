@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -141,6 +142,17 @@ def generalized_advantage(
     return advantages
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch use one thread meanwhile: in rollouts its others would wait in the simulator's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class FlowRollouts(Ranked):
     """The half of an on-policy agent that lies between the environments and the samples to learn from.
 
@@ -188,6 +200,7 @@ class FlowRollouts(Ranked):
         """As Stable-Baselines3, but a run that goes on goes on counting its iterations."""
         super().dump_logs(self._iteration + 1)
 
+    @one_thread()
     @torch.no_grad()
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
         """Act for n_rollout_steps in every environment and fill the rollout; False if a callback ended training."""

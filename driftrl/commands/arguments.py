@@ -42,7 +42,7 @@ class Arguments:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where networks and rollouts live."""
     threads: int = 1
-    """CPU threads of PyTorch, >= 1. Networks of some 100 units are fastest with one: more wait for each other."""
+    """CPU threads of PyTorch's updates, >= 1; more than one pay on an idle machine only: they wait for each other."""
     run_dir: Path = Path("runs")
     """Folder under which the run's folder is made."""
     checkpoint_interval: int = 100_000

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -10,12 +10,14 @@ import pytest
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import Tensor, nn
 
 from driftrl.agents.common.program import tensors_in
 from driftrl.agents.policyflow.algorithm import PolicyFlow
 from driftrl.agents.policyflow.rollout import generalized_advantage
+from driftrl.envs import make_vec
 from driftrl.envs.mujoco_batch import MujocoVecEnv
 
 
@@ -206,3 +208,26 @@ def test_default_rollout_records_neither_memory_nor_path() -> None:
     path = roll_out(terminates=True, langevin_eps=0.1, solver_steps=3).samples.path
     assert path is not None
     assert path.shape == (6, 3, 1)
+
+
+def test_rollouts_take_one_thread_and_give_the_others_back() -> None:
+    class Look(BaseCallback):
+        """Notes the threads, and fails in the second rollout."""
+
+        seen: ClassVar[list[int]] = []
+
+        def _on_step(self) -> bool:
+            self.seen.append(torch.get_num_threads())
+            if len(self.seen) == 6:
+                raise RuntimeError("enough")
+            return True
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        agent = PolicyFlow("MlpPolicy", make_vec("InvertedPendulum-v5", 1, 0), n_steps=4, batch_size=4, device="cpu")
+        with pytest.raises(RuntimeError, match="enough"):
+            agent.learn(100, Look())
+        assert torch.get_num_threads() == 2 and Look.seen == [1] * 6
+    finally:
+        torch.set_num_threads(before)
