@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import html
-import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "oracles"))
+
+from browser import BROWSER, look
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("sphinx")
 ROOT = Path(__file__).parents[1]
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 PAGES = ("index", "docs/policyflow", "docs/reference/agents")
 
 
@@ -81,14 +80,6 @@ window.addEventListener("load", () => setTimeout(() => {
   parent.postMessage(JSON.stringify(found), "*");
 }, 300));
 </script>"""
-FRAME = """<!DOCTYPE html><body><iframe src="{page}" style="border:0;width:{width}px;height:900px"></iframe>
-<script>
-addEventListener("message", (event) => {{
-  const shown = document.createElement("pre");
-  shown.textContent = event.data;
-  document.body.append(shown);
-}});
-</script>"""
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine")
@@ -96,29 +87,10 @@ addEventListener("message", (event) => {{
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_in_a_browser(source: Path, tmp_path: Path, page: str, width: int) -> None:
     site = source / "build" / "site"
-    path = site / f"{page}.html"
-    probed = path.with_name(f"probed-{path.name}")
-    probed.write_text(path.read_text(encoding="utf-8").replace("<head>", f"<head>{PROBE}", 1), encoding="utf-8")
-    (tmp_path / "frame.html").write_text(FRAME.format(page=probed.as_uri(), width=width))
-    found = look(tmp_path / "frame.html")
+    found = look(site / f"{page}.html", PROBE, tmp_path, width)
     assert found["errors"] == [] and found["foreign"] == [] and found["broken"] == 0
     assert found["images"] == {"index": 2, "docs/policyflow": 1, "docs/reference/agents": 0}[page]
     assert found["width"] == width and found["needed"] <= width, "the page scrolls sideways"
     assert found["smallest"] >= 12
     wide = width == 1280
     assert (found["pages"], found["menu"], found["after"]) == (wide, not wide, True), "the list of pages"
-
-
-def look(frame: Path) -> dict[str, Any]:
-    """What the script that is added to a page tells of it."""
-    assert BROWSER is not None
-    command = [
-        BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--allow-file-access-from-files", "--window-size=1400,1000", f"--user-data-dir={frame.with_name('profile')}",
-        "--virtual-time-budget=8000", "--dump-dom", frame.as_uri(),
-    ]  # fmt: skip
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    match = re.search(r"<pre>(.*?)</pre>", shown, flags=re.DOTALL)
-    assert match, shown
-    found: dict[str, Any] = json.loads(html.unescape(match[1]))
-    return found

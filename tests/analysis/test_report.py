@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "oracles"))
+
+from browser import BROWSER, look
 
 from driftrl.analysis.comparison import compare
 from driftrl.analysis.comparison_tables import as_json
@@ -21,7 +24,6 @@ from driftrl.analysis.records import Record
 from driftrl.analysis.report import report_page
 
 SCRIPT = Path(__file__).parents[2] / "driftrl" / "analysis" / "report.js"
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 EVIL = "</script><script>alert(1)</script>"
 
 
@@ -151,21 +153,13 @@ window.addEventListener("load", () => setTimeout(() => {
   parent.postMessage(JSON.stringify(found), "*");
 }, 100));
 </script>"""
-FRAME = """<!DOCTYPE html><body><iframe src="probed.html" style="border:0;width:{width}px;height:900px"></iframe>
-<script>
-addEventListener("message", (event) => {{
-  const shown = document.createElement("pre");
-  shown.textContent = event.data;
-  document.body.append(shown);
-}});
-</script>"""
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine")
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_in_a_browser(page: Path, tmp_path: Path, width: int, dark: bool) -> None:
-    found = probe(page, tmp_path, width, dark)
+    found = look(page, PROBE, tmp_path, width, dark)
     assert found["errors"] == [] and found["width"] == width
     assert found["needed"] <= width, "the page scrolls sideways"
     assert found["smallest"] >= 12
@@ -175,21 +169,3 @@ def test_the_page_in_a_browser(page: Path, tmp_path: Path, width: int, dark: boo
     assert (found["before"], found["after"], found["none"]) == (8, 4, 0)
     brightness = [sum(map(int, re.findall(r"\d+", found[key])[:3])) for key in ("ground", "text")]
     assert (brightness[0] < brightness[1]) == dark
-
-
-def probe(page: Path, folder: Path, width: int, dark: bool) -> dict[str, Any]:
-    """What the page does in a frame of some width, told by a script that is added to a copy of it."""
-    text = page.read_text(encoding="utf-8")
-    (folder / "probed.html").write_text(text.replace("<head>", f"<head>{PROBE}"), encoding="utf-8")
-    (folder / "frame.html").write_text(FRAME.format(width=width))
-    assert BROWSER is not None
-    command = [
-        BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--window-size=1400,1000", f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
-        *(["--blink-settings=preferredColorScheme=0"] if dark else []), (folder / "frame.html").as_uri(),
-    ]  # fmt: skip
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    match = re.search(r"<pre>(.*?)</pre>", shown, flags=re.DOTALL)
-    assert match, shown
-    found: dict[str, Any] = json.loads(html.unescape(match[1]))
-    return found
