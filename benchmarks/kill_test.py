@@ -28,7 +28,7 @@ from run_differences import differences, progress_rows
 
 from driftrl.agents.storage import format as checkpoint
 from driftrl.agents.storage.values import CheckpointError
-from driftrl.commands import train
+from driftrl.commands import train, training
 from driftrl.runs.callbacks import Progress
 from driftrl.runs.folder import checkpoints
 
@@ -147,9 +147,10 @@ def _train(mark: Path, arguments: Sequence[str]) -> None:
 
     class Marking(Progress):
         def _on_training_start(self) -> None:
+            super()._on_training_start()
             mark.touch()
 
-    vars(train)["Progress"] = Marking
+    vars(training)["Progress"] = Marking
     sys.exit(_quietly(mark.parent, arguments))
 
 
