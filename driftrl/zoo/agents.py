@@ -8,8 +8,8 @@ from typing import Any
 from stable_baselines3.common.utils import ConstantSchedule
 from typing_extensions import Self
 
-from ..agents.lipschitz_mbpo import LipschitzMBPO
-from ..agents.policyflow import PolicyFlow
+from ..agents.lipschitz_mbpo import LipschitzMBPO, sac_arguments
+from ..agents.policyflow import PolicyFlow, ppo_arguments
 
 
 class _ForTheZoo:
@@ -23,16 +23,20 @@ class _ForTheZoo:
 
 
 class ZooPolicyFlow(_ForTheZoo, PolicyFlow):
-    """PolicyFlow with the values that rl_zoo3 reads from YAML."""
+    """PolicyFlow with the values that rl_zoo3 reads from YAML; what it samples as policy_kwargs comes after them."""
 
     def __init__(self, policy: Any = "MlpPolicy", env: Any = None, learning_rate: Any = None, **fields: Any) -> None:
+        implied = ppo_arguments.implied_fields(fields.get("policy_kwargs") or {})
+        fields = {name: value for name, value in fields.items() if name not in implied}
         super().__init__(policy, env, **zoo_fields({"learning_rate": learning_rate, **fields}))
 
 
 class ZooLipschitzMBPO(_ForTheZoo, LipschitzMBPO):
-    """LipschitzMBPO with the values that rl_zoo3 reads from YAML."""
+    """LipschitzMBPO with the values that rl_zoo3 reads from YAML; what it samples as policy_kwargs comes after them."""
 
     def __init__(self, policy: Any = "MlpPolicy", env: Any = None, learning_rate: Any = None, **fields: Any) -> None:
+        implied = sac_arguments.implied_fields(fields.get("policy_kwargs") or {})
+        fields = {name: value for name, value in fields.items() if name not in implied}
         super().__init__(policy, env, **zoo_fields({"learning_rate": learning_rate, **fields}))
 
 
