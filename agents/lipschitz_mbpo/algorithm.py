@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 from ...dynamics.transition_base import TransitionModel
 from ..common.arguments import without_neutral
 from ..common.compiling import compiles, eager
-from ..common.config import Configured, agreeing, resolve
+from ..common.config import agreeing, resolve
 from ..common.networks import check_default_dtype, check_weights
 from ..common.observations import FiniteReplay
 from ..common.update import Gradient, Loss, Losses, Updates, rate_fields
@@ -36,7 +35,7 @@ from .diagnostics import GRADIENTS, gradient_diagnostics, model_diagnostics, run
 from .model import build_model, check_rule, termination_rule
 from .replay import CheckpointedReplay, Minibatch, TensorReplay, TransitionRing
 from .sac import SACPolicy, sac_losses
-from .sac_arguments import POLICY_ARGUMENTS, POLICY_FIELDS, implied_fields, own_fields
+from .sac_arguments import POLICY_ARGUMENTS, POLICY_FIELDS, SACAttributes, implied_fields, own_fields
 from .value_gradients import RANGE_RATE, Start, value_gradient_losses, value_range
 
 
@@ -58,7 +57,7 @@ def rollout_length(config: LipschitzMBPOConfig, step: int) -> int:
 _SB3_ARGUMENTS = ("buffer_size", "learning_starts", "batch_size", "tau", "gamma", "gradient_steps")
 
 
-class LipschitzMBPO(CheckpointedReplay, Configured, Updates, FiniteReplay):
+class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
     """SAC on the rollouts of one learned model, with a Lipschitz-regularized value (arXiv 2302.01244, 1906.08253).
 
     A Stable-Baselines3 algorithm: `learn`, `save`, `load`, `predict`, `save_replay_buffer`, callbacks and loggers are
@@ -248,36 +247,6 @@ class LipschitzMBPO(CheckpointedReplay, Configured, Updates, FiniteReplay):
         if config.diagnostics_interval and self.num_timesteps - self._diagnosed_at >= config.diagnostics_interval:
             self._diagnosed_at = self.num_timesteps
             self._diagnose()
-
-    # What SAC calls these.
-    actor = property(attrgetter("policy.actor"))
-    critic = property(attrgetter("policy.critic"))
-    critic_target = property(attrgetter("policy.target_critic"))
-
-    @property
-    def log_ent_coef(self) -> Tensor | None:
-        """Log of the entropy temperature where it is learned, else None."""
-        return self.policy.log_alpha if self.config.learn_temperature else None
-
-    @property
-    def ent_coef_tensor(self) -> Tensor:
-        """The present entropy temperature."""
-        return self.policy.log_alpha.detach().exp().squeeze()
-
-    @property
-    def ent_coef(self) -> float | str:
-        """The entropy temperature, or "auto" where it is learned."""
-        return "auto" if self.config.learn_temperature else self.config.temperature
-
-    @property
-    def target_entropy(self) -> float:
-        """Entropy that the temperature drives the policy to, in nats."""
-        given = self.config.target_entropy
-        return -float(self.policy.action_dim) if given is None else given
-
-    @target_entropy.setter
-    def target_entropy(self, value: float | None) -> None:
-        self._assign("target_entropy", self, value)
 
     @property
     def _real(self) -> TransitionRing:

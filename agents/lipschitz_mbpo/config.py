@@ -176,15 +176,21 @@ class LipschitzMBPOConfig:
             off |= dict.fromkeys(("model_layer_norm", "model_dropout"), "a Gaussian or deterministic model")
         if self.value_gradient:
             off["real_ratio"] = "value_gradient 0"
+        if not (self.actor_hidden or self.critic_hidden):
+            off["activation"] = "hidden layers of actor or critics"
+        if not self.critic_hidden:
+            off["critic_layer_norm"] = "hidden layers of the critics"
+        if self.rollout_end == 0:
+            off["rollout_min"] = "rollout_end above 0: rollouts have rollout_max steps from the start"
         if self.rollout_min == self.rollout_max:
             off |= dict.fromkeys(("rollout_start", "rollout_end"), "rollout_min other than rollout_max")
         if self.regularizer != "robust" or self.robust_coef == 0:
             names = "adversary adversary_steps adversary_temperature robust_actions"
             off |= dict.fromkeys(names.split(), "regularizer robust and robust_coef above 0")
+            if not self.diagnostics_interval:
+                off["robust_radius"] = "regularizer robust and robust_coef above 0, or diagnostics"
         if self.regularizer != "robust":
             off["robust_coef"] = "regularizer robust"
-            if not self.diagnostics_interval:
-                off["robust_radius"] = "regularizer robust, or diagnostics"
         elif self.adversary == "fgsm":
             off["adversary_steps"] = "adversary pgd or langevin"
         if self.adversary != "langevin":

@@ -1,13 +1,20 @@
-"""SAC's arguments as those of LipschitzMBPO: what they mean here, and the name of ours where they mean nothing."""
+"""SAC's arguments and attributes: what they mean in LipschitzMBPO, and ours where they mean nothing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from ..common.arguments import Neutral, without_neutral
+from ..common.config import Configured
 from ..common.networks import activation_name
+
+if TYPE_CHECKING:
+    from .sac import SACPolicy
 
 _SDE = "this noise is not available; target_entropy and temperature say how much the agent explores"
 _BUFFER = "the model learns from the agent's own buffer, of buffer_size transitions"
@@ -81,3 +88,43 @@ def implied_fields(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
     if "activation_fn" in policy_kwargs:
         fields["activation"] = activation_name(policy_kwargs["activation_fn"])
     return fields
+
+
+class SACAttributes(Configured):
+    """What is called in LipschitzMBPO as in SAC, but is not a field of the Config."""
+
+    policy: SACPolicy
+
+    actor = property(attrgetter("policy.actor"))
+    critic = property(attrgetter("policy.critic"))
+    critic_target = property(attrgetter("policy.target_critic"))
+
+    @property
+    def target_update_interval(self) -> int:
+        """Updates from one step of the slow critics to the next."""
+        return 1
+
+    @property
+    def log_ent_coef(self) -> Tensor | None:
+        """Log of the entropy temperature where it is learned, else None."""
+        return self.policy.log_alpha if self.config.learn_temperature else None
+
+    @property
+    def ent_coef_tensor(self) -> Tensor:
+        """The present entropy temperature."""
+        return self.policy.log_alpha.detach().exp().squeeze()
+
+    @property
+    def ent_coef(self) -> float | str:
+        """The entropy temperature, or "auto" where it is learned."""
+        return "auto" if self.config.learn_temperature else self.config.temperature
+
+    @property
+    def target_entropy(self) -> float:
+        """Entropy that the temperature drives the policy to, in nats."""
+        given = self.config.target_entropy
+        return -float(self.policy.action_dim) if given is None else given
+
+    @target_entropy.setter
+    def target_entropy(self, value: float | None) -> None:
+        self._assign("target_entropy", self, value)

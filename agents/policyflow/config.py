@@ -194,6 +194,8 @@ class PolicyFlowConfig:
             off["ratio_draws"] = f"ratio {', '.join(name for name, kind in RATIOS.items() if kind.has_draws)}"
         if self.freeze_flow:
             off |= dict.fromkeys(("ratio", "ratio_draws"), "freeze_flow off, which has an exact ratio of its own")
+        if not (self.actor_hidden or self.critic_hidden):
+            off["activation"] = "hidden layers of actor or critic"
         if self.bc_coef == 0:
             off["bc_schedule"] = "bc_coef above 0"
         if self.vf_coef == 0:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from stable_baselines3 import SAC
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 from torch import Tensor, nn
@@ -236,6 +237,11 @@ OTHER_OPTIMIZER = {"optimizer_class": torch.optim.SGD}
         (LipschitzMBPO, {"adversary_steps": 3}, "adversary_steps: got 3, which changes nothing without"),
         (LipschitzMBPO, {"regularizer": "none", "robust_coef": 1.0}, "robust_coef: got 1.0, which changes nothing"),
         (LipschitzMBPO, {"spectral_bound": 1.0}, "spectral_bound: got 1.0, which changes nothing without regularizer"),
+        (LipschitzMBPO, {"robust_coef": 0, "diagnostics_interval": 0, "robust_radius": 1.0}, "robust_radius: got 1.0,"),
+        (LipschitzMBPO, {"rollout_start": 0, "rollout_end": 0, "rollout_min": 2}, "rollout_min: got 2, which changes"),
+        (LipschitzMBPO, {"critic_hidden": (), "critic_layer_norm": True}, "critic_layer_norm: got True, which changes"),
+        (LipschitzMBPO, {"actor_hidden": (), "critic_hidden": (), "activation": "elu"}, "activation: got 'elu', which"),
+        (PolicyFlow, {"actor_hidden": (), "critic_hidden": (), "activation": "elu"}, "activation: got 'elu', which"),
         (LipschitzMBPO, {"learn_temperature": False, "target_entropy": 1.0}, "target_entropy: got 1.0, which changes"),
     ],
 )  # fmt: skip
@@ -289,6 +295,7 @@ def test_sacs_attributes_can_be_read() -> None:
     assert small(LipschitzMBPO, temperature=0.2, learn_temperature=False).ent_coef == 0.2
     assert agent.actor is agent.policy.actor and agent.critic is agent.policy.critic
     assert agent.critic_target is agent.policy.target_critic
+    assert agent.target_update_interval == SAC("MlpPolicy", "Pendulum-v1").target_update_interval
 
 
 def test_an_assigned_weight_is_used_by_the_next_update() -> None:
