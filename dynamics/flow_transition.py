@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .brownian import standard_normal
 from .fields import MLPField
 from .likelihood import flow_log_prob, standard_normal_log_prob
 from .ode import Tableau, odeint, time_grid
 from .paths import LINEAR, flow_matching_loss
-from .transition_base import TransitionModel, standard_normal
+from .transition_base import TransitionModel
 from .transition_settings import TransitionSettings
 
 

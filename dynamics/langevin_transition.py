@@ -9,21 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .brownian import BrownianGrid
+from .brownian import BrownianGrid, standard_normal
 from .fields import MLPField
 from .neural_sde import LangevinSDE
 from .ode import odeint
 from .sde import sdeint
-from .transition_base import TransitionModel, standard_normal
+from .transition_base import TransitionModel
 from .transition_settings import TransitionSettings
 
 
 class LangevinTransition(TransitionModel):
     """Neural SDE over the environment's step: ``dz = g(t, z, obs, action) dt + s(t) dW`` (arXiv 2402.14989).
 
-    z is the state in the units of the target, with the reward so far; it starts at obs and ends as the sample. The
-    model *is* its Euler-Maruyama chain of K steps of size h. That chain's likelihood is an integral over K - 1 states,
-    estimated on Brownian bridges from start to target (Girsanov's formula, exact for a chain):
+    z is the state in the units of the target, with the reward so far; it starts at obs, or at
+    what is known of the step, and ends as the sample. The model *is* its Euler-Maruyama chain of K steps of size h.
+    That chain's likelihood is an integral over K - 1 states, estimated on Brownian bridges from start to target
+    (Girsanov's formula, exact for a chain):
 
         p(y) = N(y; z_0, sum_k s_k^2 h) E_bridge exp sum_k [g_k (z_{k+1} - z_k) - g_k^2 h / 2] / s_k^2
 
@@ -63,7 +64,8 @@ class LangevinTransition(TransitionModel):
     def _start(self, x: Tensor) -> Tensor:
         """No move and no reward, [B, T], for x [B, I]."""
         still = F.pad(self.inputs.inverse(x)[:, : self.obs_dim], (1, 0))
-        start: Tensor = self.targets(torch.zeros_like(still) if self.settings.residual else still)
+        near = self.settings.residual or self.settings.known_step is not None
+        start: Tensor = self.targets(torch.zeros_like(still) if near else still)
         return start
 
     def _noise(self, x: Tensor, generator: torch.Generator) -> Sequence[Tensor]:

@@ -4,7 +4,7 @@
     symbol shape     meaning
     ====== ========= =========================================================================
     x      [M, B, I] normalised (obs, action), I = O + A, one slice per member of an ensemble
-    y      [M, B, T] normalised target (reward, next_obs - obs) or (reward, next_obs), T = 1 + O
+    y      [M, B, T] normalised target (reward, next_obs - what is known of it), T = 1 + O; known is mostly obs
     ====== ========= =========================================================================
 
 A new model says how y follows from x: a loss, a prediction, a sampler and a density. `TransitionModel` does the rest.
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .brownian import standard_normal
 from .ensemble import Members, Normalizer
 from .holdout import divide_rows
 from .jacobian_prior import JacobianPrior
@@ -138,7 +139,7 @@ class TransitionModel(nn.Module, abc.ABC):
         Raises:
             ValueError: on other shapes.
         """
-        return self._outcome(obs, self._push(self._x(obs, action), noise))
+        return self._outcome(obs, action, self._push(self._x(obs, action), noise))
 
     @torch.no_grad()
     def sample(self, obs: Tensor, action: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -154,7 +155,7 @@ class TransitionModel(nn.Module, abc.ABC):
     @torch.no_grad()
     def predict(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """``sample`` without noise: what the elites predict, averaged."""
-        return self._outcome(obs, self._predictions(self._x(obs, action)).mean(0))
+        return self._outcome(obs, action, self._predictions(self._x(obs, action)).mean(0))
 
     @torch.no_grad()
     def disagreement(self, obs: Tensor, action: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ class TransitionModel(nn.Module, abc.ABC):
         Raises:
             ValueError: on other shapes, or if the model has no density.
         """
-        y = self.targets(self._target(obs, reward, next_obs))
+        y = self.targets(self._target(obs, action, reward, next_obs))
         return self._log_density(self._x(obs, action), y) - self.targets.scale.log().sum()
 
     @torch.no_grad()
@@ -257,8 +258,7 @@ class TransitionModel(nn.Module, abc.ABC):
             if not (math.isfinite(train_loss) and scores.isfinite().all()):
                 raise ValueError(
                     f"the model diverged in epoch {epoch}: got training loss {train_loss:.3g} and hold-out errors "
-                    f"{scores.tolist()}, expected finite values; its weights are those before this fit. Look for "
-                    "outliers in the data, or lower the learning rate"
+                    f"{scores.tolist()}, expected finite ones; weights are those before this fit; look for outliers"
                 )
             better = scores < best
             best = torch.where(better, scores, best)
@@ -301,8 +301,9 @@ class TransitionModel(nn.Module, abc.ABC):
 
     def _next_state(self, x: Tensor, noise: Sequence[Tensor]) -> Tensor:
         """The state after x [M, B, I], [M, B, O], up to a shift, in the units of the states in x."""
-        move = self._step_of_rollout(x, noise)[..., 1:] * (self.targets.scale[1:] / self.inputs.scale[: self.obs_dim])
-        return x[..., : self.obs_dim] + move if self.settings.residual else move
+        obs, action = self.inputs.inverse(x).flatten(0, -2).split([self.obs_dim, self.action_dim], -1)
+        move = self._step_of_rollout(x, noise)[..., 1:] * self.targets.scale[1:]
+        return (self._known(obs, action).view_as(move) + move) / self.inputs.scale[: self.obs_dim]
 
     @torch.no_grad()
     def _scores(self, data: FitData, noise: Sequence[Tensor]) -> Tensor:
@@ -333,7 +334,7 @@ class TransitionModel(nn.Module, abc.ABC):
             got, expected = ("None", "bool [N]") if terminated is None else (list(terminated.shape), "None")
             raise ValueError(f"terminated: got {got}, expected {expected}; settings.terminal_head decides")
         n = len(obs)
-        target, inputs = self._target(obs, reward, next_obs), self._join(obs, action)
+        target, inputs = self._target(obs, action, reward, next_obs), self._join(obs, action)
         if n < 2 or (terminated is not None and terminated.shape != (n,)):
             shape = None if terminated is None else list(terminated.shape)
             raise ValueError(f"at least 2 rows, and terminated [N], are needed; got N = {n} and terminated {shape}")
@@ -370,20 +371,26 @@ class TransitionModel(nn.Module, abc.ABC):
             raise ValueError(f"next_obs: got {list(next_obs.shape)}, expected {[rows, self.obs_dim]}")
         return (next_obs.to(self.low) - self.inputs.mean[: self.obs_dim]) / self.inputs.scale[: self.obs_dim]
 
-    def _target(self, obs: Tensor, reward: Tensor, next_obs: Tensor) -> Tensor:
+    def _known(self, obs: Tensor, action: Tensor) -> Tensor:
+        """What is known of next_obs, [B, O]: a function of the user, that it stays near obs, or nothing."""
+        step = self.settings.known_step
+        known = step(obs, action) if step else obs if self.settings.residual else torch.zeros_like(obs)
+        if known.shape != obs.shape:
+            raise ValueError(f"known_step: got {list(known.shape)}, expected next_obs {list(obs.shape)}")
+        return known
+
+    def _target(self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor) -> Tensor:
         expected = ([len(obs)], [len(obs), self.obs_dim])
         if (list(reward.shape), list(next_obs.shape)) != expected:
             raise ValueError(
                 f"reward and next_obs: got {list(reward.shape)} and {list(next_obs.shape)}, expected {expected}"
             )
-        move = next_obs - obs if self.settings.residual else next_obs
-        return torch.cat([reward[:, None], move], 1).to(self.low)
+        return torch.cat([reward[:, None], next_obs - self._known(obs, action)], 1).to(self.low)
 
-    def _outcome(self, obs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _outcome(self, obs: Tensor, action: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """next_obs [B, O] and reward [B] of y [B, T], clipped."""
         reward, move = self.targets.inverse(y).split([1, self.obs_dim], 1)
-        next_obs = obs.to(move) + move if self.settings.residual else move
-        outcome = torch.cat([reward, next_obs], 1).clamp(self.low, self.high)
+        outcome = torch.cat([reward, self._known(obs, action).to(move) + move], 1).clamp(self.low, self.high)
         return outcome[:, 1:], outcome[:, 0]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -391,8 +398,3 @@ class TransitionModel(nn.Module, abc.ABC):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self.low.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def standard_normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Standard normal numbers on the generator's device."""
-    return torch.randn(shape, generator=generator, device=generator.device)

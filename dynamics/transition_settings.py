@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,8 @@ class TransitionSettings:
 
     Args:
         residual: predict next_obs - obs rather than next_obs.
+        known_step: what is known of the step, (obs [B, O], action [B, A]) -> next_obs [B, O], differentiable: predict
+            the difference to it in place of that to obs.
         normalize_targets: the targets, too. MBPO does not, and fails on badly scaled states.
         terminal_head: learn which transitions terminate, for environments whose rule is unknown.
         learning_rate: of Adam, > 0.
@@ -29,6 +31,7 @@ class TransitionSettings:
     """
 
     residual: bool = True
+    known_step: Callable[[Tensor, Tensor], Tensor] | None = None
     normalize_targets: bool = True
     terminal_head: bool = False
     learning_rate: float = 1e-3

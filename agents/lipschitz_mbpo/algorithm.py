@@ -12,7 +12,7 @@ running standard deviation; the last layer of critics with bounded spectral norm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ from ..common.update import Gradient, Loss, Losses, Updates, rate_fields
 from .config import LipschitzMBPOConfig
 from .critic_regularizers import draw_search, robust_penalty
 from .diagnostics import GRADIENTS, gradient_diagnostics, model_diagnostics, runs_away, value_diagnostics
-from .model import build_model, check_rule, termination_rule
+from .model import KnownStep, Rule, build_model, check_functions, check_rule, made_with, termination_rule
 from .replay import CheckpointedReplay, Minibatch, TensorReplay, TransitionRing
 from .sac import SACPolicy, sac_losses
 from .sac_arguments import POLICY_ARGUMENTS, POLICY_FIELDS, SACAttributes, implied_fields, own_fields
@@ -69,6 +69,8 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
         learning_rate: in place of config.learning_rate; may be a function of the remaining progress (1 to 0).
         config: hyperparameters.
         terminated: rule of the task, next_obs [B, O] -> bool [B], in place of the known ones.
+        known_step: what is known of the environment's step, (obs [B, O], action [B, A]) -> next_obs [B, O], as a
+            simple physics of it: the model learns the difference.
         train_freq: steps per environment between calls of `train`, or (number, "step" or "episode").
         policy_kwargs: arguments of `SACPolicy` that take precedence over the config.
         stats_window_size, tensorboard_log, verbose, seed, device, _init_setup_model: as Stable-Baselines3's.
@@ -101,8 +103,8 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
     def __init__(
         self, policy: str | type[SACPolicy] = "MlpPolicy", env: GymEnv | str | None = None,
         learning_rate: float | Schedule | None = None, *, config: LipschitzMBPOConfig | None = None,
-        terminated: Callable[[Tensor], Tensor] | None = None, train_freq: int | tuple[int, str] = 1,
-        policy_kwargs: dict[str, Any] | None = None,
+        terminated: Rule | None = None, known_step: KnownStep | None = None,
+        train_freq: int | tuple[int, str] = 1, policy_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100, tensorboard_log: str | None = None, verbose: int = 0, seed: int | None = None,
         device: torch.device | str = "auto", _init_setup_model: bool = True, **fields: Any,
     ) -> None:  # fmt: skip
@@ -113,11 +115,8 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
         rate = rate_fields(learning_rate, resolve(config, fields))
         fields = agreeing(agreeing(fields, rate, "learning_rate"), implied_fields(policy_kwargs), "policy_kwargs")
         self.config = resolve(config, fields)
-        if terminated is not None and self.config.termination in ("learned", "never"):
-            raise ValueError(
-                f"terminated: got a rule, which changes nothing with termination={self.config.termination!r}"
-            )
-        self.terminated = terminated
+        check_functions(self.config, terminated, known_step)
+        self.terminated, self.known_step = terminated, known_step
         self._fitted_at = self._imagined_at = self._diagnosed_at = 0  # environment steps
         self._seen = 0  # rows of the replay buffer
         self._carry = 0.0  # real transitions owed by the minibatches so far
@@ -162,13 +161,19 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
             )
         self.transition = None
         if config.model != "none":
-            rule = termination_rule(config.termination, self.terminated, self.env)
-            self._learns_end = vars(self).get("_learns_end", rule is None)  # as it did when it was saved
-            self._terminated = None if self._learns_end else rule
-            self.transition = build_model(config, policy.obs_dim, policy.action_dim, self._learns_end).to(self.device)
+            self._choose_rule()
+            self._knows_step = vars(self).get("_knows_step", self.known_step is not None)  # as when it was saved
+            sizes = policy.obs_dim, policy.action_dim
+            self.transition = build_model(config, *sizes, self._learns_end, self.known_step).to(self.device)
             rollouts = config.model_rollouts * config.model_retain
             self.model_buffer = TransitionRing(rollouts, policy.obs_dim, policy.action_dim, policy.device)
         self._config_changed()
+
+    def _choose_rule(self) -> None:
+        """Take the rule by which the present environment ends, or leave the ends to the model."""
+        rule = termination_rule(self.config.termination, self.terminated, self.env)
+        self._learns_end = vars(self).get("_learns_end", rule is None)  # as it did when it was saved
+        self._terminated = None if self._learns_end else rule
 
     def _config_changed(self) -> None:
         """Make anew what an update reads of the Config."""
@@ -196,6 +201,10 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
         """
         self._adopt_policy()
         if self.transition is not None:
+            self._choose_rule()  # another environment may have been set
+            made_with("terminated", self._learns_end or self._terminated is not None)
+            known = self.transition.settings.known_step
+            made_with("known_step", known is self.known_step and self._knows_step == (known is not None))
             self.transition.adopt_weights()
         done = self.num_timesteps  # a run that goes on is compiled as the whole would be
         if reset_num_timesteps:  # the clock starts anew, what was done by it lies before its start

@@ -21,15 +21,20 @@ from .replay import TransitionRing
 Rule: TypeAlias = Callable[[Tensor], Tensor]
 """Next observations [B, O] -> whether the episode terminates there, bool [B]."""
 
+KnownStep: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""obs [B, O], action [B, A] -> what is known of next_obs, [B, O]; differentiable."""
+
 MAY_DISAGREE = 0.02
 """Share of ends on which a termination rule and the environment may disagree: what rounding at its edge explains."""
 
 
-def build_model(config: LipschitzMBPOConfig, obs_dim: int, action_dim: int, learns_end: bool) -> TransitionModel:
+def build_model(
+    config: LipschitzMBPOConfig, obs_dim: int, action_dim: int, learns_end: bool, known_step: KnownStep | None = None
+) -> TransitionModel:
     """The transition model, with a terminal head if it learns how episodes end."""
     settings = TransitionSettings(
-        terminal_head=learns_end, batch_size=config.model_batch_size, patience_updates=config.model_patience,
-        jacobian_coef=config.model_jacobian_coef,
+        terminal_head=learns_end, known_step=known_step, batch_size=config.model_batch_size,
+        patience_updates=config.model_patience, jacobian_coef=config.model_jacobian_coef,
     )  # fmt: skip
     if config.model_weight_decay is not None:
         settings = replace(settings, weight_decay=config.model_weight_decay, decoupled=True)
@@ -42,6 +47,23 @@ def build_model(config: LipschitzMBPOConfig, obs_dim: int, action_dim: int, lear
         homoscedastic=config.model == "homoscedastic", layer_norm=config.model_layer_norm,
         dropout=config.model_dropout, snapshots=config.snapshots, members=config.members, elites=config.elites,
     )  # fmt: skip
+
+
+def check_functions(config: LipschitzMBPOConfig, terminated: Rule | None, known_step: KnownStep | None) -> None:
+    """Raise ValueError if a function of the user would change nothing."""
+    without_model = "model='none'" if config.model == "none" else ""
+    no_rule = f"termination={config.termination!r}" if config.termination in ("learned", "never") else without_model
+    for name, given, off in (("terminated", terminated, no_rule), ("known_step", known_step, without_model)):
+        if given is not None and off:
+            raise ValueError(f"{name}: got a function, which changes nothing with {off}")
+
+
+def made_with(name: str, there: bool) -> None:
+    """Raise ValueError if the function that the model was made with is not there; files hold no functions."""
+    if not there:
+        raise ValueError(
+            f"{name}: got no such function as the agent was made with; load(..., custom_objects={{{name!r}: function}})"
+        )
 
 
 def termination_rule(choice: str, given: Rule | None, env: VecEnv | None) -> Rule | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,16 +17,23 @@ from driftrl.dynamics.transition_settings import TransitionSettings
 from .linear_system import MATRIX, generator, linear_system
 
 
+def bent(obs: Tensor, action: Tensor) -> Tensor:
+    """Something known of a step that is neither linear nor without the action."""
+    return 0.5 * obs + obs.sin() * obs.flip(1).cos() + action
+
+
 def build(kind: str, **settings: float) -> TransitionModel:
     torch.manual_seed(0)
     return TRANSITIONS[kind](2, 1, TransitionSettings(**settings), hidden=(16,))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", TRANSITIONS)
-@pytest.mark.parametrize("residual", [True, False])
-def test_penalised_is_the_jacobian_of_the_next_state_in_units_of_its_deviation(kind: str, residual: bool) -> None:
+@pytest.mark.parametrize("known", [{"residual": True}, {"residual": False}, {"known_step": bent}])
+def test_penalised_is_the_jacobian_of_the_next_state_in_units_of_its_deviation(
+    kind: str, known: dict[str, Any]
+) -> None:
     # Against differences of what a rollout makes of the state, from the same noise.
-    model = build(kind, residual=residual, jacobian_coef=0.1)
+    model = build(kind, jacobian_coef=0.1, **known)
     obs, action, reward, next_obs = linear_system(300)
     scale = torch.tensor([10.0, 0.1])  # of the states
     model.fit(obs * scale, action, reward, next_obs * scale, generator=generator(), max_epochs=5)
@@ -36,7 +44,7 @@ def test_penalised_is_the_jacobian_of_the_next_state_in_units_of_its_deviation(k
     def rolled(state: Tensor) -> Tensor:
         if kind == "flow":  # the noise that the step draws is part of it
             y = model._push(model._x(state, action[:5]), (torch.zeros(5, 3),))
-            return model._outcome(state, y)[0]
+            return model._outcome(state, action[:5], y)[0]
         return model.predict(state, action[:5])[0]
 
     x, noise = model._x(at, action[:5])[None].requires_grad_(), (torch.zeros(5, 3), torch.zeros(5))

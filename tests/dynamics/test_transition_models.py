@@ -196,11 +196,12 @@ def test_loss_is_traced_as_one_graph(kind: str) -> None:
     torch.testing.assert_close(compiled(x, y, noise), model._loss(x, y, noise))
 
 
-@pytest.mark.parametrize("kind", ["ensemble", "homoscedastic", *TRANSITIONS])
+@pytest.mark.parametrize("kind", ["ensemble", "homoscedastic", "known step", *TRANSITIONS])
 def test_a_step_is_the_sample_of_its_noise_and_its_gradient_that_of_finite_differences(kind: str) -> None:
     special: dict[str, dict[str, Any]] = {
         "ensemble": {"members": 4, "elites": 3},
         "homoscedastic": {"homoscedastic": True, "layer_norm": True},
+        "known step": {"settings": TransitionSettings(known_step=lambda obs, action: obs.sin() * action)},
     }
     if kind in special:
         torch.manual_seed(0)
@@ -218,6 +219,29 @@ def test_a_step_is_the_sample_of_its_noise_and_its_gradient_that_of_finite_diffe
     model.low.fill_(-math.inf)  # a clipped component has no gradient
     model.high.fill_(math.inf)
     assert torch.autograd.gradcheck(lambda s, a: model.step(s, a, noise), (obs, action))
+
+
+@pytest.mark.parametrize("kind", TRANSITIONS)
+def test_what_is_known_of_a_step_need_not_be_learned(kind: str) -> None:
+    # A folded step that 100 rows do not teach a network, and what it adds to it: a pull of 0.1.
+    rng = generator(5)
+    obs, action = 2 * torch.randn(600, 2, generator=rng), torch.rand(600, 1, generator=rng)
+
+    def folded(obs: Tensor, action: Tensor) -> Tensor:
+        return (4 * obs).sin() + action
+
+    next_obs = folded(obs, action) - 0.1 * obs
+    errors = []
+    for known in (None, folded):
+        torch.manual_seed(0)
+        model = TRANSITIONS[kind](2, 1, TransitionSettings(known_step=known), hidden=(32, 32))
+        model.fit(obs[:100], action[:100], obs[:100, 0], next_obs[:100], generator=generator(), max_epochs=200)
+        inside = (next_obs[100:].abs() < 1).all(1)  # predictions are clipped to the range of the data
+        predicted, _ = model.predict(obs[100:], action[100:])
+        errors.append((predicted - next_obs[100:])[inside].square().mean().sqrt().item())
+    assert errors[1] < 0.1 < 0.4 < errors[0]
+    with pytest.raises(ValueError, match=r"known_step: got \[3, 1\], expected next_obs \[3, 2\]"):
+        TRANSITIONS[kind](2, 1, TransitionSettings(known_step=lambda obs, _: obs[:, :1])).predict(obs[:3], action[:3])
 
 
 def test_a_homoscedastic_model_finds_the_noise_of_each_output() -> None:

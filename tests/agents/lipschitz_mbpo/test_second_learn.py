@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import pytest
 import torch
 
@@ -63,8 +65,43 @@ def test_a_buffer_smaller_than_learning_starts_learns_once_it_is_full() -> None:
 
 @pytest.mark.parametrize("termination", ["learned", "never"])
 def test_a_rule_that_would_not_be_used_is_refused(termination: str) -> None:
-    with pytest.raises(ValueError, match="terminated: got a rule, which changes nothing with termination="):
+    with pytest.raises(ValueError, match="terminated: got a function, which changes nothing with termination="):
         agent(terminated=lambda obs: torch.ones(len(obs), dtype=torch.bool), termination=termination)
+    for name in ("terminated", "known_step"):
+        with pytest.raises(ValueError, match=f"{name}: got a function, which changes nothing with model='none'"):
+            agent(**{name: lambda obs, *_: obs}, model="none", regularizer="none")
+
+
+def test_a_loaded_agent_takes_the_rule_of_the_environment_that_is_set(tmp_path: Path) -> None:
+    file = tmp_path / "agent.zip"
+    agent().learn(100).save(file)
+    learner = LipschitzMBPO.load(file)
+    learner.set_env(make_vec("InvertedPendulum-v5", 1, 1))
+    learner.learn(100)
+    assert learner._terminated is not None and learner._terminated(torch.tensor([[0.0, 0.3, 0, 0]])).item()
+
+
+def upright(next_obs: torch.Tensor) -> torch.Tensor:
+    return next_obs[:, 1].abs() > 0.2
+
+
+def drift(obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    return obs + 0.04 * torch.cat([obs[:, 2:], 0 * obs[:, 2:]], 1)
+
+
+@pytest.mark.parametrize(("name", "function"), [("terminated", upright), ("known_step", drift)])
+def test_functions_that_a_file_does_not_hold_are_asked_for(name: str, function: Any, tmp_path: Path) -> None:
+    file, env = tmp_path / "agent.zip", gym.wrappers.TransformReward(gym.make("InvertedPendulum-v5"), lambda r: r)
+    learner = LipschitzMBPO("MlpPolicy", env, **SMALL, **{name: function}).learn(100)
+    assert getattr(learner, name) is function
+    learner.save(file, exclude=[name])
+    again = LipschitzMBPO.load(file, env=env)
+    with pytest.raises(ValueError, match=rf"{name}: got no such function.*custom_objects=.'{name}': function"):
+        again.learn(100)
+    again = LipschitzMBPO.load(file, env=env, custom_objects={name: function}).learn(100)
+    assert again.transition is not None
+    assert getattr(again, name) is function
+    assert again.transition.settings.known_step is again.known_step
 
 
 @pytest.mark.parametrize("seed", range(3))
