@@ -89,6 +89,15 @@ class Demonstrations:
             )
         return self._episodes(chosen)
 
+    def chunked(self, chunk: int) -> Demonstrations:
+        """With the actions of so many steps, one after the other, in place of each action: actions [M, chunk x D].
+
+        After its end an episode goes on with its last action.
+        """
+        ends = np.repeat(np.cumsum(self.lengths), self.lengths)
+        rows = np.minimum(np.arange(len(ends))[:, None] + np.arange(chunk), ends[:, None] - 1)
+        return Demonstrations(self.observations, self.actions[rows].reshape(len(ends), -1), self.rewards, self.lengths)
+
     def _episodes(self, chosen: Array) -> Demonstrations:
         steps = np.repeat(chosen, self.lengths)
         return Demonstrations(self.observations[steps], self.actions[steps], self.rewards[steps], self.lengths[chosen])

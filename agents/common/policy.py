@@ -29,6 +29,7 @@ class BoxPolicy(BasePolicy):
         action_space: Box with finite bounds. The networks work in [-1, 1], and `predict` maps to the bounds.
         optimizer_class: optimizer of all parameters.
         optimizer_kwargs: its arguments besides the learning rate.
+        chunk: steps that an action of the networks covers.
 
     Raises:
         ValueError: if a space is not supported.
@@ -46,7 +47,7 @@ class BoxPolicy(BasePolicy):
 
     def __init__(
         self, observation_space: spaces.Space, action_space: spaces.Space,  # type: ignore[type-arg]
-        optimizer_class: type[torch.optim.Optimizer], optimizer_kwargs: dict[str, object] | None,
+        optimizer_class: type[torch.optim.Optimizer], optimizer_kwargs: dict[str, object] | None, chunk: int = 1,
     ) -> None:  # fmt: skip
         check_spaces(observation_space, action_space)
         super().__init__(
@@ -57,7 +58,8 @@ class BoxPolicy(BasePolicy):
             optimizer_kwargs=optimizer_kwargs,
         )
         self.obs_dim = get_flattened_obs_dim(observation_space)
-        self.action_dim, self._action_shape = get_flattened_obs_dim(action_space), action_space.shape
+        self.chunk, self._action_shape = chunk, action_space.shape
+        self.action_dim = chunk * get_flattened_obs_dim(action_space)
         self.averaging = 1.0
         """Share of the followed weights in the average, per update."""
         self.latest_weights: Weights | None = None
@@ -229,7 +231,7 @@ class BoxPolicy(BasePolicy):
 
     def _middle_and_half(self, like: Tensor) -> tuple[Tensor, Tensor]:
         box: Any = self.action_space
-        low, high = torch.as_tensor(np.stack([box.low.ravel(), box.high.ravel()])).to(like)
+        low, high = torch.as_tensor(np.stack([box.low.ravel(), box.high.ravel()])).to(like).repeat(1, self.chunk)
         return (low + high) / 2, (high - low) / 2
 
     def features(self, obs: PyTorchObs) -> Tensor:

@@ -127,7 +127,9 @@ class PolicyFlow(Imitation):
         ("n_steps", "ratio", "ratio_draws", "freeze_flow", "exploration_noise", "noise_time", "hurst", "actor_hidden",
          "action_std", "critic_hidden", "activation", "weight_decay", *POLICY_FIELDS)
     )  # fmt: skip
-    _learned = frozenset(("actor_hidden", "action_std", "critic_hidden", "base_std", "critic_gain", "weight_decay"))
+    _learned = frozenset(
+        ("actor_hidden", "chunk", "action_std", "critic_hidden", "base_std", "critic_gain", "weight_decay")
+    )
 
     def __init__(
         self, policy: str | type[FlowPolicy] = "MlpPolicy", env: GymEnv | str | None = None,
@@ -192,9 +194,12 @@ class PolicyFlow(Imitation):
 
     def _check(self, config: PolicyFlowConfig) -> None:
         super()._check(config)
-        samples = config.n_steps * self.n_envs
+        samples = config.decisions(self.n_envs)
         if config.batch_size > samples:
-            most = f"n_steps x environments = {config.n_steps} x {self.n_envs} = {samples}"
+            what, most = "n_steps x environments", f"{config.n_steps} x {self.n_envs}"
+            if (steps := config.decision_steps) > 1:
+                what, most = f"{what} / steps of a decision", f"{most} / {steps}, rounded up"
+            most = f"{what} = {most} = {samples}"
             text = f"batch_size: got {config.batch_size}, more than the rollout's {most} samples; each minibatch is the"
             warnings.warn(f"{text} whole rollout; lower batch_size or raise n_steps", UserWarning, stacklevel=3)
         if config.normalize_advantage and samples < 2:
@@ -232,7 +237,8 @@ class PolicyFlow(Imitation):
         ranks = self._join_ranks(total_timesteps)
         self._adopt_policy()
         done = 0 if reset_num_timesteps else self.num_timesteps  # a run that goes on is compiled as the whole would be
-        updates = (done + total_timesteps) * self.config.n_epochs // (self.config.batch_size * ranks.size)
+        samples = self.config.batch_size * self.config.decision_steps * ranks.size
+        updates = (done + total_timesteps) * self.config.n_epochs // samples
         compiled = compiles(self.policy, self.config.compile, updates, self.device)
         self._act = prepared(self._act, compiled, self.device)
         self._compile_updates(compiled)

@@ -106,6 +106,10 @@ class PolicyFlowConfig:
     """(Initial) weight of the imitation loss on demonstrations, >= 0; above 0 the agent needs demonstrations."""
     bc_schedule: Literal["constant", "linear", "adaptive"] = "constant"
     """Course of it. linear: falls to 0; adaptive: keeps the loss within a tenth of what it was at first."""
+    chunk: int = 1
+    """Steps that one action of the policy covers (an action chunk), >= 1; n_steps and gamma stay those of a step."""
+    execute: int | None = None
+    """Steps of a chunk that are done before the policy decides anew, 1 .. chunk; None: all."""
     freeze_flow: bool = False
     """Steering: the velocity field does not learn, only base and action noise; the ratio is exact."""
     actor_hidden: tuple[int, ...] = (64, 64)
@@ -144,7 +148,8 @@ class PolicyFlowConfig:
             "jacobian_coef solver_error_coef base_std critic_gain bc_coef",
             "a number in [0, 1]": "gamma gae_lambda langevin_eps",
             "a number in [0, 1)": "ema_decay",
-            "an integer of at least 1": "n_steps batch_size n_epochs solver_steps ratio_draws",
+            "an integer of at least 1": "n_steps batch_size n_epochs solver_steps ratio_draws chunk",
+            "an integer of at least 1, or None": "execute",
             "an integer of at least 0": "diagnostics_interval critic_warmup",
             "positive integers": "actor_hidden critic_hidden",
             "two numbers, or None": "target_entropy",
@@ -162,6 +167,9 @@ class PolicyFlowConfig:
             require(self, name, inside, f"a number in [{low:.3g}, {high:.3g}], where its logarithm is kept")
         floor = self.action_std_min or low
         require(self, "action_std", self.action_std >= floor, f"a number of at least action_std_min = {floor:.3g}")
+        require(self, "execute", (self.execute or 1) <= self.chunk, f"at most chunk = {self.chunk}")
+        memoryless = self.chunk == 1 or self.exploration_noise == "gaussian"
+        require(self, "exploration_noise", memoryless, "gaussian with chunk above 1")
         same = self.critic_learning_rate is None or self.lr_schedule != "function"
         require(self, "critic_learning_rate", same, "None with lr_schedule function")
         if self.freeze_flow:
@@ -182,6 +190,15 @@ class PolicyFlowConfig:
         if self.lr_schedule == "adaptive" and self.learning_rate:  # 0: to act only, as rl_zoo3's enjoy asks
             inside = self.lr_min <= self.learning_rate <= self.lr_max
             require(self, "learning_rate", inside, f"lr_min to lr_max, {self.lr_min} to {self.lr_max}, or 0")
+
+    @property
+    def decision_steps(self) -> int:
+        """Steps from one decision of the policy to the next, unless the episode ends."""
+        return self.execute or self.chunk
+
+    def decisions(self, envs: int) -> int:
+        """Samples of a rollout of so many environments."""
+        return -(-self.n_steps // self.decision_steps) * envs
 
     def switched_off(self) -> dict[str, str]:
         """Fields that change nothing as the others are -> what would switch them on."""
@@ -247,7 +264,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "normalize_observation", "normalize_reward", "actor_hidden", "critic_hidden", "activation",
     ),
     "flow": ("ratio", "ratio_draws", "solver", "solver_steps", "langevin_eps", "base", "base_std"),
-    "demonstrations": ("critic_learning_rate", "critic_warmup", "bc_coef", "bc_schedule", "freeze_flow"),
+    "demonstrations": (
+        "chunk", "execute", "critic_learning_rate", "critic_warmup", "bc_coef", "bc_schedule", "freeze_flow",
+    ),
     "exploration": ("action_std", "action_std_min", "ent_coef", "exploration_noise", "noise_time", "hurst"),
     "spread": ("spread", "spread_coef", "spread_std", "target_entropy"),
     "regularizers": ("weight_decay", "transport_coef", "jacobian_coef", "solver_error_coef"),

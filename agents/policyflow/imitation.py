@@ -35,6 +35,7 @@ class Imitation(FlowRollouts):
         Raises:
             ValueError: if the demonstrations are of other spaces.
         """
+        data = data.chunked(self.config.chunk)
         expected = (self.policy.obs_dim, self.policy.action_dim)
         got = (data.observations.shape[1], data.actions.shape[1])
         if expected != got:
@@ -120,7 +121,7 @@ class Imitation(FlowRollouts):
             raise ValueError(f"steps: got {steps} with settings {settings}, expected one of the two")
         settings = settings or PretrainSettings(steps or 0)
         self.use_demonstrations(data)
-        pretraining = Pretraining(self.policy, data, settings, (self.seed or 0) % 2**31)
+        pretraining = Pretraining(self.policy, data.chunked(self.config.chunk), settings, (self.seed or 0) % 2**31)
         if state is not None:
             pretraining.set_state(state)
         while not pretraining.is_over:

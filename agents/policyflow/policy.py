@@ -16,6 +16,7 @@ import copy
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
@@ -29,6 +30,7 @@ from ..common.networks import activation_name, mlp
 from ..common.observations import RunningNorm
 from ..common.policy import BoxPolicy
 from ..storage.values import storable
+from .chunks import predict_next
 
 LOG_STD_RANGE = (-5.0, 2.0)
 
@@ -188,6 +190,7 @@ class FlowPolicy(BoxPolicy):
         critic_gain: of the critic's last layer at the start; 0: all values are 0, no state is preferred.
         normalize_observation: standardise observations with running statistics.
         ema_decay: decay of the weight average used for prediction; 0 for none.
+        chunk, execute: steps that an action of the networks covers, and those of them that are done (`chunks.py`).
         optimizer_class: optimizer of all parameters.
         optimizer_kwargs: its arguments besides the learning rate.
 
@@ -203,10 +206,14 @@ class FlowPolicy(BoxPolicy):
         base: str = "learned", base_std: float = 0.1, log_std_init: float = math.log(0.5), solver: str = "euler",
         solver_steps: int = 2, langevin_eps: float = 0.0, chained: bool = False, critic_gain: float = 1.0,
         normalize_observation: bool = True, ema_decay: float = 0.0, action_std_min: float | None = None,
+        chunk: int = 1, execute: int | None = None,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(observation_space, action_space, optimizer_class, optimizer_kwargs)
+        super().__init__(observation_space, action_space, optimizer_class, optimizer_kwargs, chunk)
+        self.execute = execute or chunk
+        if not 1 <= self.execute <= chunk:
+            raise ValueError(f"execute: got {execute}, expected 1 to chunk = {chunk}")
         if not isinstance(net_arch, dict):
             net_arch = dict.fromkeys(("pi", "vf"), [64, 64] if net_arch is None else net_arch)
         net_arch = {"pi": [], "vf": []} | net_arch
@@ -226,7 +233,7 @@ class FlowPolicy(BoxPolicy):
             "net_arch": net_arch, "activation_fn": activation, "base": base, "base_std": base_std,
             "log_std_init": log_std_init, "solver": solver, "solver_steps": solver_steps, "langevin_eps": langevin_eps,
             "chained": chained, "critic_gain": critic_gain, "normalize_observation": normalize_observation,
-            "ema_decay": ema_decay, "action_std_min": action_std_min,
+            "ema_decay": ema_decay, "action_std_min": action_std_min, "chunk": chunk, "execute": execute,
             "optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs,
         }  # fmt: skip
         self.obs_norm = RunningNorm(self.obs_dim, enabled=normalize_observation)
@@ -291,6 +298,24 @@ class FlowPolicy(BoxPolicy):
         vector, normalised = self.obs_norm(self.features(obs).to(flat)), self.to_normalised(flat)
         log_prob = marginal_log_prob(self.actor, vector, normalised, latents) - self.log_half_ranges()
         return self.value(vector).unsqueeze(-1), log_prob, None
+
+    def predict(
+        self, observation: Any, state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None, deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:  # fmt: skip
+        """As in Stable-Baselines3. With action chunks the state is what is still to be done of them.
+
+        Without the state that the last call returned, the policy decides anew in every call.
+        """
+        if self.chunk == 1:
+            return super().predict(observation, state, episode_start, deterministic)
+        self.set_training_mode(False)
+        obs, vectorized = self.obs_to_tensor(observation)
+        chosen = self._predict(obs, deterministic).cpu().numpy()
+        chunks = chosen.reshape(len(chosen), self.chunk, *(self._action_shape or ()))
+        actions, state = predict_next(self, chunks, state, episode_start)
+        actions = self.unscale_action(actions)
+        return (actions if vectorized else actions[0]), state
 
     def decide(self, features: Tensor, noise: Tensor | None) -> Tensor:
         """As in `BoxPolicy`, by the averaged actor where there is one."""

@@ -31,7 +31,7 @@ POLICY_ARGUMENTS: Neutral = {
 }
 """Of the policy of PPO."""
 POLICY_FIELDS = ("base", "base_std", "solver", "solver_steps", "langevin_eps", "critic_gain", "ema_decay",
-                 "action_std_min", "normalize_observation")  # fmt: skip
+                 "action_std_min", "chunk", "execute", "normalize_observation")  # fmt: skip
 """Fields of the Config that are arguments of `FlowPolicy` under the same name."""
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...dynamics.noise import StepNoise, step_noise
 from ..common.networks import lazy_zeros
 from ..common.observations import batch_of_one, observation_vectors, to_box
+from .chunks import ChunkQueue, chunk_advantage, drawn_rows
 from .policy import FlowActor, FlowNoise, FlowSample
 from .ranked import Ranked
 from .rollout_view import Collected, RolloutView
@@ -204,7 +205,7 @@ class FlowRollouts(Ranked):
     @torch.no_grad()
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
         """Act for n_rollout_steps in every environment and fill the rollout; False if a callback ended training."""
-        policy, (features, drawn) = self.policy, self.storage
+        config, policy, (features, drawn) = self.config, self.policy, self.storage
         self.collected, self.steps_collected, begins = None, 0, self._last_episode_starts
         policy.train(False)
         callback.on_rollout_start()
@@ -221,6 +222,8 @@ class FlowRollouts(Ranked):
         terminated, truncated, left_out = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape, bool)
         reached: list[Tensor] = []  # raw features of truncated steps, in the order of np.nonzero(truncated)
         features[0] = self._features(self._last_obs)
+        decided, queue = np.empty(shape, bool), ChunkQueue(env.num_envs, config.decision_steps)
+        chunk_shape = env.num_envs, config.chunk, *self._action_shape
         for step in range(n_rollout_steps):
             if memory is not None:
                 start = torch.as_tensor(self._last_episode_starts, dtype=torch.bool, device=self.device)
@@ -228,9 +231,12 @@ class FlowRollouts(Ranked):
                 value, *given = memory.step(torch.cat([normal[None], further[step]]), start)
                 normal.copy_(value)
                 moments.append(PastNoise(*given))
-            drawn[:, step] = self._act(features[step], noise[step])
-            actions = FlowSample(*drawn[:, step]).action.cpu().numpy().reshape(-1, *self._action_shape)
-            self._check_actions(actions)
+            decided[step] = queue.due(np.asarray(self._last_episode_starts))
+            if decided[step].any():
+                drawn[:, step] = self._act(features[step], noise[step])
+                chunks = FlowSample(*drawn[:, step]).action.cpu().numpy().reshape(chunk_shape)
+                self._check_actions(chunks)
+            actions = queue.next(chunks, decided[step])
             clipped_actions = to_box(actions.clip(-1, 1), self.action_space)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             self.num_timesteps += env.num_envs * self._ranks.size
@@ -276,10 +282,12 @@ class FlowRollouts(Ranked):
         scaled = to_device(self._scale_rewards(host_rewards, ended))
         if left_out.any():  # advantage 0 there: those before see V(s_t) and nothing of what follows
             scaled = torch.where(to_device(left_out), values, scaled)
-        advantages = generalized_advantage(
-            scaled, values, next_values, to_device(terminated).float(), to_device(ended).float(), self.gamma,
-            self.gae_lambda,
-        )  # fmt: skip
+        ends = to_device(terminated).float(), to_device(ended).float()
+        if config.decision_steps > 1:
+            over = *ends, to_device(decided).float()
+            advantages = chunk_advantage(scaled, values, next_values, *over, self.gamma, self.gae_lambda)
+        else:
+            advantages = generalized_advantage(scaled, values, next_values, *ends, self.gamma, self.gae_lambda)
         obs = all_obs[: values.numel()]
         self.samples = Samples.drawn(
             policy.actor,
@@ -291,8 +299,12 @@ class FlowRollouts(Ranked):
             past=PastNoise(*(torch.cat(each) for each in zip(*moments, strict=True))) if moments else None,
             path=FlowNoise.of(noise.transpose(0, 1)).path.movedim(0, 2).flatten(0, 1) if path_length else None,
         )
-        self.collected = Collected(self.samples, scaled, starts, policy.actor.norms())
-        if left_out.any():
+        self.collected = Collected(self.samples, scaled, starts, decided, policy.actor.norms())
+        if config.decision_steps > 1:
+            usable = to_device(decided & ~left_out).flatten()
+            rows = drawn_rows(usable, config.decisions(env.num_envs), self._generator)
+            self.samples = self.samples.rows(rows)
+        elif left_out.any():
             self.samples = self.samples.rows(_replacements(to_device(left_out).flatten(), self._generator))
         callback.on_rollout_end()
         return True

@@ -26,6 +26,7 @@ class Collected(NamedTuple):
     samples: Samples  # in the order of their steps, T x N rows
     rewards: Tensor  # as learned from, [T, N]
     episode_starts: np.ndarray  # [T, N]
+    decided: np.ndarray  # where the policy chose an action, [T, N]: everywhere without action chunks
     norms: Tensor  # of the weights that acted, by `FlowActor.norms`
 
 
@@ -37,6 +38,9 @@ class RolloutView:
     (`normalize_reward`); a transition that was left out as not finite has advantage 0. `log_probs` are those of
     `FlowPolicy.evaluate_actions`; they can be read until the agent learns from the rollout, for they are estimated when
     they are first asked for. In contrast to the buffer, arrays keep their shape after `get`.
+
+    With action chunks (`chunk`) D is that of a whole chunk; actions, log_probs and advantages mean something where
+    `decided` is true, and `get` gives those samples alone.
 
     Args:
         agent: whose rollout it is.
@@ -90,6 +94,11 @@ class RolloutView:
         return _locked(self._complete().episode_starts)
 
     @property
+    def decided(self) -> np.ndarray:
+        """Whether the policy chose an action there, [T, N]: everywhere without action chunks."""
+        return _locked(self._complete().decided)
+
+    @property
     def values(self) -> np.ndarray:
         """V(s) of the policy that acted, [T, N]."""
         return self._grid(self._complete().samples.values)
@@ -127,7 +136,8 @@ class RolloutView:
         numbers = [self.actions, self.values, self.log_probs, self.advantages, self.returns]
         actions, *scalars = (self._rows(each) for each in numbers)
         found = self.observations
-        order = torch.from_numpy(np.random.permutation(len(actions)))
+        chosen = np.flatnonzero(self.decided.T)  # environment after environment, as `_rows`
+        order = torch.from_numpy(np.random.permutation(chosen))
         for rows in order.split(batch_size or len(order)):
             rest = (actions[rows], *(each[rows].flatten() for each in scalars))
             if isinstance(found, dict):

@@ -6,6 +6,9 @@ clipping, and the averaged weights where the policy has them. It is one function
     deterministic    obs [B, O]                       -> action [B, *shape of the action]
     sampled          obs [B, O], noise [B, draws, D]  -> action [B, *shape of the action]
 
+With action chunks (`chunk` above 1) the action is [B, chunk, *shape]: the actions of so many steps, of which `execute`
+are meant to be done before the function is called again.
+
 obs is the raw observation, flattened; the entries of a Dict lie one after the other, in the order of their space. noise
 is standard normal and new in each call, D the number of action dimensions, draws that of the policy: 1 for
 LipschitzMBPO, 2 for PolicyFlow, and solver_steps more where langevin_eps is above 0. The file says so (`describe`).
@@ -103,6 +106,8 @@ def describe(policy: BoxPolicy, sampled: bool) -> dict[str, Any]:
         "obs": [{"name": name, "shape": list(part.shape or ())} for name, part in parts.items()],
         "noise": [policy.draws, policy.action_dim] if sampled else None,
         "action": {"low": box.low.tolist(), "high": box.high.tolist()},
+        "chunk": policy.chunk,
+        "execute": getattr(policy, "execute", 1),
     }
 
 
@@ -113,8 +118,10 @@ class _Predict(nn.Module):
         super().__init__()
         self.policy = policy
         box: Any = policy.action_space
-        self.shape = box.shape
-        self.low, self.high = (nn.Buffer(torch.tensor(bound.ravel())) for bound in (box.low, box.high))
+        self.shape = box.shape if policy.chunk == 1 else (policy.chunk, *box.shape)
+        self.low, self.high = (
+            nn.Buffer(torch.tensor(bound.ravel()).repeat(policy.chunk)) for bound in (box.low, box.high)
+        )
 
     def forward(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
         action = self.policy.decide(obs, None if noise is None else noise.transpose(0, 1))

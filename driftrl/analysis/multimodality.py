@@ -49,9 +49,11 @@ def play(policy: PolicyPredictor, env: VecEnv, steps: int, *, deterministic: boo
     obs = env.reset()
     positions, alive = [_position(obs)], np.ones(env.num_envs, dtype=bool)
     returns, lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, dtype=np.int64)
+    state, starts = None, np.ones(env.num_envs, dtype=bool)
     for _ in range(steps):
-        actions, _ = policy.predict(obs, deterministic=deterministic)  # type: ignore[arg-type]  # SB3's own types differ
+        actions, state = policy.predict(obs, state, starts, deterministic)  # type: ignore[arg-type]  # SB3's own types differ
         obs, rewards, dones, infos = env.step(actions)
+        starts = dones
         reached = _position(obs)
         for i in np.flatnonzero(dones).tolist():
             reached[i] = _position(batch_of_one(infos[i]["terminal_observation"]))[0]

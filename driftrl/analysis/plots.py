@@ -72,7 +72,7 @@ def draw_pictures(
     _draw_trajectories(trajectories.axes[0], played.positions, only.positions)
     pictures = {"trajectories": trajectories, "actions": Figure(figsize=(4 * len(views), 4.3), layout="compressed")}
     _draw_actions(pictures["actions"], agent, policy, views)
-    if isinstance(agent.policy, FlowPolicy):
+    if isinstance(agent.policy, FlowPolicy) and agent.policy.chunk == 1:  # a chunk's field has more dimensions
         pictures["velocity"] = Figure(figsize=(12, 4.9), layout="compressed")
         _draw_velocity(pictures["velocity"], agent.policy, *next(iter(views.items())))
     folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ def _draw_actions(figure: Figure, agent: BaseAlgorithm, policy: PolicyPredictor,
     all_axes = figure.subplots(1, len(views), sharey=True, squeeze=False)[0]
     for axes, (title, obs) in zip(all_axes, views.items(), strict=True):
         if isinstance(agent.policy, FlowPolicy):
-            actions = centre + half * _sample(agent.policy, obs, _ACTIONS)[-1]
+            actions = centre + half * _sample(agent.policy, obs, _ACTIONS)[-1][:, :2]  # of a chunk the first action
         else:
             actions, _ = policy.predict(_copies(obs, _ACTIONS), deterministic=False)
         mode, _ = policy.predict(_copies(obs, 1), deterministic=True)

@@ -53,10 +53,10 @@ def record_video(
         speed = {"duration": 1000 / fps} if path.suffix == ".gif" else {"fps": fps}
         writer: Any = imageio.get_writer(partial, **speed)
         with writer:
-            ended = False
+            ended, state = False, None
             while not ended:
                 writer.append_data(frame)
-                action, _ = model.predict(obs, deterministic=not sample)
+                action, state = model.predict(obs, state, deterministic=not sample)
                 obs, _, terminated, truncated, _ = env.step(action)
                 ended = terminated or truncated
                 frame = _render(env)

@@ -54,8 +54,9 @@ def record_episodes(
         seen: list[list[Any]] = [[row_of(obs, i)] for i in range(env.num_envs)]
         acted: list[list[Array]] = [[] for _ in left]
         earned: list[list[float]] = [[] for _ in left]
+        state, dones = None, np.ones(env.num_envs, dtype=bool)
         while any(left):
-            actions, _ = policy.predict(obs, deterministic=not sample)
+            actions, state = policy.predict(obs, state, dones, deterministic=not sample)
             obs, rewards, dones, infos = env.step(actions)
             for i in range(env.num_envs):
                 acted[i].append(np.array(actions[i]))

@@ -74,6 +74,8 @@ FLOW_OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "solver_error_coef": (0.1, {}),
     "bc_coef": (0.1, {}),
     "bc_schedule": ("linear", {"bc_coef": 0.1}),
+    "chunk": (2, {}),
+    "execute": (1, {"chunk": 2}),
     "freeze_flow": (True, {}),
     "actor_hidden": ((4,), {}),
     "critic_hidden": ((), {}),

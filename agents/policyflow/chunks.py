@@ -1,0 +1,125 @@
+"""Action chunks: one decision of the policy is the actions of several steps (Zhao et al. 2023, arXiv 2304.13705).
+
+An action of the policy is a chunk ``(a_1, ..., a_c)``. Its first h actions are done before the policy decides anew,
+fewer where an episode ends before. Steps and rewards stay those of the environment. Each environment decides anew when
+its own chunk is done. Between decisions the process is semi-Markov (Sutton, Precup, Singh 1999): a decision that lasted
+k steps has the reward ``sum_{j<k} gamma^j r_{t+j}``, and what follows it counts gamma^k.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .policy import FlowPolicy
+
+
+class ChunkQueue:
+    """What N environments have still to do of their chunks.
+
+    Args:
+        envs: N.
+        execute: h, actions of a chunk that are done.
+    """
+
+    def __init__(self, envs: int, execute: int) -> None:
+        self.execute = execute
+        self._chunks = np.zeros((envs, 0))
+        self._done = np.full(envs, execute)
+
+    def due(self, starts: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Whose chunk is done, [N]; those of episodes that have ended (starts [N]) are."""
+        over: NDArray[np.bool_] = (self._done >= self.execute) | starts.astype(bool)
+        return over
+
+    def next(self, chunks: NDArray[np.float32], due: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """The actions [N, ...] to do now.
+
+        Args:
+            chunks: new ones, [N, c, ...], of which those of the environments due count.
+            due: [N].
+        """
+        if self._chunks.shape != chunks.shape:
+            self._chunks = np.zeros_like(chunks)
+        self._chunks[due], self._done[due] = chunks[due], 0
+        actions: NDArray[np.float32] = self._chunks[np.arange(len(due)), self._done]
+        self._done += 1
+        return actions
+
+
+def predict_next(
+    policy: FlowPolicy, chunks: NDArray[np.float32], state: tuple[NDArray[np.float32], ...] | None,
+    episode_start: NDArray[np.bool_] | None,
+) -> tuple[NDArray[np.float32], tuple[NDArray[np.float32], ...]]:  # fmt: skip
+    """The next actions [N, ...] of `predict` and its next state.
+
+    Args:
+        policy: with `execute`.
+        chunks: what it decides now, [N, c, ...].
+        state: what the last call returned: the chunks, and how many of their actions are done, [N]; None: none.
+        episode_start: whether an episode begins, [N], a new chunk then; None: nowhere.
+    """
+    rows = len(chunks)
+    if state is None:
+        return chunks[:, 0].copy(), (chunks, np.ones(rows, np.float32))
+    held, done = state[0].copy(), state[1].copy()
+    if held.shape != chunks.shape or done.shape != (rows,):
+        expected = f"{list(chunks.shape)} and [{rows}]"
+        raise ValueError(f"state: got shapes {list(held.shape)} and {list(done.shape)}, expected {expected}")
+    due = done >= policy.execute
+    if episode_start is not None:
+        due |= np.asarray(episode_start, bool)
+    held[due], done[due] = chunks[due], 0
+    actions = held[np.arange(rows), done.astype(np.int64)]
+    return actions, (held, done + 1)
+
+
+def chunk_advantage(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, ended: Tensor, decided: Tensor,
+    gamma: float, lam: float,
+) -> Tensor:  # fmt: skip
+    """Generalized advantage estimation over decisions, each tensor [T, N]; counts at decisions only.
+
+    For a decision at t that lasted k steps::
+
+        delta = sum_{j<k} gamma^j r_{t+j} + gamma^k (1 - terminated) V(s_{t+k}) - V(s_t)
+        A_t = delta + gamma^k lam (1 - ended) A_{t+k}
+
+    Args:
+        rewards: r_t.
+        values: V(s_t).
+        next_values: V of the state reached at step t, before any reset.
+        terminated: 1 where the episode terminated at step t.
+        ended: 1 where it terminated or was truncated.
+        decided: 1 where the policy decided.
+        gamma: discount factor of a step.
+        lam: decay lambda of a decision.
+    """
+    after, carried = rewards + gamma * (1 - terminated) * next_values, gamma * lam * (1 - ended)
+    last = torch.maximum(torch.cat([decided[1:], torch.ones_like(decided[:1])]), ended) > 0  # steps of their chunks
+    advantages = torch.empty_like(values)
+    gain, carry, following = torch.zeros_like(values[0]), torch.zeros_like(values[0]), torch.zeros_like(values[0])
+    for t in reversed(range(len(values))):
+        gain = torch.where(last[t], after[t], rewards[t] + gamma * gain)
+        carry = torch.where(last[t], carried[t] * following, gamma * carry)
+        following = advantages[t] = gain - values[t] + carry
+    return advantages
+
+
+def drawn_rows(usable: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """So many of the usable rows, bool [B], at random and without repetition as far as they last, in their order.
+
+    Raises:
+        ValueError: if no row is usable.
+    """
+    rows = usable.nonzero().squeeze(1)
+    if not len(rows):
+        raise ValueError("non-finite rollout: got no transition of finite numbers; check the environment")
+    order = torch.randperm(len(rows), generator=generator, device=rows.device)[:count]
+    more = torch.randint(len(rows), (count - len(order),), generator=generator, device=rows.device)
+    return rows[torch.cat([order, more])].sort().values
