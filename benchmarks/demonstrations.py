@@ -5,7 +5,8 @@
 Each run is one `train.py` with Avoid's preset. Its evaluations are kept in `benchmarks/results/demonstrations/`, and a
 run that is kept is not repeated. The table of all that are kept is printed at the end and written into
 docs/demonstrations.md. The Gaussian is the same policy with a base of width 0; from scratch is the flow without
-demonstrations. Chunks of actions are not measured: policies decide at every step.
+demonstrations. With chunks of c actions, all of which are done, a rollout holds a c-th of the decisions. Minibatches
+are smaller by as much.
 """
 
 from __future__ import annotations
@@ -37,10 +38,14 @@ STAGES = {
     "steering": ["--freeze-flow", "--learning-rate", "3e-4"],
     "from scratch": ["--critic-warmup", "0"],
 }
-ARMS = [("good", "flow", "pretrained"), ("good", "gaussian", "pretrained"), ("half", "flow", "fine-tuned"),
-        ("half", "gaussian", "fine-tuned"), ("half", "flow with a learned base", "steering"),
-        ("none", "flow", "from scratch")]  # fmt: skip
-"""Data (all demonstrations good, half of them, or none), head, stage."""
+ARMS = [
+    *(("good", head, "pretrained", chunk) for chunk in (1, 4) for head in ("flow", "gaussian")),
+    *(("half", head, "fine-tuned", chunk) for chunk in (1, 4) for head in ("flow", "gaussian")),
+    ("half", "flow with a learned base", "steering", 1),
+    ("none", "flow", "from scratch", 1),
+]
+"""Data (all demonstrations good, half of them, or none), head, stage, actions in a chunk."""
+CHUNKS = {1: [], 4: ["--chunk", "4", "--batch-size", "166"]}
 
 
 def dataset(runs: Path, data: str) -> Path:
@@ -53,14 +58,15 @@ def dataset(runs: Path, data: str) -> Path:
     return target
 
 
-def kept(data: str, head: str, stage: str, seed: int) -> Path:
+def kept(data: str, head: str, stage: str, chunk: int, seed: int) -> Path:
     """Where the result of a run is kept."""
-    return RESULTS / f"{data}-{head}-{stage}".replace(" ", "_") / f"s{seed}.json"
+    chunks = f"-chunk_{chunk}" if chunk > 1 else ""
+    return RESULTS / f"{data}-{head}-{stage}{chunks}".replace(" ", "_") / f"s{seed}.json"
 
 
-def run(runs: Path, data: str, head: str, stage: str, seed: int) -> None:
+def run(runs: Path, data: str, head: str, stage: str, chunk: int, seed: int) -> None:
     """Train one arm with one seed, unless it is complete, and keep its evaluations."""
-    result = kept(data, head, stage, seed)
+    result = kept(data, head, stage, chunk, seed)
     if result.exists():
         return
     folder = runs / result.parent.name / result.stem
@@ -68,7 +74,7 @@ def run(runs: Path, data: str, head: str, stage: str, seed: int) -> None:
     if found is not None:
         command = ["--resume", str(found.parent)]
     else:
-        command = ["policyflow", "--env", ENV, "--seed", str(seed), *HEADS[head], *STAGES[stage]]
+        command = ["policyflow", "--env", ENV, "--seed", str(seed), *HEADS[head], *STAGES[stage], *CHUNKS[chunk]]
         command += ["--run-dir", str(folder)]
         if data != "none":
             command += ["--demonstrations", str(dataset(runs, data)), *PRETRAIN]
@@ -80,17 +86,17 @@ def run(runs: Path, data: str, head: str, stage: str, seed: int) -> None:
     write(result, {"machine": machine("torch", "numpy"), "before": before, "after": after})
 
 
-def rows(data: str, head: str, stage: str) -> list[dict[str, Any]]:
+def rows(data: str, head: str, stage: str, chunk: int) -> list[dict[str, Any]]:
     """What the complete runs of an arm came to: before reinforcement learning, and at the end."""
-    return [json.loads(each.read_text()) for each in sorted(kept(data, head, stage, 0).parent.glob("s*.json"))]
+    return [json.loads(each.read_text()) for each in sorted(kept(data, head, stage, chunk, 0).parent.glob("s*.json"))]
 
 
 def table() -> str:
     """Success and entropy of routes of each arm: median and range over seeds."""
-    lines = ["| data | head | stage | seeds | policy | success before | after | bits before | after |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for data, head, stage in ARMS:
-        found = rows(data, head, stage)
+    lines = ["| data | head | chunk | stage | seeds | policy | success before | after | bits before | after |",
+             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for data, head, stage, chunk in ARMS:
+        found = rows(data, head, stage, chunk)
         for policy in ("sampled", "deterministic") if found else ():
             cells = []
             for key, form in (("success", "{:.1%}"), ("entropy_bits", "{:.2f}")):
@@ -98,7 +104,7 @@ def table() -> str:
                     values = [row[when][policy]["multimodality"][key] for row in found]
                     low, middle, high = (form.format(each) for each in np.quantile(values, [0, 0.5, 1]))
                     cells.append(f"{middle} [{low}, {high}]")
-            lines.append(f"| {data} | {head} | {stage} | {len(found)} | {policy} | {' | '.join(cells)} |")
+            lines.append(f"| {data} | {head} | {chunk} | {stage} | {len(found)} | {policy} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -106,11 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--runs", type=Path, default=Path("runs/demonstrations"), help="run folders and data")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="none: only print the table")
+    parser.add_argument("--chunks", nargs="+", type=int, choices=tuple(CHUNKS), default=list(CHUNKS))
     parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=list(STAGES), help="which to run")
     args = parser.parse_args(argv)
     for arm in ARMS:
         for seed in args.seeds:
-            if arm[2] in args.stages:
+            if arm[2] in args.stages and arm[3] in args.chunks:
                 run(args.runs.resolve(), *arm, seed)
     print(table())
     write_between(ROOT / "docs" / "demonstrations.md", "demonstrations", table())

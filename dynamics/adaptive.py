@@ -125,6 +125,8 @@ def odeint_adaptive(
     check_batch(x)
     if not (rtol >= 0 and atol > 0):
         raise ValueError(f"rtol must be at least 0 and atol positive, got {rtol} and {atol}")
+    if not x.shape[1]:
+        raise ValueError(f"x must have a dimension at least, got {list(x.shape)}")
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
     if not solver.error:
@@ -132,6 +134,8 @@ def odeint_adaptive(
     t0, t1 = fixed_time("t0", t0), fixed_time("t1", t1)
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x must be float32 or float64, got {x.dtype}, which does not resolve errors of single steps")
+    if not x.new_tensor(atol) > 0:
+        raise ValueError(f"atol must be positive in the type of x, got {atol} in {x.dtype}")
     if t0 != t1 and x.new_tensor(t0) == x.new_tensor(t1):
         raise ValueError(f"t0 and t1 must differ in the type of x, got {t0} and {t1} in {x.dtype}")
     slope = bind(field, cond)(x.new_full(x.shape[:1], t0), x)

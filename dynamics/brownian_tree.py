@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .brownian import BrownianGrid, halve
-from .ode import intervals
+from .ode import fixed_time, intervals
 
 
 class BrownianTree:
@@ -47,6 +47,7 @@ class BrownianTree:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        t0, t1 = fixed_time("t0", t0), fixed_time("t1", t1)
         if not t1 > t0:
             raise ValueError(f"t1 must be above t0, got t0={t0} and t1={t1}")
         if min(shape) < 1:
@@ -97,6 +98,7 @@ class BrownianTree:
 
     def _state(self, t: float) -> tuple[Tensor, Tensor]:
         """``W_t`` and ``integral of W from t0 to t``, [B, D] each, float64."""
+        t = fixed_time("t", t)
         if not self.t0 <= t <= self.t1:
             raise ValueError(f"t must lie in [{self.t0}, {self.t1}], got {t}")
         length = self.t1 - self.t0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ode import FieldLike, bind, intervals
+from .ode import FieldLike, bind, fixed_time, intervals
 from .sde import SDE
 
 
@@ -36,6 +36,7 @@ def girsanov_kl(
         raise ValueError(
             f"path must have shape [steps + 1, B, D] and t1 be above t0, got {list(path.shape)}, t0={t0}, t1={t1}"
         )
+    t0, t1 = fixed_time("t0", t0), fixed_time("t1", t1)
     course = intervals(path.shape[0] - 1, t0, t1)
     times = [t for t, _ in course]
     drift, other = sde.bind(cond, times), bind(other_drift, cond, times)

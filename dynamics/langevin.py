@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .noise import OrnsteinUhlenbeck
-from .ode import FieldLike, bind, check_batch
+from .ode import FieldLike, bind, check_batch, fixed_time
 
 Energy: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
 """A potential ``(x [B, D], cond) -> U [B]``, as ``PotentialField`` takes it."""
@@ -51,14 +51,15 @@ def overdamped(
         ValueError: if step or temperature is not positive or a shape differs.
     """
     _check(x, noise, step, temperature, preconditioner)
-    velocity = bind(force, cond, (0.0,))
-    spread = math.sqrt(2 * step * temperature)
+    step, velocity = fixed_time("step", step), bind(force, cond, (0.0,))
+    spread = (2 * step * temperature) ** 0.5
     root = None if preconditioner is None else preconditioner.sqrt()
     for z in noise.unbind():
         drift = velocity(0.0, x)
         if preconditioner is not None and root is not None:
             drift, z = preconditioner * drift, root * z
-        x = torch.add(torch.add(x, drift, alpha=step), z, alpha=spread)
+        x = torch.add(x, drift, alpha=step)
+        x = x + spread * z if isinstance(spread, Tensor) else torch.add(x, z, alpha=spread)
     return x
 
 
@@ -176,7 +177,7 @@ def kinetic(
         )
     if not isinstance(friction, Tensor) and not friction > 0:
         raise ValueError(f"friction must be positive, got {friction}")
-    acceleration = bind(force, cond, (0.0,))
+    step, acceleration = fixed_time("step", step), bind(force, cond, (0.0,))
     thermostat = OrnsteinUhlenbeck(friction, (2 * friction * temperature) ** 0.5)
     decay, spread = thermostat.transition(step if scheme == "baoab" else 0.5 * step)
     x, p, f = position, velocity, acceleration(0.0, position)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .fields import Time, VelocityField, linear_pullback
-from .ode import Tableau, advance, check_batch, combine, get_tableau, intervals
+from .ode import Tableau, advance, check_batch, combine, fixed_time, get_tableau, intervals
 
 Mode: TypeAlias = Literal["ode", "map"]
 
@@ -70,6 +70,7 @@ def flow_push(
     """
     tableau = get_tableau(solver)
     _check(x0, mode, probe)
+    t0, t1 = fixed_time("t0", t0), fixed_time("t1", t1)
     embedded = field.embed(cond)
     x, log_det = x0, x0.new_zeros(x0.shape[0])
     for t, h in intervals(steps, t0, t1):

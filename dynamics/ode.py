@@ -107,10 +107,14 @@ def intervals(steps: int, t0: float, t1: float) -> list[tuple[float, float]]:
     """Start and size (t, h) of each of the equal steps from t0 to t1; ``t + h`` of the last is t1 exactly on [0, 1].
 
     Raises:
-        ValueError: if ``steps`` is below 1.
+        ValueError: if ``steps`` is below 1, or a time is a number and not finite.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    times_given: tuple[float | Tensor, ...] = (t0, t1)
+    for name, time in zip(("t0", "t1"), times_given, strict=True):
+        if not isinstance(time, Tensor) and not math.isfinite(time):
+            raise ValueError(f"{name} must be finite, got {time}")
     times = [t0 + (t1 - t0) * k / steps for k in range(steps)] + [t1]
     return [(t, t_next - t) for t, t_next in pairwise(times)]
 

@@ -62,7 +62,7 @@ def odeint_reversible(
         raise ValueError(f"gradient must be 'reversible' or 'direct', got {gradient!r}")
     check_batch(x)
     if gradient == "reversible":
-        t0, t1 = fixed_time("t0", t0), fixed_time("t1", t1)
+        t0, t1, coupling = fixed_time("t0", t0), fixed_time("t1", t1), fixed_time("coupling", coupling)
     method = _Coupled(field, get_tableau(solver), intervals(steps, t0, t1), coupling)
     if gradient == "direct":
         return method.run(x, cond)[0]

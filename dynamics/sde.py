@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .brownian import BrownianGrid
 from .fields import Time
-from .ode import check_batch, intervals
+from .ode import check_batch, fixed_time, intervals
 
 Drift: TypeAlias = Callable[[Time, Tensor], Tensor]
 
@@ -236,6 +236,7 @@ def _integrate(
             raise ValueError(f"solver must be one of {sorted(SDE_SOLVERS)} or an SDESolver, got {solver!r}")
         solver = SDE_SOLVERS[solver]
     check_batch(x)
+    t0, t1 = fixed_time("t0", t0), fixed_time("t1", t1)
     course = intervals(steps, t0, t1)
     if not t1 > t0:
         raise ValueError(f"t1 must be above t0, got t0={t0} and t1={t1}; noise has no backward direction")

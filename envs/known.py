@@ -11,7 +11,7 @@ from typing import Any
 
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec, find_highest_version, get_env_id, parse_env_id
-from stable_baselines3.common.vec_env import VecCheckNan, VecEnv, VecEnvWrapper, VecMonitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan, VecEnv, VecEnvWrapper, VecMonitor
 
 _MUJOCO = "gymnasium.envs.mujoco"
 TASK_CLASSES: dict[str, str] = {
@@ -71,12 +71,24 @@ def task_name(id: str) -> str:
     return known_task_of_id(id) or ("" if id in TASK_CLASSES.values() and id in gym.registry else id)
 
 
+def _has_neutral_wrappers(env: gym.Env[Any, Any]) -> bool:
+    """Whether nothing but wrappers that change nothing stands around an environment; a spec does not tell all."""
+    while isinstance(env, gym.Wrapper):
+        kind = type(env)
+        if f"{kind.__module__}:{kind.__qualname__}" not in NEUTRAL_WRAPPERS:
+            return False
+        env = env.env
+    return True
+
+
 def known_task_of(env: VecEnv) -> tuple[str, dict[str, Any]] | None:
     """The task that all environments of a VecEnv are, and its arguments; None if we do not know it."""
     while isinstance(env, VecEnvWrapper):
         if not isinstance(env, VecMonitor | VecCheckNan):
             return None
         env = env.venv
+    if isinstance(env, DummyVecEnv) and not all(map(_has_neutral_wrappers, env.envs)):
+        return None
     specs = env.get_attr("spec")
     tasks = [known_task(spec) for spec in specs]
     if tasks[0] is None or tasks != tasks[:1] * len(tasks) or any(each.kwargs != specs[0].kwargs for each in specs):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import gymnasium as gym
+import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.preprocessing import is_image_space
@@ -25,9 +26,11 @@ from .memory import check_fits
 from .mujoco_batch import MujocoVecEnv
 from .mujoco_tasks import TASKS
 from .multigoal import GOAL_TASKS, GoalVecEnv
+from .tensor import TensorVecEnv
+from .tensor_tasks import TENSOR_TASKS
 from .workers import SupervisedVecEnv
 
-Backend = Literal["auto", "batched", "sync", "subproc"]
+Backend = Literal["auto", "batched", "sync", "subproc", "tensor"]
 
 _BATCHED: dict[str, Callable[..., BatchVecEnv]] = {
     **dict.fromkeys(TASKS, MujocoVecEnv),
@@ -42,7 +45,7 @@ _ENVIRONMENT, _PROCESS = 4000, 30_000_000
 
 def make_vec(
     id: str, n_envs: int, seed: int | None, backend: Backend = "auto", *, worker_timeout: float = 60.0,
-    worker_restarts: int = 10, **env_kwargs: Any,
+    worker_restarts: int = 10, device: str = "cpu", **env_kwargs: Any,
 ) -> VecEnv:  # fmt: skip
     """Make ``n_envs`` copies of a registered environment, each with Stable-Baselines3's Monitor.
 
@@ -52,10 +55,12 @@ def make_vec(
         seed: environment i is seeded with seed + i at its first reset; None for random seeds.
         backend: "batched" steps MuJoCo's v5 tasks on all cores (`MujocoVecEnv`), the multi-goal tasks and Avoid in
             NumPy (`GoalVecEnv`, `AvoidVecEnv`), with the same results; "sync" steps one after the other in this
-            process, "subproc" each in a process of its own (`SupervisedVecEnv`); "auto" is "batched" where that is
-            possible, else "sync".
+            process, "subproc" each in a process of its own (`SupervisedVecEnv`); "tensor" steps the multi-goal tasks
+            and Avoid on a device (`TensorVecEnv`): the same tasks in float32, with other random starts; "auto" is
+            "batched" where that is possible, else "sync".
         worker_timeout: subproc: seconds for a step, > 0, after which a process counts as hung and is restarted.
         worker_restarts: subproc: restarts of processes that died or hang, >= 0, all together; the next is an error.
+        device: tensor: where the environments are.
         **env_kwargs: arguments of the environment.
 
     Raises:
@@ -72,9 +77,12 @@ def make_vec(
     task = bare_task_of_id(id)  # what the id stands for may be another class than its name lets expect
     if backend == "auto":
         backend = "batched" if task in _BATCHED and env_kwargs.get("render_mode") != "human" else "sync"
-    for name, value, default in (("worker_timeout", worker_timeout, 60.0), ("worker_restarts", worker_restarts, 10)):
-        if value != default and backend != "subproc":
-            raise ValueError(f"{name}: got {value}, which changes nothing without backend subproc, got {backend}")
+    options = (("worker_timeout", worker_timeout, 60.0), ("worker_restarts", worker_restarts, 10))
+    for name, value, default, of in (*((*each, "subproc") for each in options), ("device", device, "cpu", "tensor")):
+        if value != default and backend != of:
+            raise ValueError(f"{name}: got {value}, which changes nothing without backend {of}, got {backend}")
+    if backend == "tensor":
+        return _tensor_env(id, task, n_envs, seed, device, env_kwargs)
     if backend == "batched":
         if task not in _BATCHED:
             what = "an environment that is wrapped or of another class" if id in _BATCHED else "another environment"
@@ -88,6 +96,23 @@ def make_vec(
     # Given the id itself, make_vec_env would ask for a render mode.
     maker = functools.partial(gym.make, _with_module(id))
     return make_vec_env(maker, n_envs=n_envs, seed=seed, vec_env_cls=kind, env_kwargs=env_kwargs)
+
+
+def _tensor_env(
+    id: str, task: str | None, n_envs: int, seed: int | None, device: str, env_kwargs: dict[str, Any]
+) -> VecEnv:
+    if task not in TENSOR_TASKS:
+        expected = f"expected one of {', '.join(TENSOR_TASKS)}"
+        raise ValueError(f"tensor: got {id!r}, another environment, {expected}; use another backend")
+    if render_mode := env_kwargs.get("render_mode"):
+        raise ValueError(f"tensor: got render_mode={render_mode!r}, expected None; use another backend to see it")
+    spec = gym.registry[id.rpartition(":")[2]]
+    steps = env_kwargs.get("max_episode_steps", spec.max_episode_steps)
+    limit = math.inf if steps is None or steps < 0 else steps
+    arguments = {name: value for name, value in env_kwargs.items() if name not in ("max_episode_steps", "render_mode")}
+    env = TensorVecEnv(TENSOR_TASKS[task](limit, **spec.kwargs | arguments), n_envs, device)
+    env.seed(seed)
+    return env
 
 
 def _with_module(id: str) -> str:
@@ -211,13 +236,25 @@ def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spac
     """Refuse spaces that agents of this library cannot act in.
 
     Raises:
-        ValueError: unless actions are a Box with finite bounds and observations a Box, or a Dict of Boxes, of vectors.
+        ValueError: unless actions are a Box of floats with finite bounds and observations a Box, or a Dict of Boxes, of
+            vectors.
     """
     if not (isinstance(action_space, spaces.Box) and action_space.is_bounded()):
         raise ValueError(
             f"unsupported action space: got {action_space}, expected a Box with finite bounds; choose an environment "
             "with continuous actions or wrap it"
         )
+    if action_space.dtype not in (np.float32, np.float64):
+        raise ValueError(
+            f"unsupported action space: got numbers of type {action_space.dtype}, expected float32 or float64; wrap it "
+            "with gymnasium.wrappers.TransformAction"
+        )
+    with np.errstate(over="ignore"):
+        if not np.isfinite(action_space.high - action_space.low).all():
+            raise ValueError(
+                f"unsupported action space: got bounds farther apart than {action_space.dtype} can express, "
+                f"{action_space}; wrap it with gymnasium.wrappers.RescaleAction"
+            )
     parts = observation_space.spaces.values() if isinstance(observation_space, spaces.Dict) else [observation_space]
     if any(is_image_space(part) for part in parts):
         raise ValueError(

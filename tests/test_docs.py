@@ -40,6 +40,7 @@ QUICKER = [
     ],
 )
 @pytest.mark.filterwarnings("ignore::tqdm.TqdmExperimentalWarning")  # of the progress bar of Stable-Baselines3
+@pytest.mark.filterwarnings("ignore:this agent cannot be saved as it is:UserWarning")  # pages say how it can
 def test_code_of_the_documentation_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)

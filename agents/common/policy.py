@@ -224,6 +224,10 @@ class BoxPolicy(BasePolicy):
         middle, half = self._middle_and_half(action)
         return (action - middle) / torch.where(half > 0, half, 1.0)
 
+    def widths(self) -> Tensor:
+        """Whether each dimension of an action has a width, bool [D]: the others are constant."""
+        return self._middle_and_half(torch.empty(0, dtype=torch.float64))[1].to(self.device) > 0
+
     def log_half_ranges(self) -> float:
         """Sum of the logs of half the ranges: log-densities in normalised units exceed the environment's by it."""
         half = self._middle_and_half(torch.empty(0, dtype=torch.float64))[1]

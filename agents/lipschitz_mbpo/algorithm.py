@@ -135,8 +135,7 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
         check_default_dtype()
         self._take_attributes(implied_fields(self.policy_kwargs))
         config = self.config
-        if self._vec_normalize_env is not None:
-            raise ValueError("env: got a VecNormalize, expected raw observations; use normalize_observation=True")
+        self._check_env()
         check_weights(
             self.device, actor_hidden=(1, config.actor_hidden), critic_hidden=(config.n_critics, config.critic_hidden),
             model_hidden=(config.members, config.model_hidden),
@@ -169,11 +168,27 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
             self.model_buffer = TransitionRing(rollouts, policy.obs_dim, policy.action_dim, policy.device)
         self._config_changed()
 
+    def _check_env(self) -> None:
+        if self._vec_normalize_env is not None:
+            raise ValueError("env: got a VecNormalize, expected raw observations; use normalize_observation=True")
+
     def _choose_rule(self) -> None:
         """Take the rule by which the present environment ends, or leave the ends to the model."""
         rule = termination_rule(self.config.termination, self.terminated, self.env)
         self._learns_end = vars(self).get("_learns_end", rule is None)  # as it did when it was saved
+        if self.config.termination == "learned" and not self._learns_end:
+            raise ValueError("termination: got learned, but the agent's model has not learned it; make another agent")
         self._terminated = None if self._learns_end else rule
+
+    @property
+    def learns_end(self) -> bool:
+        """Whether the model learns how episodes end, because no rule of the environment is known or asked for."""
+        return self.transition is not None and self._learns_end
+
+    @classmethod
+    def load(cls, path: Any, *args: Any, **kwargs: Any) -> LipschitzMBPO:
+        """As `Checkpointed.load`; arguments of SAC may be given as to the constructor."""
+        return super().load(path, *args, **own_fields(kwargs))
 
     def _config_changed(self) -> None:
         """Make anew what an update reads of the Config."""
@@ -184,6 +199,9 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
                 target_entropy=self.target_entropy,
             )  # fmt: skip
         self._use_gradient(Gradient(self.policy, terms, None, self.config.nonfinite == "skip"))
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "terminated", "known_step"]  # files hold no functions
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         names = ["policy", "policy.optimizer"]
@@ -200,12 +218,15 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
                 the weights were changed so that some would not learn.
         """
         self._adopt_policy()
+        self._check_env()
         if self.transition is not None:
             self._choose_rule()  # another environment may have been set
             made_with("terminated", self._learns_end or self._terminated is not None)
             known = self.transition.settings.known_step
             made_with("known_step", known is self.known_step and self._knows_step == (known is not None))
             self.transition.adopt_weights()
+            if self.learns_end and self.verbose:
+                print("the model learns how episodes end")
         done = self.num_timesteps  # a run that goes on is compiled as the whole would be
         if reset_num_timesteps:  # the clock starts anew, what was done by it lies before its start
             for name in ("_fitted_at", "_imagined_at", "_diagnosed_at", "_seen"):

@@ -107,5 +107,5 @@ def check_rule(rule: Rule, real: TransitionRing, choice: str) -> None:
     if wrong > MAY_DISAGREE * ends + 2:
         raise ValueError(
             f"termination: got {choice}, whose rule disagrees with the environment on {wrong} of {len(found)} "
-            f"transitions ({int(found.sum())} ended, the rule ends {int(expected.sum())}); use learned"
+            f"transitions ({int(found.sum())} ended, the rule ends {int(expected.sum())}); make an agent with learned"
         )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
 from torch import Tensor
 
 from ..common.arguments import Neutral, without_neutral
@@ -33,6 +34,7 @@ ARGUMENTS = {
 POLICY_ARGUMENTS: Neutral = {
     "use_sde": ((False,), _SDE),
     "share_features_extractor": ((False,), "actor and critics share no layers"),
+    "features_extractor_class": ((None, FlattenExtractor, CombinedExtractor), "features extractors are not available"),
     "features_extractor_kwargs": ((None, {}), "features extractors are not available"),
     "normalize_images": ((True, False), "observations are vectors"),
     "log_std_init": ((-3,), "the first standard deviation is about 1; temperature says how much the agent explores"),

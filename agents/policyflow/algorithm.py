@@ -33,7 +33,7 @@ from .ppo_arguments import ARGUMENTS, POLICY_FIELDS, implied_fields, own_policy_
 from .pretraining import imitation_loss
 from .ratios import Ratio, chord_point, draw_epoch, record_references
 from .regularizers import spread_loss, spread_rate, transport_cost
-from .rollout import Samples
+from .samples import Samples
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> Tensor:

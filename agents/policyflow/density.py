@@ -21,7 +21,9 @@ def fixed_normals(count: int, dim: int) -> Tensor:
     return normals
 
 
-def marginal_log_prob(actor: FlowActor, obs: Tensor, action: Tensor, latents: int = LATENTS) -> Tensor:
+def marginal_log_prob(
+    actor: FlowActor, obs: Tensor, action: Tensor, latents: int = LATENTS, counted: Tensor | None = None
+) -> Tensor:
     """Estimate of ``log pi(action | obs)``, [B], in nats per action vector in normalised units, differentiable.
 
     ``log 1/K sum_k N(action; phi_1(z_k; s), std^2)``: the action noise is integrated exactly, the base and a noisy flow
@@ -40,6 +42,7 @@ def marginal_log_prob(actor: FlowActor, obs: Tensor, action: Tensor, latents: in
         obs: normalised observations, [B, O].
         action: normalised actions, [B, D].
         latents: K, at least 1.
+        counted: dimensions of the action that count, bool [D]; None: all.
     """
     size, dim = action.shape
     count = latents if actor.has_latent or actor.path_length else 1
@@ -47,5 +50,6 @@ def marginal_log_prob(actor: FlowActor, obs: Tensor, action: Tensor, latents: in
     base, *path = normals.repeat_interleave(size, 0).split(dim, dim=1)
     along = torch.stack(path) if path else base.new_empty(0, *base.shape)
     x1 = actor.sample(obs.repeat(count, 1), FlowNoise(base, torch.zeros_like(base), along)).x1
-    density: Tensor = Normal(x1.view(count, size, dim), actor.noise_log_std().exp()).log_prob(action).sum(-1)
+    density: Tensor = Normal(x1.view(count, size, dim), actor.noise_log_std().exp()).log_prob(action)
+    density = (density if counted is None else density * counted).sum(-1)
     return density.logsumexp(0) - math.log(count)

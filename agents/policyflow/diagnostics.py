@@ -8,7 +8,7 @@ from .entropy import policy_entropy
 from .other_ratios import EndpointRatio
 from .policy import FlowActor
 from .ratios import Ratio, chord_point
-from .rollout import Samples
+from .samples import Samples
 
 SAMPLES = 256
 

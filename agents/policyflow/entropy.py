@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .policy import FlowActor, FlowNoise
 from .posterior import action_log_density
-from .rollout import Samples
+from .samples import Samples
 
 RATE, GAIN, WEIGHTS = 0.1, 2.0, (1e-4, 10.0)  # of the steered weight, per nat; bounds, lest it winds up
 GOLDEN = 0.6180339887498949
@@ -28,6 +28,7 @@ def policy_entropy(actor: FlowActor, obs: Tensor, actions: int = ACTIONS, latent
     steps = torch.arange(count, device=obs.device, dtype=torch.float64)
     # By the golden ratio, not at equal distances: those can fall on the same environment of a rollout again and again.
     states = obs[(torch.frac(steps * GOLDEN) * len(obs)).long()] if count < len(obs) else obs
+    actions = max(actions, 2 * actor.draws * actor.log_std.shape[0])  # enough to standardise all their noise
     rows = states.repeat_interleave(-(-actions // len(states)), 0)
     noise = _standard_noise(len(rows), (actor.draws, actor.log_std.shape[0]), rows)
     drawn = FlowNoise.of(noise)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.weights import Weights
 from .policy import FlowActor
 from .ratios import Ratio, RatioTerms, gaussian_terms
-from .rollout import Samples
+from .samples import Samples
 
 
 class SteeringRatio(Ratio):

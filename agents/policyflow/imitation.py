@@ -13,7 +13,8 @@ from ..common.demonstrations import Demonstrations
 from ..common.weights import Weights
 from .fine_tuning import two_rates
 from .pretraining import Follow, Pretraining, PretrainResult, PretrainSettings, with_noise
-from .rollout import FlowRollouts, Samples
+from .rollout import FlowRollouts
+from .samples import Samples
 
 
 class Imitation(FlowRollouts):

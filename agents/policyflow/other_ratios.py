@@ -22,7 +22,7 @@ from .ratios import (
     gaussian_log_prob,
     gaussian_terms,
 )
-from .rollout import Samples
+from .samples import Samples
 
 ODE: dict[str, object] = {"langevin_eps": 0.0}
 INDEPENDENT: dict[str, object] = ODE | {"exploration_noise": "gaussian"}

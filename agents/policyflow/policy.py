@@ -296,7 +296,7 @@ class FlowPolicy(BoxPolicy):
             got = f"{list(actions.shape)} and {latents}"
             raise ValueError(f"actions and latents: got {got}, expected [B, {self.action_dim}] and at least 1")
         vector, normalised = self.obs_norm(self.features(obs).to(flat)), self.to_normalised(flat)
-        log_prob = marginal_log_prob(self.actor, vector, normalised, latents) - self.log_half_ranges()
+        log_prob = marginal_log_prob(self.actor, vector, normalised, latents, self.widths()) - self.log_half_ranges()
         return self.value(vector).unsqueeze(-1), log_prob, None
 
     def predict(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .policy import FlowActor
 from .ratios import gaussian_log_prob
-from .rollout import Samples
+from .samples import Samples
 
 LATENTS, OF_DRAWN = 16, 0.1  # of the posterior of the noise, and what the drawn latent's weight counts there
 FROM_TANGENT = 0.5

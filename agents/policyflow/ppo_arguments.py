@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
+
 from ..common.arguments import Neutral, without_neutral
 from ..common.networks import activation_name
 
@@ -26,6 +28,7 @@ POLICY_ARGUMENTS: Neutral = {
     "use_expln": ((False,), _SDE),
     "full_std": ((True,), _SDE),
     "share_features_extractor": ((True, False), "actor and critic share no layers"),
+    "features_extractor_class": ((None, FlattenExtractor, CombinedExtractor), "features extractors are not available"),
     "features_extractor_kwargs": ((None, {}), "features extractors are not available"),
     "normalize_images": ((True, False), "observations are vectors"),
 }

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...dynamics.ode import SOLVERS
 from .policy import FlowActor
-from .rollout import Chord, Samples
+from .samples import Chord, Samples
 
 
 class RatioTerms(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .policy import FlowActor
 from .ratios import chord_point
-from .rollout import Samples
+from .samples import Samples
 
 
 def brownian_loss(velocity: Tensor, samples: Samples, form: str, steps: int) -> Tensor:

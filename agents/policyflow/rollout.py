@@ -1,12 +1,11 @@
-"""Rollouts of a flow policy: environment steps, rewards in units of their return, advantages, minibatches."""
+"""Rollouts of a flow policy: environment steps, rewards in units of their return, advantages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import repeat
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,97 +15,14 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from ...dynamics.noise import StepNoise, step_noise
+from ...envs.tensor import OnDemand, TensorVecEnv
 from ..common.networks import lazy_zeros
-from ..common.observations import batch_of_one, observation_vectors, to_box
+from ..common.observations import batch_of_one, blame, observation_vectors, to_box
 from .chunks import ChunkQueue, chunk_advantage, drawn_rows
-from .policy import FlowActor, FlowNoise, FlowSample
+from .policy import FlowNoise, FlowSample
 from .ranked import Ranked
 from .rollout_view import Collected, RolloutView
-
-if TYPE_CHECKING:
-    from .pretraining import Expert
-
-
-class Chord(NamedTuple):
-    """A point x_t = (1 - t) z + t x1 of each sample's chord, and the velocity of the policy that acted there."""
-
-    t: Tensor  # flow time, [B]
-    velocity: Tensor  # v_old(t, x_t, s), [B, D]
-
-
-class PastNoise(NamedTuple):
-    """Moments of correlated action noise given its past, in units of its standard deviation."""
-
-    mean: Tensor  # [B, D]
-    scale: Tensor  # [B, 1]
-
-
-class Samples(NamedTuple):
-    """Samples of a rollout, of an epoch or of a minibatch; first axis B, in a rollout steps x environments.
-
-    Optional parts are decided by the Config: a run has them in all its minibatches or in none.
-    """
-
-    obs: Tensor  # normalised, [B, O]
-    z: Tensor  # [B, D], as are the next two: normalised action units
-    x1: Tensor
-    action: Tensor  # not clipped
-    base_mean: Tensor  # of the policy that acted, [B, D], as are the next two
-    base_log_std: Tensor
-    log_std: Tensor  # of the action noise
-    values: Tensor  # V(s) of the policy that acted, in units of normalised returns, [B], as are the next two
-    returns: Tensor
-    advantages: Tensor
-    past: PastNoise | None = None  # where the action noise is correlated
-    path: Tensor | None = None  # noise of the flow, [B, K, D], where it is no ODE
-    recorded: Any = None  # what the ratio in use recorded of the policy that acted: a NamedTuple of its own
-    chord: Chord | None = None  # where ratio or regularizers look at the chord
-    spread_rate: Tensor | None = None  # of the linear field that reaches spread_std, [B, D], where it is aimed at
-    posterior_noise: Tensor | None = (
-        None  # E[n | a, s] of the action noise, [B, D], where the entropy's gradient is used
-    )
-    expert: Expert | None = None  # demonstrations to learn from beside the rollout, where bc_coef is above 0
-    error_time: Tensor | None = None  # [B], where the solver's error is penalised
-
-    @classmethod
-    def drawn(cls, actor: FlowActor, obs: Tensor, sample: FlowSample, **others: Any) -> Samples:
-        """What an actor drew given obs [B, O], each part [B, D], and what is to be known of it.
-
-        Args:
-            actor: the policy that acted.
-            obs: normalised observations.
-            sample: the draw.
-            **others: further fields; values, returns and advantages are 0 unless given.
-        """
-        base_mean, base_log_std = actor.base(obs)
-        log_std = actor.noise_log_std().expand_as(base_mean)
-        others = dict.fromkeys(("values", "returns", "advantages"), obs.new_zeros(len(obs))) | others
-        return cls(obs, *sample, base_mean, base_log_std, log_std, **others)
-
-    def rows(self, index: Tensor | slice) -> Samples:
-        """The samples that an index of the first axis chooses."""
-        chosen: Samples = _rows(self, index)
-        return chosen
-
-    def minibatches(self, size: int, order: Tensor) -> Iterator[Samples]:
-        """Minibatches of `size` samples in an order [B]; the last may be smaller."""
-        return iter(_split(self.rows(order), int(size)))  # split takes no NumPy integers
-
-
-def _rows(data: Any, index: Tensor | slice) -> Any:
-    if isinstance(data, tuple):
-        return type(data)(*[_rows(part, index) for part in data])  # a NamedTuple
-    return None if data is None else data[index]
-
-
-def _split(data: Any, size: int) -> Iterable[Any]:
-    """The parts of `size` rows, in their order; cheaper than one after the other."""
-    if isinstance(data, Tensor):
-        parts: tuple[Tensor, ...] = data.split(size)
-        return parts
-    if not data:  # None, or nothing recorded
-        return repeat(data)
-    return map(type(data)._make, zip(*[_split(part, size) for part in data], strict=False))
+from .samples import PastNoise, Samples
 
 
 class RolloutStorage(NamedTuple):
@@ -114,6 +30,18 @@ class RolloutStorage(NamedTuple):
 
     features: Tensor  # raw observation vectors, [T + 1, N, O]; the last is what follows
     drawn: Tensor  # `FlowSample`s in one tensor, [3, T, N, D]
+
+
+class Steps(NamedTuple):
+    """What the environments returned in a rollout, [T, N] each."""
+
+    rewards: Tensor
+    terminated: Tensor  # bool
+    truncated: Tensor  # bool
+    reached: Tensor | None  # raw observations that truncated steps reached, [K, O]; None: no step was
+    decided: np.ndarray  # where the policy chose an action
+    left_out: Tensor | None  # transitions not to learn from; None: none
+    moments: list[PastNoise]  # of each step, where the action noise is correlated
 
 
 def generalized_advantage(
@@ -180,7 +108,7 @@ class FlowRollouts(Ranked):
             lazy_zeros(self.n_steps + 1, envs, self.policy.obs_dim, device=self.device, option="n_steps"),
             lazy_zeros(3, self.n_steps, *size, device=self.device, option="n_steps"),
         )
-        self._discounted_return = np.zeros(envs, np.float32)
+        self._discounted_return = torch.zeros(envs, device=self.device)
         assert isinstance(self.action_space, spaces.Box)
         self._action_shape = self.action_space.shape
 
@@ -193,7 +121,7 @@ class FlowRollouts(Ranked):
     def set_training_state(self, state: dict[str, Any]) -> None:
         """See `Checkpointed`."""
         super().set_training_state(state)
-        self._discounted_return = state["discounted_return"]
+        self._discounted_return = torch.as_tensor(state["discounted_return"], device=self.device)
         for name, value in state["exploration"].items():
             setattr(self._exploration, name, value.to(self.device))
 
@@ -206,18 +134,21 @@ class FlowRollouts(Ranked):
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
         """Act for n_rollout_steps in every environment and fill the rollout; False if a callback ended training."""
         config, policy, (features, drawn) = self.config, self.policy, self.storage
-        self.collected, self.steps_collected, begins = None, 0, self._last_episode_starts
+        self.collected, self.steps_collected, begins = None, 0, np.asarray(self._last_episode_starts)
         policy.train(False)
         callback.on_rollout_start()
+        noise, further = self._draw_noise(n_rollout_steps, env.num_envs)
+        if self._stays_on_device(env):
+            assert isinstance(env, TensorVecEnv)
+            steps = self._act_on_device(env, callback, noise, further)
+            if steps is None:
+                return False
+            self._fill(steps, begins, noise)
+            callback.on_rollout_end()
+            return True
         if several := self._ranks.size > 1:
             self._begin_rollout()
-        shape, memory, path_length = (n_rollout_steps, env.num_envs), self._exploration, policy.actor.path_length
-        # Per step the `FlowNoise`, and further normals of an action noise whose memory takes several.
-        further_terms = memory.terms - 1 if memory else 0  # the newest is the action's own
-        parts = (policy.draws, further_terms)
-        size = (n_rollout_steps, sum(parts), env.num_envs, policy.action_dim)
-        noise, further = torch.randn(size, generator=self._generator, device=self.device).split(parts, dim=1)
-        moments: list[PastNoise] = []
+        shape, moments = (n_rollout_steps, env.num_envs), list[PastNoise]()
         host_rewards = np.zeros(shape, np.float32)
         terminated, truncated, left_out = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape, bool)
         reached: list[Tensor] = []  # raw features of truncated steps, in the order of np.nonzero(truncated)
@@ -225,12 +156,9 @@ class FlowRollouts(Ranked):
         decided, queue = np.empty(shape, bool), ChunkQueue(env.num_envs, config.decision_steps)
         chunk_shape = env.num_envs, config.chunk, *self._action_shape
         for step in range(n_rollout_steps):
-            if memory is not None:
+            if self._exploration is not None:
                 start = torch.as_tensor(self._last_episode_starts, dtype=torch.bool, device=self.device)
-                normal = FlowNoise.of(noise[step]).action
-                value, *given = memory.step(torch.cat([normal[None], further[step]]), start)
-                normal.copy_(value)
-                moments.append(PastNoise(*given))
+                moments.append(self._remember(noise[step], further[step], start))
             decided[step] = queue.due(np.asarray(self._last_episode_starts))
             if decided[step].any():
                 drawn[:, step] = self._act(features[step], noise[step])
@@ -264,31 +192,110 @@ class FlowRollouts(Ranked):
             return False
         self._record_counts({"rollout/simulations_diverged": self._diverged})
         self._record_faults()
+        parts = [torch.as_tensor(each, device=self.device) for each in (host_rewards, terminated, truncated)]
+        ends = torch.cat(reached).to(self.device).float() if reached else None
+        excluded = torch.as_tensor(left_out, device=self.device) if left_out.any() else None
+        self._fill(Steps(parts[0], parts[1], parts[2], ends, decided, excluded, moments), begins, noise)
+        callback.on_rollout_end()
+        return True
 
+    def _draw_noise(self, steps: int, envs: int) -> tuple[Tensor, Tensor]:
+        """All noise of a rollout: of each step the `FlowNoise`, and what correlated action noise takes beyond it."""
+        further = self._exploration.terms - 1 if self._exploration else 0  # the newest is the action's own
+        size = (steps, self.policy.draws + further, envs, self.policy.action_dim)
+        drawn = torch.randn(size, generator=self._generator, device=self.device)
+        noise, rest = drawn.split((self.policy.draws, further), dim=1)
+        return noise, rest
+
+    def _remember(self, noise: Tensor, further: Tensor, start: Tensor) -> PastNoise:
+        """Correlate a step's action noise, in place, with that of the steps before it; start: [N]."""
+        assert self._exploration is not None
+        normal = FlowNoise.of(noise).action
+        value, *given = self._exploration.step(torch.cat([normal[None], further]), start)
+        normal.copy_(value)
+        return PastNoise(*given)
+
+    def _stays_on_device(self, env: VecEnv) -> bool:
+        """Whether a rollout needs the host only at its end."""
+        plain = self.config.chunk == 1 and self.config.nonfinite == "raise" and self._ranks.size == 1
+        return plain and isinstance(env, TensorVecEnv) and env.device.type == self.device.type
+
+    def _act_on_device(self, env: TensorVecEnv, callback: BaseCallback, noise: Tensor, further: Tensor) -> Steps | None:
+        """The steps of a rollout whose environments are tensors; None if a callback ended training.
+
+        Nothing waits for the device before the last step is done, unless a callback looks at infos or dones.
+
+        Raises:
+            ValueError: if an observation, an action or a reward is not finite.
+        """
+        policy, (features, drawn), envs = self.policy, self.storage, env.num_envs
+        rewards, moments = features.new_empty(len(noise), envs), list[PastNoise]()
+        terminated, truncated = torch.empty(2, *rewards.shape, dtype=torch.bool, device=self.device)
+        reached = torch.empty_like(features[1:])
+        start = torch.as_tensor(self._last_episode_starts, dtype=torch.bool, device=self.device)
+        features[0] = env.obs
+        goes_on = True
+        for step in range(len(noise)):
+            if self._exploration is not None:
+                moments.append(self._remember(noise[step], further[step], start))
+            drawn[:, step] = self._act(features[step], noise[step])
+            result = env.step_tensor(policy.to_units(FlowSample(*drawn[:, step]).action.clamp(-1, 1)))
+            features[step + 1], rewards[step], terminated[step], truncated[step], reached[step] = result
+            start = result.terminated | result.truncated
+            self.num_timesteps += envs
+            infos, dones = OnDemand(envs, partial(env.infos, result)), OnDemand(envs, partial(_to_host, start))
+            callback.update_locals({**locals(), "new_obs": result.obs, "rewards": result.reward})
+            goes_on = callback.on_step()
+            self.steps_collected = step + 1
+            if not goes_on:
+                break
+        self._last_obs, self._last_episode_starts = env.obs.cpu().numpy(), start.cpu().numpy()
+        episodes = env.episodes()
+        self._update_info_buffer(episodes, np.ones(len(episodes), bool))
+        if not goes_on:
+            return None
+        for values, what in ((drawn[2], "action"), (features[1:], "observation"), (rewards[..., None], "reward")):
+            if not values.isfinite().all():
+                raise ValueError(f"non-finite {what}: expected finite numbers; {blame(policy)}")
+        ends = reached[truncated]
+        decided = np.ones(rewards.shape, bool)
+        return Steps(rewards, terminated, truncated, ends if len(ends) else None, decided, None, moments)
+
+    def _fill(self, steps: Steps, begins: np.ndarray, noise: Tensor) -> None:
+        """Make samples of a rollout's steps: normalised, with values and advantages.
+
+        Args:
+            steps: what the environments returned.
+            begins: whether an episode began with the first step, [N].
+            noise: what the policy drew from, [T, draws, N, D].
+        """
+        config, policy, (features, drawn) = self.config, self.policy, self.storage
         if policy.obs_norm.count == 0:
             # A new field is zero: no action has looked at an observation yet, so the first statistics change nothing
             # that was done, and learning need not start from raw observations.
             policy.obs_norm.update(features[:-1].flatten(0, 1), self._ranks)
-        to_device = partial(torch.as_tensor, device=self.device)
         all_obs = policy.obs_norm(features.flatten(0, 1))
-        all_values = policy.value(all_obs).view(-1, env.num_envs)
+        all_values = policy.value(all_obs).view(len(features), -1)
         values, next_values = all_values[:-1], all_values[1:].clone()
         # Bootstrap with the value of the state reached: after a time limit that is not the next row's.
-        if reached:
-            next_values[to_device(truncated)] = policy.value(policy.obs_norm(to_device(torch.cat(reached)).float()))
-        starts = np.concatenate([np.asarray(begins)[None], (terminated | truncated)[:-1]]).astype(np.float32)
-        terminated |= left_out
-        ended = terminated | truncated
-        scaled = to_device(self._scale_rewards(host_rewards, ended))
-        if left_out.any():  # advantage 0 there: those before see V(s_t) and nothing of what follows
-            scaled = torch.where(to_device(left_out), values, scaled)
-        ends = to_device(terminated).float(), to_device(ended).float()
+        if steps.reached is not None:
+            next_values[steps.truncated] = policy.value(policy.obs_norm(steps.reached))
+        terminated, left_out = steps.terminated, steps.left_out
+        starts = torch.cat([torch.as_tensor(begins, device=self.device)[None], (terminated | steps.truncated)[:-1]])
+        if left_out is not None:
+            terminated = terminated | left_out
+        ended = terminated | steps.truncated
+        scaled = self._scale_rewards(steps.rewards, ended)
+        if left_out is not None:  # advantage 0 there: those before see V(s_t) and nothing of what follows
+            scaled = torch.where(left_out, values, scaled)
+        ends = terminated.float(), ended.float()
+        decided = torch.as_tensor(steps.decided, device=self.device)
         if config.decision_steps > 1:
-            over = *ends, to_device(decided).float()
+            over = *ends, decided.float()
             advantages = chunk_advantage(scaled, values, next_values, *over, self.gamma, self.gae_lambda)
         else:
             advantages = generalized_advantage(scaled, values, next_values, *ends, self.gamma, self.gae_lambda)
-        obs = all_obs[: values.numel()]
+        obs, moments, path_length = all_obs[: values.numel()], steps.moments, policy.actor.path_length
         self.samples = Samples.drawn(
             policy.actor,
             obs,
@@ -299,30 +306,35 @@ class FlowRollouts(Ranked):
             past=PastNoise(*(torch.cat(each) for each in zip(*moments, strict=True))) if moments else None,
             path=FlowNoise.of(noise.transpose(0, 1)).path.movedim(0, 2).flatten(0, 1) if path_length else None,
         )
-        self.collected = Collected(self.samples, scaled, starts, decided, policy.actor.norms())
+        host_starts = starts.float().cpu().numpy()
+        self.collected = Collected(self.samples, scaled, host_starts, steps.decided, policy.actor.norms())
         if config.decision_steps > 1:
-            usable = to_device(decided & ~left_out).flatten()
-            rows = drawn_rows(usable, config.decisions(env.num_envs), self._generator)
+            usable = (decided if left_out is None else decided & ~left_out).flatten()
+            rows = drawn_rows(usable, config.decisions(self.n_envs), self._generator)
             self.samples = self.samples.rows(rows)
-        elif left_out.any():
-            self.samples = self.samples.rows(_replacements(to_device(left_out).flatten(), self._generator))
-        callback.on_rollout_end()
-        return True
+        elif left_out is not None:
+            self.samples = self.samples.rows(_replacements(left_out.flatten(), self._generator))
 
     def _features(self, obs: Any) -> Tensor:
         """Raw observation vectors [N, O]."""
         return torch.from_numpy(observation_vectors(obs, self.observation_space))
 
-    def _scale_rewards(self, rewards: np.ndarray, ended: np.ndarray) -> np.ndarray:
+    def _scale_rewards(self, rewards: Tensor, ended: Tensor) -> Tensor:
         """Divide rewards [T, N] by the running standard deviation of the discounted return, clipped to +-10."""
         if not self.config.normalize_reward:
             return rewards
-        returns = np.empty_like(rewards)
+        returns, running = torch.empty_like(rewards), self._discounted_return
         for t in range(len(rewards)):
-            returns[t] = rewards[t] + self.gamma * self._discounted_return
-            self._discounted_return = returns[t] * ~ended[t]
-        self.policy.return_norm.update(torch.as_tensor(returns, device=self.device).view(-1, 1), self._ranks)
-        return (rewards * self.policy.return_norm.scale.item()).clip(-10, 10)
+            returns[t] = rewards[t] + self.gamma * running
+            running = returns[t] * ~ended[t]
+        self._discounted_return = running
+        self.policy.return_norm.update(returns.view(-1, 1), self._ranks)
+        return (rewards * self.policy.return_norm.scale).clip(-10, 10)
+
+
+def _to_host(tensor: Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.cpu().numpy()
+    return array
 
 
 def _replacements(left_out: Tensor, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,8 @@ from ..common.observations import split_vectors
 from .density import marginal_log_prob
 
 if TYPE_CHECKING:
-    from .rollout import FlowRollouts, Samples
+    from .rollout import FlowRollouts
+    from .samples import Samples
 
 ROWS = 4096
 """Rows whose density is estimated at once: bounds the memory, and changes nothing else."""
@@ -127,7 +128,8 @@ class RolloutView:
                 raise RuntimeError("log_probs: the policy that acted has changed since; read them in on_rollout_end")
             with torch.no_grad():
                 parts = zip(obs.split(ROWS), action.split(ROWS), strict=True)
-                normalised = torch.cat([marginal_log_prob(policy.actor, *part) for part in parts])
+                counted = policy.widths()
+                normalised = torch.cat([marginal_log_prob(policy.actor, *part, counted=counted) for part in parts])
             self._log_probs = (rollout, self._grid(normalised - policy.log_half_ranges()))
         return self._log_probs[1]
 

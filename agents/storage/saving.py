@@ -6,6 +6,7 @@ import dataclasses
 import io
 import math
 import random
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,16 @@ class Checkpointed(BaseAlgorithm):
         document = checkpoint.encode(self.contents(exclude, include))
         with opened(path, "w") as file:
             checkpoint.write(file, {"agent": document})
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
+        """As Stable-Baselines3, but an agent that could not be saved after training says so before."""
+        try:
+            checkpoint.encode(self.contents())
+        except CheckpointError as error:
+            warnings.warn(f"this agent cannot be saved as it is: {error}", UserWarning, stacklevel=3)
+        except ValueError:  # weights that are pruned, say: what is made permanent later can be saved
+            pass
+        return super()._setup_learn(*args, **kwargs)
 
     def contents(self, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> dict[str, Any]:
         """What `save` writes: attributes, the parameters of networks and optimizers, and further variables."""

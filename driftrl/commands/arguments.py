@@ -58,7 +58,7 @@ class Arguments:
     env_kwargs: tuple[str, ...] = ()
     """Arguments of the environment: key=value pairs, or one JSON object."""
     backend: Backend = "auto"
-    """How environments are stepped: MuJoCo tasks as a batch, one by one, or each in its own process."""
+    """How environments are stepped: as a batch, one by one, each in its own process, or on the agent's device."""
     worker_timeout: float = 60.0
     """Seconds for a step, > 0, after which such a process counts as hung and is restarted."""
     worker_restarts: int = 10

@@ -121,6 +121,8 @@ def _start(name: str | None, args: Sequence[str]) -> int:
             with run_folder(arguments.run_dir, settings) as folder:
                 print(describe(settings, agent.device))
                 print(describe_preset(entry, standard, arguments))
+                if getattr(agent, "learns_end", False):
+                    print("the model learns how episodes end")
                 return train(agent, folder, settings)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
@@ -38,6 +39,8 @@ def make_env(settings: RunSettings, seed: int | None) -> VecEnv:
     """The environments of a run."""
     names = ("backend", "worker_timeout", "worker_restarts")
     how = {name: getattr(settings, name) for name in names}
+    if settings.backend == "tensor":
+        how["device"] = str(get_device(settings.device))
     env = make_vec(settings.env_id, settings.n_envs, seed, **how, **settings.env_kwargs)
     if isinstance(env, BatchVecEnv):
         env.all_infos = False  # a run's agent and callbacks read those of ended episodes only
@@ -90,7 +93,7 @@ def train(
         report = evaluate_modes(agent, settings.env_id, settings.env_kwargs, _FINAL_EPISODES, EVALUATION_SEED, modes)
         with reported("eval.json", agent.num_timesteps):
             write_json(folder / "eval.json", {"file": "final.zip", **report})
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         kept = f"kept what was saved before, in {folder}" if has_saved(folder) else "nothing was saved"
         where = users_line(error)
         if isinstance(error, BrokenPipeError) and output_closed():
@@ -143,7 +146,9 @@ def _learn(
             callbacks.insert(1, stack.enter_context(contextlib.closing(Progress(done, total))))
         try:
             agent.learn(total - done, callback=CallbackList(callbacks), reset_num_timesteps=done == 0)
-        except Exception:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and stop.signal is not None:  # the second, or too long a wait
+                raise
             if _is_worth_saving(agent, done):
                 stop.be_patient()
                 checkpoints.save()

@@ -26,6 +26,12 @@ SMALL = [
 PENDULUM = ["policyflow", "--env", "InvertedPendulum-v5", *SMALL]
 
 
+KINDS: dict[str, type[BaseException]] = {
+    "ValueError": ValueError, "OSError": OSError, "KeyError": KeyError, "RuntimeError": RuntimeError,
+    "SystemExit": SystemExit,
+}  # fmt: skip
+
+
 class Faulty(gym.Env[np.ndarray, np.ndarray]):
     """Fails at a step of its life, if one is given; otherwise its episodes never end."""
 
@@ -43,7 +49,7 @@ class Faulty(gym.Env[np.ndarray, np.ndarray]):
         if self.steps == self.fails_at:
             if self.how == "ValueError":
                 np.zeros(3).reshape(7)
-            raise {"OSError": OSError, "KeyError": KeyError, "RuntimeError": RuntimeError}[self.how]("the user's own")
+            raise (KeyboardInterrupt if self.how == "KeyboardInterrupt" else KINDS[self.how]("the user's own"))
         return np.zeros(2, np.float32), 1.0, False, False, {}
 
 
@@ -62,13 +68,12 @@ def only_run() -> Path:
     return run
 
 
-@pytest.mark.parametrize("how", ["ValueError", "OSError", "KeyError", "RuntimeError"])
+@pytest.mark.parametrize("how", KINDS)
 def test_an_error_in_the_users_environment_keeps_its_traceback_and_what_was_learned(
     how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kind = {"ValueError": ValueError, "OSError": OSError, "KeyError": KeyError, "RuntimeError": RuntimeError}[how]
     fault = ["--env-kwargs", "fails_at=90", f"how={how}"]
-    with pytest.raises(kind) as caught:
+    with pytest.raises(KINDS[how]) as caught:
         train.main(["policyflow", "--env", "test/Faulty-v0", *SMALL, "--total-timesteps", "1000", *fault])
     error = capsys.readouterr().err
     assert f"test/Faulty-v0 ended training at 89 of 1,000 steps, in {__file__}:" in error
@@ -76,6 +81,12 @@ def test_an_error_in_the_users_environment_keeps_its_traceback_and_what_was_lear
     assert any(Path(frame.path).name == Path(__file__).name for frame in caught.traceback)
     assert load_agent(only_run(), "cpu").num_timesteps == 89
     assert (only_run() / "progress.csv").read_text().count("\n") > 3
+
+
+def test_an_interrupt_that_the_users_environment_raises_keeps_what_was_learned() -> None:
+    fault = ["--env-kwargs", "fails_at=90", "how=KeyboardInterrupt"]
+    assert train.main(["policyflow", "--env", "test/Faulty-v0", *SMALL, "--total-timesteps", "1000", *fault]) == 130
+    assert load_agent(only_run(), "cpu").num_timesteps == 89
 
 
 def test_our_own_refusals_stay_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,12 @@ from torch import Tensor
 from driftrl.dynamics.adaptive import odeint_adaptive
 from driftrl.dynamics.brownian_tree import BrownianTree
 from driftrl.dynamics.fields import Time, VelocityField
+from driftrl.dynamics.girsanov import girsanov_kl
+from driftrl.dynamics.langevin import overdamped
+from driftrl.dynamics.neural_sde import LangevinSDE
 from driftrl.dynamics.ode import odeint
 from driftrl.dynamics.reversible import odeint_reversible
+from driftrl.dynamics.sde import sdeint
 
 
 class Decay(VelocityField):
@@ -45,6 +49,41 @@ def test_others_refuse_what_they_would_detach(solve: Any, name: str) -> None:
         solve(Decay(1), X, **{name: end_time()})
     with pytest.raises(ValueError, match=f"{name} must be finite, got nan"):
         solve(Decay(1), X, **{name: math.nan})
+
+
+def numbers_in_need_of_a_gradient() -> dict[str, Any]:
+    one, noise = end_time(), torch.zeros(2, 1, 1, dtype=torch.float64)
+    sde = LangevinSDE(Decay(1), lambda t: 1.0)
+    return {
+        "coupling": lambda: odeint_reversible(Decay(1), X, steps=3, coupling=one),
+        "t1": lambda: sdeint(sde, X, steps=2, generator=torch.Generator(), t1=one),
+        "t0": lambda: girsanov_kl(sde, Decay(1), torch.zeros(3, 1, 1), t0=one - 1),
+        "t": lambda: BrownianTree(0, (1, 1))(one / 2),
+        "step": lambda: overdamped(Decay(1), X, noise, step=one),
+    }
+
+
+@pytest.mark.parametrize("name", numbers_in_need_of_a_gradient())
+def test_no_number_is_silently_detached(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must not require a gradient"):
+        numbers_in_need_of_a_gradient()[name]()
+
+
+def test_langevin_steps_are_differentiated_with_respect_to_the_temperature() -> None:
+    temperature, noise = end_time(), torch.full((1, 1, 1), 2.0, dtype=torch.float64)
+    overdamped(Decay(1), X, noise, step=0.1, temperature=temperature).sum().backward()
+    assert temperature.grad.item() == pytest.approx(0.5 * math.sqrt(0.2) * 2)  # d sqrt(2 h T) z / dT at T = 1
+
+
+def test_times_and_tolerances_that_say_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="t1 must be finite, got nan"):
+        odeint(Decay(1), X, steps=2, t1=math.nan)
+    with pytest.raises(ValueError, match=r"atol must be positive in the type of x, got 1e-46 in torch\.float32"):
+        odeint_adaptive(Decay(1), X.float(), atol=1e-46)
+    with pytest.raises(ValueError, match="x must have a dimension at least"):
+        odeint_adaptive(Decay(1), X[:, :0])
+    with pytest.raises(ValueError, match="t1 must be finite, got inf"):
+        BrownianTree(0, (1, 1), t1=math.inf)
 
 
 def test_adaptive_takes_a_time_that_is_a_tensor() -> None:

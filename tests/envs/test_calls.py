@@ -204,6 +204,7 @@ def test_an_id_that_adds_wrappers_is_not_batched() -> None:
     gym.register("test/Short-v0", entry, max_episode_steps=1000, additional_wrappers=(limit,))
     try:
         env = make_vec("test/Short-v0", 1, 0)
+        assert isinstance(env, DummyVecEnv)
         env.reset()
         assert [bool(env.step(np.zeros((1, 3)))[2][0]) for _ in range(4)] == [False, False, False, True]
     finally:

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
-from gymnasium.wrappers import FrameStackObservation, NormalizeObservation, RecordEpisodeStatistics, TransformReward
+from gymnasium.wrappers import (
+    FrameStackObservation,
+    NormalizeObservation,
+    RecordEpisodeStatistics,
+    TimeLimit,
+    TransformObservation,
+    TransformReward,
+)
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor
 
 from driftrl import LipschitzMBPO
@@ -27,6 +34,14 @@ class Mine(HalfCheetahEnv):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         obs, _, terminated, truncated, info = super().step(action)  # type: ignore[no-untyped-call]
         return obs, 100.0, terminated, truncated, info
+
+
+class Early(TimeLimit[Any, Any]):
+    """Ends where the hopper is lower than 1.2."""
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, reward, terminated or obs[0] < 1.2, truncated, info
 
 
 class Sooner(HopperEnv):
@@ -85,7 +100,20 @@ def test_wrappers_that_change_something_hide_the_task() -> None:
     assert known_task_of(VecFrameStack(venv, 2)) is None
     mixed = DummyVecEnv([lambda: gym.make("Hopper-v5"), lambda: gym.make("Hopper-v5", healthy_z_range=(0.9, 2.0))])
     assert known_task_of(mixed) is None
+    # A subclass of a wrapper that changes nothing may change something; its spec does not tell.
+    assert known_task(Early(bare, 1000).spec) == "Hopper-v5"
+    assert known_task_of(DummyVecEnv([lambda: Early(bare, 1000)])) is None
     assert known_task_of(DummyVecEnv([lambda: HopperEnv()])) is None  # made without gymnasium.make: it has no spec
+
+
+def test_rule_and_data_are_compared_at_every_fit() -> None:
+    env = gym.make("InvertedPendulum-v5")
+    learner = agent(make_vec("InvertedPendulum-v5", 1, 0)).learn(250)
+    other = DummyVecEnv([lambda: TransformObservation(env, lambda obs: obs + 1, env.observation_space)])
+    learner.set_env(other)
+    learner.terminated = lambda next_obs: next_obs[:, 1].abs() > 0.2  # right before, wrong of what comes now
+    with pytest.raises(ValueError, match="termination: got auto, whose rule disagrees"):
+        learner.learn(450, reset_num_timesteps=False)
 
 
 def agent(env: Any, **fields: Any) -> LipschitzMBPO:
@@ -116,7 +144,7 @@ def test_a_rule_that_disagrees_with_the_data_is_an_error() -> None:
     rule = termination_rule("auto", None, make_vec("Hopper-v5", 1, 0))
     options: dict[str, Any] = {"learning_starts": 200, "model_interval": 200, "seed": 0, "device": "cpu"}
     learner = LipschitzMBPO("MlpPolicy", env, terminated=rule, **options)
-    with pytest.raises(ValueError, match=r"termination: got auto, whose rule disagrees .* transitions .*; use learned"):
+    with pytest.raises(ValueError, match=r"termination: got auto, whose rule disagrees .*; make an agent with learned"):
         learner.learn(450)
 
 

@@ -16,7 +16,13 @@ class SpacesOnly(gym.Env[Any, np.ndarray]):
             raise RuntimeError("no licence")
         vector = spaces.Box(-1, 1, (2,))
         image = spaces.Box(0, 255, (32, 32, 3), np.uint8)
-        self.action_space = spaces.Box(-np.inf, np.inf, (1,)) if kind == "unbounded" else spaces.Box(-1, 1, (1,))
+        special: dict[str, spaces.Box] = {
+            "unbounded": spaces.Box(-np.inf, np.inf, (1,)),
+            "integers": spaces.Box(0, 10, (2,), np.int32),
+            "half": spaces.Box(-1, 1, (2,), np.float16),
+            "huge": spaces.Box(-3e38, 3e38, (1,)),
+        }
+        self.action_space = special.get(kind, spaces.Box(-1, 1, (1,)))
         observations: dict[str, spaces.Space[Any]] = {
             "image": image,
             "dict": spaces.Dict(a=vector, b=vector),
@@ -80,6 +86,9 @@ def test_unusable_ids_are_refused(id: str, message: str) -> None:
     ("kind", "message"),
     [
         ("unbounded", "unsupported action space"),
+        ("integers", "unsupported action space: got numbers of type int32, expected float32 or float64"),
+        ("half", "unsupported action space: got numbers of type float16"),
+        ("huge", "unsupported action space: got bounds farther apart than float32 can express"),
         ("image", "got images"),
         ("dict-image", "got images"),
         ("tuple", "unsupported observation space"),

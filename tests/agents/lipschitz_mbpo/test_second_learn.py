@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
+from stable_baselines3.common.vec_env import VecNormalize
 
 from driftrl import LipschitzMBPO
 from driftrl.dynamics.transition import GaussianTransition
@@ -27,6 +28,7 @@ def agent(**fields: Any) -> LipschitzMBPO:
     return LipschitzMBPO("MlpPolicy", make_vec("InvertedPendulum-v5", 1, 0), **(SMALL | fields))
 
 
+@pytest.mark.filterwarnings("ignore:this agent cannot be saved:UserWarning")  # with these methods
 @pytest.mark.parametrize("reset", [True, False])
 @pytest.mark.parametrize("fields", [{}, {"value_gradient": 2, "rollout_interval": 20}])
 def test_a_second_call_of_learn_fits_and_imagines_as_often_as_the_first(
@@ -81,6 +83,33 @@ def test_a_loaded_agent_takes_the_rule_of_the_environment_that_is_set(tmp_path: 
     assert learner._terminated is not None and learner._terminated(torch.tensor([[0.0, 0.3, 0, 0]])).item()
 
 
+def test_environments_that_do_not_fit_the_agent_are_refused_when_it_learns(tmp_path: Path) -> None:
+    learner = agent().learn(100)
+    normalised: Any = VecNormalize(make_vec("InvertedPendulum-v5", 1, 1))
+    learner.set_env(normalised)
+    with pytest.raises(ValueError, match="env: got a VecNormalize, expected raw observations"):
+        learner.learn(100)
+    learner.save(tmp_path / "agent.zip")
+    env = make_vec("InvertedPendulum-v5", 1, 1)
+    with pytest.raises(ValueError, match="termination: got learned, but the agent's model has not learned it"):
+        LipschitzMBPO.load(tmp_path / "agent.zip", env=env, termination="learned")
+
+
+def test_load_takes_the_arguments_of_sac(tmp_path: Path) -> None:
+    agent(model="none", regularizer="none").save(tmp_path / "agent.zip")
+    again = LipschitzMBPO.load(tmp_path / "agent.zip", ent_coef="auto", target_update_interval=1)
+    assert again.ent_coef == "auto"
+    with pytest.raises(ValueError, match=r"temperature: got 0\.2, but the saved weights were made with 1\.0"):
+        LipschitzMBPO.load(tmp_path / "agent.zip", ent_coef=0.2)
+
+
+def test_who_learns_how_episodes_end_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    wrapped = gym.wrappers.NormalizeObservation(gym.make("InvertedPendulum-v5"))
+    learner = LipschitzMBPO("MlpPolicy", wrapped, verbose=1, **SMALL).learn(10)
+    assert learner.learns_end and "the model learns how episodes end" in capsys.readouterr().out
+    assert not agent().learns_end and not agent(model="none", regularizer="none").learns_end
+
+
 def upright(next_obs: torch.Tensor) -> torch.Tensor:
     return next_obs[:, 1].abs() > 0.2
 
@@ -94,7 +123,7 @@ def test_functions_that_a_file_does_not_hold_are_asked_for(name: str, function: 
     file, env = tmp_path / "agent.zip", gym.wrappers.TransformReward(gym.make("InvertedPendulum-v5"), lambda r: r)
     learner = LipschitzMBPO("MlpPolicy", env, **SMALL, **{name: function}).learn(100)
     assert getattr(learner, name) is function
-    learner.save(file, exclude=[name])
+    learner.save(file)
     again = LipschitzMBPO.load(file, env=env)
     with pytest.raises(ValueError, match=rf"{name}: got no such function.*custom_objects=.'{name}': function"):
         again.learn(100)

@@ -120,7 +120,12 @@ def test_a_dimension_of_zero_width_counts_for_nothing() -> None:
     policy.action_space = spaces.Box(np.array([-2, 1], np.float32), np.array([2, 1], np.float32))
     obs, action = torch.zeros(3, 2), torch.tensor([[0.5, 1.0]]).expand(3, 2)
     assert torch.equal(policy.to_normalised(action), torch.tensor([[0.25, 0.0]]).expand(3, 2))
-    assert policy.evaluate_actions(obs, action)[1].isfinite().all()
+    # Of a Gaussian policy the density of the dimension that has a width, in its units.
+    gaussian = make(base_std=0, base="standard", ratio="endpoint").policy
+    gaussian.action_space = policy.action_space
+    mode, std = gaussian.actor.mode(gaussian.obs_norm(obs))[:, 0], gaussian.actor.noise_log_std().exp()[0]
+    expected = torch.distributions.Normal(2 * mode, 2 * std).log_prob(torch.tensor(0.5))
+    torch.testing.assert_close(gaussian.evaluate_actions(obs, action)[1], expected)
 
 
 def test_actions_of_another_width_and_no_latents_are_refused() -> None:

@@ -7,14 +7,25 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
 from driftrl import PolicyFlow
 from driftrl.agents.policyflow.entropy import policy_entropy, steered_weight
 from driftrl.agents.policyflow.policy import FlowActor, FlowNoise, FlowSample
 from driftrl.dynamics import VelocityField
+
+
+class Wide(gym.Env[np.ndarray, np.ndarray]):
+    """Seventeen dimensions of action."""
+
+    observation_space, action_space = spaces.Box(-1, 1, (1,)), spaces.Box(-1, 1, (17,))
+
 
 GAUSSIAN = 0.5 * math.log(2 * math.pi * math.e)  # entropy of N(0, 1), in nats
 OBS = torch.zeros(64, 1)
@@ -61,6 +72,26 @@ def test_entropy_of_a_linear_flow_is_that_of_its_gaussian(dim: int, base_std: fl
     covariance = base_std**2 * step @ step.T + action_std**2 * torch.eye(dim)
     exact = dim * GAUSSIAN + 0.5 * torch.logdet(covariance).item()
     assert policy_entropy(make_actor(field, base_std, action_std), OBS).item() == pytest.approx(exact, abs=0.03)
+
+
+@pytest.mark.parametrize("steps", [2, 14, 20])
+def test_entropy_of_a_noisy_flow_of_many_steps_is_that_of_its_gaussian(steps: int) -> None:
+    # (2 + steps) x 17 normals per action: more than the 256 actions of the estimate.
+    agent = PolicyFlow(
+        "MlpPolicy", DummyVecEnv([Wide]), n_steps=64, base_std=0.5, action_std=0.3, langevin_eps=0.5,
+        solver_steps=steps, batch_size=64, device="cpu", seed=0,
+    )  # fmt: skip
+    actor, obs = agent.policy.actor, torch.zeros(64, 1)
+
+    def end(normals: Tensor) -> Tensor:
+        base, *path = normals.view(1 + steps, 1, 17)
+        mean, log_std = actor.base(obs[:1])
+        return actor.flow(mean + log_std.exp() * base, obs[:1], torch.stack(path))[0]
+
+    jacobian = torch.autograd.functional.jacobian(end, torch.zeros((1 + steps) * 17))  # the flow is linear at first
+    covariance = jacobian @ jacobian.T + 0.3**2 * torch.eye(17)
+    exact = 17 * GAUSSIAN + 0.5 * torch.logdet(covariance).item()
+    assert policy_entropy(actor, obs).item() == pytest.approx(exact, abs=0.03)
 
 
 @pytest.mark.parametrize("dim", [1, 17])

@@ -18,7 +18,7 @@ from driftrl.agents.policyflow.fine_tuning import SteeringRatio, two_rates
 from driftrl.agents.policyflow.other_ratios import RATIOS
 from driftrl.agents.policyflow.policy import FlowNoise
 from driftrl.agents.policyflow.ratios import draw_epoch, record_references
-from driftrl.agents.policyflow.rollout import Samples
+from driftrl.agents.policyflow.samples import Samples
 from driftrl.envs import make_vec
 
 SMALL: dict[str, Any] = {

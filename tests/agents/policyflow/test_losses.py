@@ -14,7 +14,7 @@ from driftrl.agents.policyflow.config import PolicyFlowConfig
 from driftrl.agents.policyflow.policy import FlowActor, FlowNoise
 from driftrl.agents.policyflow.ratios import chord_point, chord_velocities, clipped_surrogate, draw_chord
 from driftrl.agents.policyflow.regularizers import brownian_loss, spread_rate
-from driftrl.agents.policyflow.rollout import Chord, Samples
+from driftrl.agents.policyflow.samples import Chord, Samples
 from driftrl.dynamics.ode import SOLVERS, odeint
 
 

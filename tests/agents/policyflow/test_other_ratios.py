@@ -34,7 +34,7 @@ from driftrl.agents.policyflow.other_ratios import (
 )
 from driftrl.agents.policyflow.policy import FlowActor, FlowNoise
 from driftrl.agents.policyflow.ratios import InterpolationRatio, Ratio, References, draw_epoch, record_references
-from driftrl.agents.policyflow.rollout import Chord, PastNoise, Samples
+from driftrl.agents.policyflow.samples import Chord, PastNoise, Samples
 
 RIVALS = [name for name in RATIOS if name not in ("interpolation", "endpoint")]
 OBS_DIM, ACTION_DIM, STEPS = 3, 2, 3

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 
 from driftrl import PolicyFlow
 from driftrl.envs import make_vec
@@ -20,7 +21,8 @@ def make(**arguments: Any) -> PolicyFlow:
 def test_what_ppo_does_by_default_is_accepted() -> None:
     policy_kwargs = {
         "ortho_init": True, "use_sde": False, "squash_output": False, "use_expln": False, "full_std": True,
-        "normalize_images": True, "features_extractor_kwargs": None, "share_features_extractor": True,
+        "normalize_images": True, "features_extractor_class": FlattenExtractor, "features_extractor_kwargs": None,
+        "share_features_extractor": True,
     }  # fmt: skip
     agent = make(use_sde=False, sde_sample_freq=-1, rollout_buffer_class=None, policy_kwargs=policy_kwargs)
     weight = agent.policy.state_dict()["critic.2.weight"]
@@ -36,6 +38,7 @@ def test_what_ppo_does_by_default_is_accepted() -> None:
         ({"rollout_buffer_class": RolloutBuffer}, "rollout_buffer_class: got .*expected None; .*ratio"),
         ({"sde_sample_freq": 4}, "sde_sample_freq: got 4, expected -1; .*base_std"),
         ({"policy_kwargs": {"net_arch": {"pi": [8], "qf": [8]}}}, "net_arch: got pi, qf, expected .* pi and vf"),
+        ({"policy_kwargs": {"features_extractor_class": NatureCNN}}, "features_extractor_class: got .*not available"),
         ({"policy_kwargs": {"full_std": False}}, "full_std: got False, expected True"),
         (
             {"policy_kwargs": {"log_std_init": -20}},

@@ -1,0 +1,247 @@
+"""Environments as one program of tensors: observations, rewards and ends stay on the device where they are made.
+
+    env = make_vec("driftrl/MultiGoal-v0", n_envs=4096, seed=0, backend="tensor", device="cuda")
+
+`TensorVecEnv.step_tensor` waits for nothing: no number goes to the host. PolicyFlow collects its rollouts by it. For
+everybody else it is a VecEnv of Stable-Baselines3, which hands out NumPy arrays.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
+from torch import Tensor
+
+Array: TypeAlias = NDArray[Any]
+
+
+class TensorTask(ABC):
+    """What a task is, on batches of states [N, S], which are all that determines its course.
+
+    Attributes:
+        observation_space: Box of vectors.
+        action_space: Box with finite bounds, [D].
+        limit: steps after which an episode is truncated; math.inf: never.
+    """
+
+    observation_space: spaces.Box
+    action_space: spaces.Box
+    limit: float
+
+    @abstractmethod
+    def start(self, count: int, generator: torch.Generator) -> Tensor:
+        """States [count, S] in which episodes begin, on the generator's device."""
+
+    @abstractmethod
+    def step(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Next states [N, S], rewards, terminated and success, each [N], after actions [N, D] within the bounds."""
+
+    def observe(self, state: Tensor) -> Tensor:
+        """Observations [N, O] of states, float32."""
+        return state.float()
+
+
+class TensorStep(NamedTuple):
+    """What a step of N environments came to; episodes that ended have begun anew."""
+
+    obs: Tensor  # that follow, [N, O]
+    reward: Tensor  # [N], as are the next two
+    terminated: Tensor
+    truncated: Tensor
+    reached: Tensor  # observations reached, before episodes begin anew, [N, O]
+
+
+class _Ends(NamedTuple):
+    """What is known of the episodes that ended in a step, [N]; elsewhere of those that go on."""
+
+    ended: Tensor
+    returns: Tensor
+    lengths: Tensor
+    success: Tensor
+
+
+class TensorVecEnv(VecEnv):
+    """N environments of a `TensorTask` on one device.
+
+    Args:
+        task: the task.
+        n_envs: N, at least 1.
+        device: where all tensors are.
+        dtype: of the states.
+
+    Attributes:
+        obs: the present observations, [N, O]; after the first reset.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  as gymnasium has it
+
+    def __init__(
+        self, task: TensorTask, n_envs: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        if n_envs < 1:
+            raise ValueError(f"n_envs: got {n_envs}, expected an integer of at least 1")
+        self.task, self.device, self.dtype = task, torch.device(device), dtype
+        self.render_mode = None
+        self._generator = torch.Generator(self.device)
+        self._generator.seed()
+        self._ends: list[_Ends] = []
+        self._began = time.time()
+        bounds = torch.as_tensor(np.stack([task.action_space.low, task.action_space.high]), dtype=torch.float32)
+        self._low, self._high = bounds.to(self.device)
+        super().__init__(n_envs, task.observation_space, task.action_space)
+
+    def reset_tensor(self) -> Tensor:
+        """Begin a new episode everywhere; a seed set by `seed` applies once. Returns observations [N, O]."""
+        if self._seeds[0] is not None:
+            self._generator.manual_seed(self._seeds[0])
+        self._reset_seeds()
+        self._reset_options()
+        self.state = self.task.start(self.num_envs, self._generator).to(self.dtype)
+        self._returns = torch.zeros(self.num_envs, device=self.device)
+        self._lengths = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
+        self._ends.clear()
+        self.obs = self.task.observe(self.state)
+        return self.obs
+
+    @torch.no_grad()
+    def step_tensor(self, actions: Tensor) -> TensorStep:
+        """Act by actions [N, D] in the task's units, which are clipped to its bounds. Nothing waits for the device."""
+        task, inside = self.task, torch.minimum(torch.maximum(actions, self._low), self._high)
+        state, reward, terminated, success = task.step(self.state, inside.to(self.dtype))
+        self._lengths = self._lengths + 1
+        self._returns = self._returns + reward.float()
+        truncated = (self._lengths >= task.limit) & ~terminated
+        ended = terminated | truncated
+        self._ends.append(_Ends(ended, self._returns, self._lengths, success))
+        reached = task.observe(state)
+        begun = task.start(self.num_envs, self._generator).to(self.dtype)
+        self.state = torch.where(ended[:, None], begun, state)
+        self._returns, self._lengths = self._returns * ~ended, self._lengths * ~ended
+        self.obs = torch.where(ended[:, None], task.observe(self.state), reached)
+        return TensorStep(self.obs, reward.float(), terminated, truncated, reached)
+
+    def episodes(self) -> list[dict[str, Any]]:
+        """The infos of the episodes that ended since this was last called, as Monitor's; waits for the device."""
+        ends, self._ends = self._ends, []
+        return self._said(ends)
+
+    def _said(self, ends: list[_Ends]) -> list[dict[str, Any]]:
+        if not ends:
+            return []
+        ended, returns, lengths, success = (torch.stack(each) for each in zip(*ends, strict=True))
+        rows = zip(*(each[ended].tolist() for each in (returns, lengths, success)), strict=True)
+        now = round(time.time() - self._began, 6)
+        return [{"episode": {"r": round(r, 6), "l": int(n), "t": now}, "is_success": bool(won)} for r, n, won in rows]
+
+    def reset(self) -> Array:
+        """Begin a new episode everywhere. Returns observations [N, O]."""
+        obs: Array = self.reset_tensor().cpu().numpy()
+        return obs.copy()
+
+    def step_async(self, actions: Array) -> None:
+        """Take the actions [N, D]; `step_wait` steps."""
+        actions = np.asarray(actions, np.float32)
+        expected = (self.num_envs, *self.task.action_space.shape)
+        if actions.shape != expected:
+            raise ValueError(f"actions: got shape {actions.shape}, expected {expected}")
+        self._actions = torch.from_numpy(actions).to(self.device)
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Observations [N, O], rewards [N], dones [N] and infos, as Stable-Baselines3's DummyVecEnv."""
+        step = self.step_tensor(self._actions)
+        dones, infos = (step.terminated | step.truncated).cpu().numpy(), self.infos(step)
+        self._ends.clear()
+        return step.obs.cpu().numpy().copy(), step.reward.cpu().numpy(), dones, infos
+
+    def infos(self, step: TensorStep) -> list[dict[str, Any]]:
+        """The infos of the latest step; waits for the device."""
+        ends, truncated = self._ends[-1], step.truncated.tolist()
+        infos: list[dict[str, Any]] = [
+            {"TimeLimit.truncated": cut, "is_success": won}
+            for cut, won in zip(truncated, ends.success.tolist(), strict=True)
+        ]
+        rows = ends.ended.nonzero().squeeze(1).tolist()
+        for i, episode in zip(rows, self._said([ends]), strict=True):
+            infos[i] |= episode | {"terminal_observation": step.reached[i].cpu().numpy()}
+        return infos
+
+    def get_state(self) -> dict[str, Any]:
+        """All that determines the course of the environments, as arrays, for `set_state`; after the first reset."""
+        parts = {"states": self.state, "returns": self._returns, "lengths": self._lengths}
+        return {name: each.cpu().numpy().copy() for name, each in parts.items()} | {
+            "observation": self.obs.cpu().numpy().copy(), "generator": self._generator.get_state(),
+        }  # fmt: skip
+
+    def set_state(self, state: dict[str, Any]) -> Array:
+        """Go on where `get_state` was called; returns the observations. On another kind of device, other random starts.
+
+        Raises:
+            ValueError: if it is the state of another number of environments or of another task.
+        """
+        if state["states"].shape != self.state.shape:
+            raise ValueError(f"state: got states of shape {state['states'].shape}, expected {tuple(self.state.shape)}")
+        names = {"states": "state", "returns": "_returns", "lengths": "_lengths", "observation": "obs"}
+        for name, mine in names.items():
+            setattr(self, mine, torch.as_tensor(state[name].copy(), device=self.device))
+        if state["generator"].numel() == self._generator.get_state().numel():
+            self._generator.set_state(state["generator"])
+        observation: Array = state["observation"].copy()
+        return observation
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """An attribute of the task, which all environments share."""
+        if attr_name in ("render_mode", "spec"):
+            return [None for _ in self._get_indices(indices)]
+        return [getattr(self.task, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """Refused: the environments share one task."""
+        raise ValueError(f"set_attr: got {attr_name}, but the environments of a TensorVecEnv share one task")
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
+        """Refused: there are no single environments."""
+        raise ValueError(f"env_method: got {method_name}, but a TensorVecEnv has no single environments")
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: VecEnvIndices = None) -> list[bool]:
+        """True for Monitor, whose episode statistics the infos have."""
+        name = getattr(wrapper_class, "__name__", "")
+        return [name == "Monitor" for _ in self._get_indices(indices)]
+
+
+class OnDemand(Sequence[Any]):
+    """A list that is made when somebody looks at it: callbacks mostly do not, and making it waits for the device."""
+
+    def __init__(self, length: int, make: Callable[[], Any]) -> None:
+        self._length, self._make = length, make
+        self._made: Any = None
+
+    def _list(self) -> Any:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._list()[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._list())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return np.asarray(self._list(), dtype=dtype)

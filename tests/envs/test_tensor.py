@@ -1,0 +1,273 @@
+"""Environments of tensors: the same tasks as in NumPy, a VecEnv for others, and rollouts that wait for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
+from stable_baselines3.common.evaluation import evaluate_policy
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from driftrl import PolicyFlow
+from driftrl.agents.storage.saving import capture, restore
+from driftrl.commands import train
+from driftrl.envs import make_vec
+from driftrl.envs.avoid import AVOID, Avoid
+from driftrl.envs.multigoal import GOAL_TASKS
+from driftrl.envs.tensor import TensorVecEnv
+from driftrl.envs.tensor_tasks import TENSOR_TASKS
+
+TASKS: dict[str, Any] = {**GOAL_TASKS, AVOID: Avoid()}
+
+
+def tensor_env(task: str, n_envs: int = 8, seed: int | None = 0, **env_kwargs: Any) -> TensorVecEnv:
+    env = make_vec(task, n_envs, seed, backend="tensor", **env_kwargs)
+    assert isinstance(env, TensorVecEnv)
+    return env
+
+
+def agent(env: Any, **fields: Any) -> PolicyFlow:
+    settings: dict[str, Any] = {
+        "n_steps": 20, "batch_size": 40, "n_epochs": 2, "actor_hidden": (16,), "critic_hidden": (16,), "seed": 0,
+        "compile": "off", "device": "cpu",
+    }  # fmt: skip
+    return PolicyFlow("MlpPolicy", env, **(settings | fields))
+
+
+@pytest.mark.parametrize("task", TENSOR_TASKS)
+def test_a_step_is_that_of_the_task_in_numpy(task: str) -> None:
+    rng = np.random.default_rng(0)
+    reference, twin = TASKS[task], TENSOR_TASKS[task](50)
+    size = reference.observation_space.shape[0]
+    # From everywhere, with ways through obstacles and over the bounds.
+    state = rng.uniform(-1.1, 1.1, (5000, size)) * (1 if task == AVOID else 8)
+    action = rng.uniform(-1, 1, (5000, 2)) * reference.action_space.high
+    after, reward, terminated = reference.step(state, action)
+    got = twin.step(torch.from_numpy(state), torch.from_numpy(action))
+    for ours, theirs in zip(got, (after, reward, terminated), strict=False):
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=1e-12)  # float64: sums in another order
+    success = reward > 0 if task == AVOID else reference.squared_distances(after[:, :2]).min(1) < 1
+    assert np.array_equal(got[3].numpy(), success)
+
+
+@pytest.mark.parametrize("task", TENSOR_TASKS)
+def test_episodes_begin_where_the_task_lets_them(task: str) -> None:
+    starts = TENSOR_TASKS[task](50).start(20_000, torch.Generator().manual_seed(0)).double().numpy()
+    rng = np.random.default_rng(0)
+    drawn = np.stack([TASKS[task].draw_start(rng) for _ in range(20_000)])
+    width = drawn.shape[1]
+    scale = np.maximum(drawn.std(0), 1e-9)
+    np.testing.assert_allclose(starts[:, :width].mean(0) / scale, drawn.mean(0) / scale, atol=0.05)
+    np.testing.assert_allclose(starts.std(0)[:width] / scale, drawn.std(0) / scale, atol=0.03)
+    assert not starts[:, width:].any()
+
+
+def test_steps_ends_and_infos_are_those_of_the_batch_in_numpy() -> None:
+    # The same start for all, no random numbers: both go through the same episodes, ends and limits included.
+    start: dict[str, Any] = {"start": [0.0, 0.0]}
+    ours, theirs = tensor_env("driftrl/MultiGoal-v0", 6, **start), make_vec("driftrl/MultiGoal-v0", 6, 0, **start)
+    np.testing.assert_array_equal(ours.reset(), theirs.reset())
+    rng, ended = np.random.default_rng(0), 0
+    for _ in range(120):
+        action = rng.uniform(-6, 6, (6, 2)).astype(np.float32)
+        action[:3, 0] += 4
+        action = action.clip(-5, 5)
+        obs, reward, dones, infos = ours.step(action)
+        expected, value, ends, told = theirs.step(action)
+        assert isinstance(obs, np.ndarray) and isinstance(expected, np.ndarray)
+        np.testing.assert_allclose(obs, expected, atol=2e-5)
+        np.testing.assert_allclose(reward, value, atol=2e-5)
+        assert np.array_equal(dones, ends)
+        for i, (mine, other) in enumerate(zip(infos, told, strict=True)):
+            assert mine["TimeLimit.truncated"] == other["TimeLimit.truncated"]
+            assert mine.keys() == other.keys()
+            if dones[i]:
+                ended += 1
+                np.testing.assert_allclose(mine["terminal_observation"], other["terminal_observation"], atol=2e-5)
+                assert mine["episode"]["l"] == other["episode"]["l"]
+                assert mine["episode"]["r"] == pytest.approx(other["episode"]["r"], abs=1e-4)
+    assert ended > 12
+
+
+def test_a_seed_makes_episodes_and_is_used_once() -> None:
+    envs = [tensor_env("driftrl/MultiGoal-v0", seed=seed) for seed in (3, 3, 4)]
+    first = [env.reset() for env in envs]
+    assert np.array_equal(first[0], first[1]) and not np.array_equal(first[0], first[2])
+    assert not np.array_equal(envs[0].reset(), first[0])
+
+
+def test_agents_and_callbacks_of_stable_baselines3_work() -> None:
+    env = tensor_env("driftrl/SoftMultiGoal-v0")
+    PPO("MlpPolicy", env, n_steps=32, batch_size=64, n_epochs=1, device="cpu").learn(512)
+    learner = agent(env)
+    learner.learn(8 * 200, StopTrainingOnMaxEpisodes(max_episodes=3))
+    assert learner.num_timesteps < 8 * 200
+    mean, _ = evaluate_policy(learner, tensor_env("driftrl/SoftMultiGoal-v0", 4), 6)
+    assert np.isfinite(mean)
+
+
+class Look(BaseCallback):
+    """Counts episodes by the infos of every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.episodes: list[float] = []
+
+    def _on_step(self) -> bool:
+        self.episodes += [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
+        assert np.sum(self.locals["dones"]).item() == sum("episode" in info for info in self.locals["infos"])
+        return True
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"exploration_noise": "ou"}, {"langevin_eps": 0.2}, {"normalize_reward": False}]
+)
+def test_a_rollout_on_the_device_is_that_of_the_host(fields: dict[str, Any]) -> None:
+    # With nonfinite="skip" the host steps; the noise and the environments are the same.
+    learners, looks = [], []
+    for nonfinite in ("raise", "skip"):
+        learner = agent(tensor_env(AVOID), nonfinite=nonfinite, **fields)
+        looks.append(Look())
+        learner.learn(8 * 20 * 4, looks[-1])
+        learners.append(learner)
+    assert [learner.env is not None and learner._stays_on_device(learner.env) for learner in learners] == [True, False]
+    device, host = learners
+    for ours, theirs in zip(device.policy.state_dict().values(), host.policy.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for name in ("rewards", "advantages", "episode_starts"):
+        np.testing.assert_allclose(
+            getattr(device.rollout_buffer, name), getattr(host.rollout_buffer, name), rtol=1e-3, atol=1e-4
+        )
+    assert device.ep_info_buffer is not None and host.ep_info_buffer is not None
+    assert [each["r"] for each in device.ep_info_buffer] == [each["r"] for each in host.ep_info_buffer]
+    assert looks[0].episodes == looks[1].episodes != []
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations that wait for a device: those that make a number, or a shape, of its data."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masked = name in ("index", "index_put_") and any(
+            isinstance(each, Tensor) and each.dtype == torch.bool for each in args[1]
+        )
+        if name in self.NAMES or masked:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def transfers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What goes from a device to the host."""
+    seen: list[str] = []
+
+    def telling(name: str) -> Any:
+        original = getattr(Tensor, name)
+
+        def told(self: Tensor, *args: Any, **keywords: Any) -> Any:
+            seen.append(name)
+            return original(self, *args, **keywords)
+
+        return told
+
+    for name in ("cpu", "numpy", "tolist"):
+        monkeypatch.setattr(Tensor, name, telling(name))
+    yield seen
+
+
+class Quiet(BaseCallback):
+    """Looks at nothing."""
+
+    def _on_step(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("task", TENSOR_TASKS)
+def test_no_step_of_a_rollout_waits_for_the_device(task: str, transfers: list[str]) -> None:
+    counts = []
+    for steps in (10, 40):
+        learner = agent(tensor_env(task), n_steps=steps, exploration_noise="ou")
+        learner._setup_learn(10_000)
+        callback = Quiet()
+        callback.init_callback(learner)
+        transfers.clear()
+        with Waits() as waits:
+            learner.collect_rollouts(learner.env, callback, learner.rollout_buffer, steps)  # type: ignore[arg-type]
+        counts.append(len(waits.seen) + len(transfers))
+    assert abs(counts[0] - counts[1]) <= 2 and max(counts) < 25  # of a rollout, however many steps it has
+
+
+def test_what_is_not_finite_is_an_error() -> None:
+    learner = agent(tensor_env(AVOID))
+    with torch.no_grad():
+        learner.policy.actor.log_std.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"non-finite action.*log_std"):
+        learner.learn(1000)
+
+
+def test_a_run_goes_on_exactly() -> None:
+    learner = agent(tensor_env(AVOID))
+    learner.learn(8 * 20 * 2)
+    state, saved = capture(learner), {name: each.clone() for name, each in learner.policy.state_dict().items()}
+    optimizer = learner.policy.optimizer.state_dict()
+    learner.learn(8 * 20 * 2, reset_num_timesteps=False)
+    again = agent(tensor_env(AVOID, seed=9))
+    again.learn(8 * 20)
+    again.policy.load_state_dict(saved)
+    again.policy.optimizer.load_state_dict(optimizer)
+    vars(again).update({name: vars(learner)[name] for name in ("_iteration", "_rate")})
+    assert again.env is not None
+    before = agent(tensor_env(AVOID)).learn(8 * 20 * 2)
+    again._iteration, again._rate, again.num_timesteps = before._iteration, before._rate, before.num_timesteps
+    assert restore(again, state) == []
+    again.learn(8 * 20 * 2, reset_num_timesteps=False)
+    for ours, theirs in zip(again.policy.parameters(), learner.policy.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("id", "options", "message"),
+    [
+        ("Pendulum-v1", {}, "tensor: got 'Pendulum-v1', another environment, expected one of driftrl/MultiGoal-v0"),
+        (AVOID, {"render_mode": "rgb_array"}, "tensor: got render_mode='rgb_array', expected None"),
+        (AVOID, {"worker_restarts": 3}, "worker_restarts: got 3, which changes nothing without backend subproc"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(id: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_vec(id, 2, 0, backend="tensor", **options)
+    with pytest.raises(ValueError, match="device: got cuda, which changes nothing without backend tensor, got batched"):
+        make_vec(AVOID, 2, 0, device="cuda")
+
+
+def test_train_takes_the_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["policyflow", "--env", AVOID, "--backend", "tensor", "--device", "cpu", "--total-timesteps", "3200"]
+    assert train.main([*command, "--critic-warmup", "0", "--compile", "off"]) == 0
+
+
+@pytest.mark.slow
+def test_multi_goal_is_learned_as_on_its_batch_in_numpy() -> None:
+    returns = {}
+    for backend in ("tensor", "batched"):
+        learner = PolicyFlow(
+            "MlpPolicy", make_vec("driftrl/MultiGoal-v0", 256, 0, backend=backend),
+            n_steps=32, batch_size=1024, n_epochs=5, base_std=1.0, base="standard", ratio="endpoint", gamma=0.95,
+            learning_rate=1e-3, seed=0, device="cpu", compile="off",
+        )  # fmt: skip
+        learner.learn(600_000)
+        returns[backend] = evaluate_policy(learner, make_vec("driftrl/MultiGoal-v0", 50, 1), 200, warn=False)[0]
+    assert returns["tensor"] == pytest.approx(returns["batched"], rel=0.15)
