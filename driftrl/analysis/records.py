@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..runs.shared import is_shared
 from .logs import Curve, Log, read_evaluations, read_monitors, read_progress, read_zoo_file
 
 _NOT_SETTINGS = {
@@ -86,13 +87,19 @@ def find_records(places: Sequence[tuple[str | None, Path]]) -> Found:
         places: folders, each with the name of the group that its runs belong to, or None.
 
     Raises:
-        ValueError: if one of the places is no folder.
+        ValueError: if one of the places is no folder, or holds no run.
     """
     names: dict[Path, str | None] = {}
     for name, place in places:
         if not place.is_dir():
             raise ValueError(f"no such folder: got {place}, expected run folders or folders that hold some")
-        for folder in map(_shown, _run_folders(place)):
+        folders = [_shown(folder) for folder in _run_folders(place)]
+        if not folders:
+            raise ValueError(
+                f"no runs: got {place}, expected folders of train.py (config.json), or logs of Stable-Baselines3 "
+                "(progress.csv, monitor.csv, evaluations.npz)"
+            )
+        for folder in folders:
             names[folder] = name or names.get(folder)
     records, problems = [], list[str]()
     for folder, name in names.items():
@@ -109,6 +116,9 @@ def _run_folders(place: Path) -> Iterator[Path]:
     for path, folders, files in os.walk(place.resolve()):
         folders.sort()
         folder = Path(path)
+        if is_shared(folder):
+            folders.clear()
+            continue
         if any(name in files for name in _LOGS) or _monitors(folder) or _is_ours(folder):
             folders.clear()
             yield folder

@@ -27,6 +27,7 @@ from ..runs.folder import (
 )
 from ..runs.group import is_group, is_member
 from ..runs.lock import alone
+from ..runs.shared import is_shared
 from ..runs.warnings import warn
 from .describe import command, describe
 from .errors import Parser, whole_number
@@ -47,6 +48,8 @@ def resume(args: Sequence[str], report_to: Report | None = None) -> int:
     folder: Path = arguments.resume
     if folder.is_file():
         raise ValueError(f"resume: got the file {folder}, expected a run folder")
+    if is_shared(folder):
+        raise ValueError(f"resume: got {folder}, a folder for the Hub without training state, expected a run folder")
     if is_group(folder):
         check_alone("a group of runs")
         return _resume_group(folder, arguments)

@@ -91,7 +91,7 @@ def _start_some(runs: Sequence[RunProcess], jobs: int, signals: Signals) -> None
 def _table(runs: Sequence[RunProcess], seeds: Sequence[int]) -> str:
     rows = [_row(run, str(seed)) for run, seed in zip(runs, seeds, strict=True)]
     reports = [row.report for row in rows if row.report is not None]
-    summaries = [(f"IQM of {len(reports)} [95 %]", over_runs(reports))] if len(reports) > 1 else []
+    summaries = [("all", over_runs(reports))] if len(reports) > 1 else []
     return format_runs("seed", rows, summaries)
 
 

@@ -34,6 +34,7 @@ from ..agents.storage.files import all_or_nothing, write_json
 from ..agents.storage.saving import Checkpointed
 from ..agents.storage.values import CheckpointError
 from .rank_states import documents, state_in
+from .shared import AGENT
 
 _REMEDY = f"expected a .zip file saved by {' or '.join(AGENTS)}, or a run folder"
 
@@ -210,7 +211,7 @@ def find_checkpoint(path: Path) -> Path:
     """The saved agent of a run folder: final.zip; if training is not complete the newest checkpoint, else best.zip.
 
     Args:
-        path: a run folder; or a saved file, which is returned as it is.
+        path: a run folder; or a folder for the Hub, which has one agent; or a saved file, which is returned as it is.
 
     Raises:
         ValueError: if there is none.
@@ -226,18 +227,10 @@ def _saved_files(path: Path) -> list[Path]:
         raise ValueError(f"no such run: got {path}, expected an existing run folder or saved .zip file; check the path")
     read_settings(path)
     last = [path / name for name in ("best.zip", PRETRAINED, PRETRAIN)]
-    found = [file for file in (path / "final.zip", *checkpoints(path), *last) if file.exists()]
+    found = [file for file in (path / "final.zip", *checkpoints(path), *last, path / AGENT) if file.exists()]
     if not found:
         raise ValueError(f"empty run: got {path}, expected final.zip, checkpoints/step_*.zip or best.zip; train anew")
     return found
-
-
-def newest_run(path: Path) -> Path:
-    """The run begun last, where a folder is none but holds runs (`runs/Hopper-v5`); else the path itself."""
-    if not path.is_dir() or (path / "config.json").exists():
-        return path
-    runs = [file.parent for file in path.glob("*/**/config.json") if has_saved(file.parent)]
-    return max(runs, key=lambda run: (run / "config.json").stat().st_mtime, default=path)
 
 
 class Saved(NamedTuple):

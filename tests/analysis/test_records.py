@@ -117,7 +117,8 @@ def test_a_run_found_twice_counts_once_and_its_name_wins(tmp_path: Path) -> None
 def test_other_programs_folders_are_no_runs(tmp_path: Path) -> None:
     write(tmp_path / "a" / "config.json", '{"model_type": "bert"}')
     write(tmp_path / "b" / "config.json", "[]")
-    assert find_records([(None, tmp_path)]).records == []
+    with pytest.raises(ValueError, match="no runs: got "):
+        find_records([(None, tmp_path)])
 
 
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
