@@ -64,8 +64,8 @@ def _main(argv: Sequence[str] | None) -> int:
         "--episodes", type=whole_number, default=20, help="episodes per policy, >= 1 (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-steps", type=whole_number, help="longest episode where the environment has no time limit of its own, >= 1 "
-        f"(default: {MAX_STEPS})",
+        "--max-steps", type=whole_number, help="longest episode where the environment has no time limit of its own, "
+        f">= 1 (default: {MAX_STEPS})",
     )  # fmt: skip
     parser.add_argument("--sample", action="store_true", help="only the sampled policy, also in video and export")
     parser.add_argument("--env", metavar="ID", help="Gymnasium id (default: the one of the run)")

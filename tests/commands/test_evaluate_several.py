@@ -74,8 +74,8 @@ def test_a_group_has_a_row_per_run_and_one_over_them(
 
 def test_a_folder_of_runs_is_all_of_them(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A sweep's folder, say: two groups, a single run, and beside them what is none."""
-    for name, lr in (("a", 1), ("b", 2)):
-        group(tmp_path / "sweep", dataclasses.replace(SETTINGS, config={"learning_rate": lr}), (0, 1), 2)
+    for rate in (1, 2):
+        group(tmp_path / "sweep", dataclasses.replace(SETTINGS, config={"learning_rate": rate}), (0, 1), 2)
     single = tmp_path / "sweep" / "alone"
     shutil.copytree(members(whole)[0], single)
     shutil.copytree(single, tmp_path / "sweep" / "hub")
