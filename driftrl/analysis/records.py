@@ -196,6 +196,8 @@ def _read_foreign(folder: Path, name: str | None) -> Record:
         raise ValueError("; ".join(notes) or f"{folder} is empty: no return was logged")
     arguments = {key: value for path in folder.glob("*/args.yml") for key, value in read_zoo_file(path).items()}
     settings = {key: value for path in folder.glob("*/config.yml") for key, value in read_zoo_file(path).items()}
+    if (steps := arguments.get("n_timesteps", "")).isdigit():
+        settings["n_timesteps"] = steps  # `-n`, -1 without it; config.yml has the preset's
     whole = folder.resolve()
     stem, seed = _by_name(whole.name)
     above = [match[1] for each in (whole, *whole.parents) if (match := _ENVIRONMENT.fullmatch(each.name))]

@@ -99,12 +99,12 @@ def test_a_folder_of_rl_zoo3(tmp_path: Path) -> None:
     head = "!!python/object/apply:collections.OrderedDict\n"
     write(
         folder / "Hopper-v5" / "args.yml",
-        f"{head}- - - algo\n    - ppo\n  - - env\n    - Hopper-v5\n  - - seed\n    - 12\n",
+        f"{head}- - - algo\n    - ppo\n  - - env\n    - Hopper-v5\n  - - n_timesteps\n    - 20\n  - - seed\n    - 12\n",
     )
-    write(folder / "Hopper-v5" / "config.yml", f"{head}- - - n_steps\n    - 512\n")
+    write(folder / "Hopper-v5" / "config.yml", f"{head}- - - n_steps\n    - 512\n  - - n_timesteps\n    - 1000000\n")
     (run,) = find_records([(None, tmp_path)]).records
     assert (run.agent, run.env_id, run.seed, run.evaluation) == ("ppo", "Hopper-v5", 12, 3.5)
-    assert run.settings == {"n_steps": "512"} and set(run.curves) == {"training", "evaluation"}
+    assert run.settings == {"n_steps": "512", "n_timesteps": "20"} and set(run.curves) == {"training", "evaluation"}
 
 
 def test_a_run_found_twice_counts_once_and_its_name_wins(tmp_path: Path) -> None:
