@@ -193,7 +193,7 @@ class PolicyFlow(Imitation):
     def _check(self, config: PolicyFlowConfig) -> None:
         super()._check(config)
         samples = config.n_steps * self.n_envs
-        if config.batch_size > samples:
+        if config.batch_size > samples and ("_gradient" in vars(self) or not self.num_timesteps):  # else it is loaded
             most = f"n_steps x environments = {config.n_steps} x {self.n_envs} = {samples}"
             text = f"batch_size: got {config.batch_size}, more than the rollout's {most} samples; each minibatch is the"
             warnings.warn(f"{text} whole rollout; lower batch_size or raise n_steps", UserWarning, stacklevel=3)
