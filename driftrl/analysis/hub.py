@@ -11,7 +11,7 @@ from ..agents.registry import AGENTS
 from ..agents.storage.files import all_or_nothing, write_json
 from ..agents.storage.saving import Checkpointed
 from ..runs.folder import RunSettings, save_agent
-from ..runs.shared import AGENT, FILES, VIDEO, is_shared
+from ..runs.kinds import AGENT, SHARED_FILES, VIDEO, is_shared
 from ..runs.trackers import hyperparameters
 
 _CARD = """---
@@ -62,7 +62,7 @@ def check_hub_folder(folder: Path) -> None:
         ValueError: if it is a file, or a folder that is not empty and was not written by `write_hub_folder`.
     """
     there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if folder.is_file() or (there and not (is_shared(folder) and set(there) <= set(FILES))):
+    if folder.is_file() or (there and not (is_shared(folder) and set(there) <= set(SHARED_FILES))):
         raise ValueError(f"hub: got {folder}, expected a new folder: all that lies in it will be pushed")
 
 

@@ -31,7 +31,8 @@ from ..envs import check_env
 from ..envs.avoid import AVOID
 from ..envs.multigoal import GOAL_TASKS
 from ..runs.folder import RunSettings, load_saved, run_folder_of
-from ..runs.group import is_group, runs_in
+from ..runs.group import runs_in
+from ..runs.kinds import is_group
 from .errors import Parser, fail, import_from_here, output_closed, until_output_closes, users_line, whole_number
 from .evaluate_several import evaluate_several
 from .record import record

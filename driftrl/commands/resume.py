@@ -25,9 +25,9 @@ from ..runs.folder import (
     record_resumption,
     write_settings,
 )
-from ..runs.group import is_group, is_member
+from ..runs.group import is_member
+from ..runs.kinds import is_group, is_shared
 from ..runs.lock import alone
-from ..runs.shared import is_shared
 from ..runs.warnings import warn
 from .describe import command, describe
 from .errors import Parser, whole_number

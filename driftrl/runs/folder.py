@@ -33,8 +33,8 @@ from ..agents.storage import saving
 from ..agents.storage.files import all_or_nothing, write_json
 from ..agents.storage.saving import Checkpointed
 from ..agents.storage.values import CheckpointError
+from .kinds import AGENT
 from .rank_states import documents, state_in
-from .shared import AGENT
 
 _REMEDY = f"expected a .zip file saved by {' or '.join(AGENTS)}, or a run folder"
 
@@ -163,7 +163,7 @@ def read_settings(folder: Path) -> RunSettings:
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no run: got {folder}, expected the folder of a run, with a config.json") from None
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"unreadable run: {folder / 'config.json'} is damaged ({error!r}); restore it") from error
+        raise ValueError(f"unreadable run: {folder / 'config.json'} is damaged ({error}); restore it") from error
     if settings.agent not in AGENTS:
         raise ValueError(f"unknown agent: {folder} is a run of {settings.agent!r}, expected one of {', '.join(AGENTS)}")
     return settings
@@ -201,6 +201,11 @@ def checkpoint_path(folder: Path, timesteps: int) -> Path:
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
     return sorted((folder / "checkpoints").glob("step_*.zip"), key=_steps, reverse=True)
+
+
+def saved_steps(folder: Path) -> int | None:
+    """The steps of a run's newest checkpoint; None where there is none."""
+    return next(map(_steps, checkpoints(folder)), None)
 
 
 def _steps(checkpoint_file: Path) -> int:

@@ -14,15 +14,7 @@ from pathlib import Path
 
 from ..agents.storage.files import write_json
 from .folder import RunSettings, has_saved, is_complete, new_folder, read_settings, write_settings
-from .shared import is_shared
-
-GROUP_FILE = "group.json"
-"""What makes a folder that of a group."""
-
-
-def is_group(folder: Path) -> bool:
-    """Whether a folder is a group's."""
-    return (folder / GROUP_FILE).is_file()
+from .kinds import GROUP_FILE, is_group, is_shared
 
 
 def is_member(folder: Path) -> bool:
@@ -40,7 +32,7 @@ def members(group: Path) -> list[Path]:
         names = json.loads((group / GROUP_FILE).read_text())["runs"]
         return [group / name for name in names]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"unreadable group: {group / GROUP_FILE} is damaged ({error!r}); restore it") from error
+        raise ValueError(f"unreadable group: {group / GROUP_FILE} is damaged; restore it") from error
 
 
 def runs_in(folder: Path) -> list[Path]:

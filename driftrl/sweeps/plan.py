@@ -20,7 +20,7 @@ from ..commands.settings import settings_of_file
 from ..commands.training import make_agent, make_env
 from ..runs.fields import made_of
 from ..runs.folder import RunSettings, read_settings, write_settings
-from ..runs.group import GROUP_FILE
+from ..runs.kinds import GROUP_FILE
 from ..runs.lock import exclusively
 from .spec import Spec
 

@@ -107,6 +107,18 @@ def test_a_folder_of_rl_zoo3(tmp_path: Path) -> None:
     assert run.settings == {"n_steps": "512", "n_timesteps": "20"} and set(run.curves) == {"training", "evaluation"}
 
 
+def test_our_own_evaluations_while_training_are_read(tmp_path: Path) -> None:
+    ours(tmp_path / "group" / "s4")
+    write(tmp_path / "group" / "group.json", '{"runs": ["s4"]}')
+    write(
+        tmp_path / "group" / "s4" / "progress.csv", "eval/mean_return,rollout/ep_rew_mean,time/total_timesteps\n"
+        "2.5,,64\n,1,64\n3.5,,128\n",
+    )  # fmt: skip
+    (run,) = find_records([(None, tmp_path)]).records
+    assert run.curves["evaluation"].returns.tolist() == [2.5, 3.5] and run.group == "group"
+    assert run.evaluations() == [(64, 2.5), (128, 3.5), (256, 4.0)]
+
+
 def test_a_run_found_twice_counts_once_and_its_name_wins(tmp_path: Path) -> None:
     ours(tmp_path / "a")
     ours(tmp_path / "b")

@@ -108,7 +108,8 @@ def test_a_signal_stops_a_sweep_and_a_run_that_fails_does_not(capsys: pytest.Cap
     until(lambda: len(list(Path("some").rglob("step_*.zip"))) >= 2)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
-    assert Path("some.log").read_text().count("stopped  (") == 2
+    assert Path("some.log").read_text().count("steps, with a checkpoint  (0 of 2 runs complete)") == 1
+    assert Path("some.log").read_text().count("not begun  (0 of 2 runs complete)") == 1
     for checkpoint in Path("some/slow_task_Task-v0/policyflow/all/s0/checkpoints").iterdir():
         checkpoint.write_bytes(b"damaged")
     Path("slow").unlink()
