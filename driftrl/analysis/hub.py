@@ -23,8 +23,8 @@ _CARD = """---
 
 ## Results
 
-{episodes} episodes each, from starts of their own, seed {evaluation_seed}. The interval is a percentile bootstrap over
-episodes: it does not cover other seeds of training.
+Each policy played {episodes} episodes. Their starts (seed {evaluation_seed}) are not those of training. The interval is
+a percentile bootstrap over episodes: it does not cover other seeds of training.
 
 | policy | mean return | standard deviation | IQM | 95 % interval of the IQM | episode length |
 |---|---|---|---|---|---|
@@ -117,8 +117,8 @@ def model_card(settings: RunSettings, report: dict[str, Any], versions: dict[str
     kwargs = "".join(f", {name}={value!r}" for name, value in report["env_kwargs"].items())
     return _CARD.format(
         head=_head(settings, report, next(iter(modes.values()))), agent=_kind(settings), kind=_kind(settings),
-        env=report["env_id"], summary=entry.summary.capitalize(), version=versions.get("driftrl", "?"),
-        steps=report["timesteps"], seed=settings.seed, episodes=report["episodes"], evaluation_seed=report["seed"],
+        env=report["env_id"], summary=entry.summary[0].upper() + entry.summary[1:],
+        version=versions.get("driftrl", "?"), steps=report["timesteps"], seed=settings.seed, episodes=report["episodes"], evaluation_seed=report["seed"],
         rows=rows, file=AGENT, kwargs=kwargs,
         versions="".join(f"- {name} {version}\n" for name, version in versions.items()),
         settings="".join(f"| {name} | {value} |\n" for name, value in hyperparameters(settings).items()),

@@ -20,7 +20,7 @@ from ..analysis.comparison_tables import as_json, csv_rows, format_section
 from ..analysis.curves import draw_curves
 from ..analysis.records import find_records
 from ..analysis.report import report_page
-from .errors import Parser, fail, output_closed, until_output_closes
+from .errors import Parser, check_installed, fail, output_closed, until_output_closes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,8 +70,10 @@ def _compare(args: argparse.Namespace) -> int:
     for option, path in files.items():
         if path is not None:
             _check_target(option, path)
-    if args.plot and args.plot.is_file():
-        raise ValueError(f"plot: got the file {args.plot}, expected a folder")
+    if args.plot:
+        check_installed("plot", "plot", "matplotlib")
+        if args.plot.is_file():
+            raise ValueError(f"plot: got the file {args.plot}, expected a folder")
     places = {text: _place(text) for text in args.folders}
     found = find_records(list(places.values()))
     sections, unassigned = compare(found.records, args.threshold, args.measure, args.env)

@@ -33,7 +33,16 @@ from ..envs.multigoal import GOAL_TASKS
 from ..runs.folder import RunSettings, load_saved, run_folder_of
 from ..runs.group import runs_in
 from ..runs.kinds import is_group
-from .errors import Parser, fail, import_from_here, output_closed, until_output_closes, users_line, whole_number
+from .errors import (
+    Parser,
+    check_installed,
+    fail,
+    import_from_here,
+    output_closed,
+    until_output_closes,
+    users_line,
+    whole_number,
+)
 from .evaluate_several import evaluate_several
 from .record import record
 from .target import longest_episode, target_of
@@ -126,18 +135,24 @@ def _check(args: argparse.Namespace) -> None:
         _check_target("json", Path(args.json))
     if args.video:
         _check_target("video", args.video)
+        check_installed("video", "video", "imageio", "imageio_ffmpeg")
     if args.export:
         _check_target("export", args.export)
         if args.export.suffix not in EXPORTERS:
             raise ValueError(f"export: got {args.export}, expected a name that ends in {' or '.join(EXPORTERS)}")
+        if args.export.suffix == ".onnx":
+            check_installed("export", "export", "onnx", "onnxscript")
     if args.record:
+        check_installed("record", "data", "h5py")
         check_target(args.record)
     if args.hub:
         check_hub_folder(args.hub)
         if args.video and args.video.suffix != ".mp4":
             raise ValueError(f"video: got {args.video}, expected a name that ends in .mp4: the Hub shows no other")
-    if args.plot and args.plot.is_file():
-        raise ValueError(f"plot: got the file {args.plot}, expected a folder")
+    if args.plot:
+        check_installed("plot", "plot", "matplotlib")
+        if args.plot.is_file():
+            raise ValueError(f"plot: got the file {args.plot}, expected a folder")
 
 
 def _evaluate(args: argparse.Namespace, path: Path) -> int:

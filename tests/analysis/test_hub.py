@@ -51,7 +51,14 @@ def test_the_folder_can_be_pushed_and_used(run: Path, capsys: pytest.CaptureFixt
     assert result["metrics"][0]["value"] == f"{np.mean(returns):.2f} +/- {np.std(returns):.2f}"
     low, high = report["sampled"]["iqm_low"], report["sampled"]["iqm_high"]
     assert f"| [{low:.1f}, {high:.1f}] |" in card
-    for text in ("5 episodes each", "seed 7", "| actor_hidden | [8, 4] |", f"- torch {torch.__version__}", "32 steps"):
+    for text in (
+        "played 5 episodes",
+        "On-policy PPO",
+        "seed 7",
+        "| actor_hidden | [8, 4] |",
+        f"- torch {torch.__version__}",
+        "32 steps",
+    ):
         assert text in card
     assert str(Path.cwd()) not in card
 
