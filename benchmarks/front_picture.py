@@ -111,7 +111,7 @@ def draw_routes(axis: Axes, positions: NDArray[np.float64], routes: NDArray[np.i
         axis.plot(*positions[:, k].T, color=color, linewidth=0.9, alpha=0.8)
         if routes[k] < 0:
             axis.plot(*positions[-1, k], "x", color="black", markersize=7, markeredgewidth=1.6, zorder=4)
-    axis.set(xlim=(-1.02, 1.02), ylim=(-1.04, 1.22), aspect="equal", xticks=[], yticks=[])
+    axis.set(xlim=(-1.25, 1.25), ylim=(-1.04, 1.22), aspect="equal", xticks=[], yticks=[])
     axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
 
 
@@ -126,7 +126,7 @@ def label_routes(axis: Axes, percents: Sequence[int]) -> None:
         for route, side, gap in ((exit_, "right", -0.02), (exit_ + 3, "left", 0.02)):
             axis.text(
                 x + gap, 1.12, f"{percents[route]}%", color=ROUTES[route], ha=side, fontsize=17, fontweight="bold",
-                clip_on=False,
+                in_layout=False,
             )  # fmt: skip
 
 
@@ -148,7 +148,7 @@ def main(steps: int = 10_000, figure: Path = FIGURE) -> None:
     data = Demonstrations.of(episodes, task.observation_space, task.action_space)
     with plt.rc_context({"font.size": 17, "axes.titlesize": 17}):
         picture = plt.figure(figsize=(8, 8), layout="constrained")
-        decision, below = picture.subfigures(2, 1, height_ratios=(1, 1.5), hspace=0.03)
+        decision, below = picture.subfigures(2, 1, height_ratios=(1, 1.6), hspace=0.03)
         fields = below.subfigures(1, 2, wspace=0.03)
         decision.suptitle("One decision at the start, below an obstacle", fontsize=19)
         for field, (name, settings) in zip(fields, POLICIES.items(), strict=True):

@@ -118,7 +118,8 @@ def model_card(settings: RunSettings, report: dict[str, Any], versions: dict[str
     return _CARD.format(
         head=_head(settings, report, next(iter(modes.values()))), agent=_kind(settings), kind=_kind(settings),
         env=report["env_id"], summary=entry.summary[0].upper() + entry.summary[1:],
-        version=versions.get("driftrl", "?"), steps=report["timesteps"], seed=settings.seed, episodes=report["episodes"], evaluation_seed=report["seed"],
+        version=versions.get("driftrl", "?"), steps=report["timesteps"], seed=settings.seed,
+        episodes=report["episodes"], evaluation_seed=report["seed"],
         rows=rows, file=AGENT, kwargs=kwargs,
         versions="".join(f"- {name} {version}\n" for name, version in versions.items()),
         settings="".join(f"| {name} | {value} |\n" for name, value in hyperparameters(settings).items()),
