@@ -174,6 +174,7 @@ def test_a_search_prunes_and_goes_on_whatever_is_killed(capsys: pytest.CaptureFi
     until(lambda: list(folder.glob("*/*/trial-0004/s*/checkpoints/*.zip")), 200)
     kill(both[0])
     finish(both[1], spec)
+    assert "(8 of 8 trials over)" in Path("search.log").read_text()
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / "study.journal")))
     trials = optuna.load_study(study_name="sweep", storage=storage).trials
     assert [trial.number for trial in trials if "lost" not in trial.user_attrs] == list(range(8))
