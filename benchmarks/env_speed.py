@@ -1,7 +1,7 @@
 """Environment steps per second: our batches against Gymnasium's vector environments, EnvPool and the bare simulator.
 
     python benchmarks/env_speed.py --output benchmarks/results/env_speed.json
-    pip install '.[envpool]'          # for EnvPool; without it its column stays empty
+    pip install 'driftrl[envpool]'          # for EnvPool; without it its column stays empty
 
 All take turns in one process, with the same number of environments and random actions that are drawn beforehand. "bare"
 is `mj_step` alone on all cores, from the states that our environments are in: the physical limit. The table has our

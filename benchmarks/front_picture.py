@@ -8,6 +8,7 @@ demonstrations are scripted and made anew.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,16 @@ def draw_decision(axes: tuple[Axes, Axes, Axes], path: NDArray[np.float32], acti
     middle.set(title="follow the flow", xticks=[0, 1], xlim=(0, 1), xlabel="flow time")
     for axis in axes:
         axis.set(ylim=(-limit, limit), yticks=[])
-    left.set(ylabel="to the left          to the right")
+    left.set(ylabel="left       right")
+
+
+def whole_percents(fractions: Sequence[float]) -> list[int]:
+    """Shares as whole percents whose sum is that of the shares, rounded: those that lose most are rounded up."""
+    percents = 100 * np.array(fractions)
+    found = np.floor(percents).astype(int)
+    missing = round(percents.sum()) - int(found.sum())
+    found[np.argsort(found - percents, kind="stable")[:missing]] += 1
+    return [int(each) for each in found]
 
 
 def draw_routes(axis: Axes, positions: NDArray[np.float64], routes: NDArray[np.int64], task: Avoid) -> None:
@@ -101,8 +111,23 @@ def draw_routes(axis: Axes, positions: NDArray[np.float64], routes: NDArray[np.i
         axis.plot(*positions[:, k].T, color=color, linewidth=0.9, alpha=0.8)
         if routes[k] < 0:
             axis.plot(*positions[-1, k], "x", color="black", markersize=7, markeredgewidth=1.6, zorder=4)
-    axis.set(xlim=(-1.02, 1.02), ylim=(-1.04, 1.08), aspect="equal", xticks=[], yticks=[])
+    axis.set(xlim=(-1.25, 1.25), ylim=(-1.04, 1.22), aspect="equal", xticks=[], yticks=[])
     axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
+
+
+def label_routes(axis: Axes, percents: Sequence[int]) -> None:
+    """The share of each route above the place where it arrives, in its color: left of the place if it first goes left.
+
+    Args:
+        axis: of `draw_routes`.
+        percents: of each route.
+    """
+    for exit_, x in enumerate((-0.86, 0.0, 0.86)):
+        for route, side, gap in ((exit_, "right", -0.02), (exit_ + 3, "left", 0.02)):
+            axis.text(
+                x + gap, 1.12, f"{percents[route]}%", color=ROUTES[route], ha=side, fontsize=17, fontweight="bold",
+                in_layout=False,
+            )  # fmt: skip
 
 
 def main(steps: int = 10_000, figure: Path = FIGURE) -> None:
@@ -121,10 +146,11 @@ def main(steps: int = 10_000, figure: Path = FIGURE) -> None:
     task = Avoid()
     episodes = [(f"episode {i}", each) for i, each in enumerate(avoid_demonstrations(600, 0))]
     data = Demonstrations.of(episodes, task.observation_space, task.action_space)
-    with plt.rc_context({"font.size": 14, "axes.titlesize": 14}):
-        picture = plt.figure(figsize=(13, 5.2), layout="constrained")
-        decision, *fields = picture.subfigures(1, 3, width_ratios=(1.2, 1, 1), wspace=0.03)
-        decision.suptitle("One decision: z \u2192 flow \u2192 action\nat the start, below an obstacle", fontsize=15)
+    with plt.rc_context({"font.size": 17, "axes.titlesize": 17}):
+        picture = plt.figure(figsize=(8, 8), layout="constrained")
+        decision, below = picture.subfigures(2, 1, height_ratios=(1, 1.6), hspace=0.03)
+        fields = below.subfigures(1, 2, wspace=0.03)
+        decision.suptitle("One decision at the start, below an obstacle", fontsize=19)
         for field, (name, settings) in zip(fields, POLICIES.items(), strict=True):
             agent = train(settings, data, steps)
             if agent.policy.actor.has_latent:
@@ -134,9 +160,11 @@ def main(steps: int = 10_000, figure: Path = FIGURE) -> None:
             played, _ = play_from_start(agent, AVOID, {}, (), EPISODES, 1, deterministic=False)
             routes = task.routes(played.positions)
             found = route_metrics(routes, task.n_routes)
-            draw_routes(field.subplots(), played.positions, routes, task)
-            shares = " ".join(f"{100 * share:.0f}" for share in found["fractions"])
-            field.suptitle(f"{name}: {100 * found['success']:.0f} % arrive\nroutes, %: {shares}", fontsize=15)
+            axis = field.subplots()
+            draw_routes(axis, played.positions, routes, task)
+            percents = whole_percents(found["fractions"])
+            label_routes(axis, percents)
+            field.suptitle(f"{name}:\n{sum(percents)} % arrive", fontsize=19)
             print(f"{name}: {EPISODES} episodes, {found}")
         figure.parent.mkdir(parents=True, exist_ok=True)
         picture.savefig(figure, dpi=100)

@@ -1,6 +1,6 @@
 """Time of `sdeint` against torchsde's, with the same schemes on the same equation.
 
-    pip install '.[torchsde]'         # or: pip install torchsde
+    pip install 'driftrl[torchsde]'         # or: pip install torchsde
     python benchmarks/sde_speed.py --output benchmarks/results/sde_speed.json
 
 ``dx = v(t, x, cond) dt + 0.3 x dW`` with a 64-64 `MLPField`, D = 8, C = 17, 20 steps, one thread, float32; each draws
@@ -63,7 +63,7 @@ def main(rounds: int = 31, output: Path | None = None) -> None:
         output: also write the figures there, as JSON.
     """
     if importlib.util.find_spec("torchsde") is None:
-        raise SystemExit("torchsde is not installed; it is the extra 'torchsde': pip install '.[torchsde]'")
+        raise SystemExit("torchsde is not installed; it is the extra 'torchsde': pip install 'driftrl[torchsde]'")
     torchsde: Any = importlib.import_module("torchsde")
     torch.set_num_threads(1)
     torch.manual_seed(0)

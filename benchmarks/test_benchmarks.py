@@ -221,3 +221,5 @@ def test_the_picture_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(module, name, number)
     module.main(steps=2, figure=tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 20_000
+    percents = module.whole_percents([0.046, 0.256, 0.046, 0.034, 0.453, 0.055])
+    assert percents == [5, 26, 5, 3, 45, 5]  # 89 in all; each for itself they would be 90

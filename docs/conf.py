@@ -63,7 +63,8 @@ nitpick_ignore_regex = [
     ("py:class", r"driftrl\..*\.(_\w+|BoxPolicy|Pretraining|Self)"),  # ours, of the inner parts
     # Names that a module imports for its annotations only: autodoc sees their text.
     ("py:exc", "RankError"),  # likewise
-    ("py:class", r"Array|BasePolicy|FlowPolicy|GymEnv|MaybeCallback|SACPolicy|Schedule|Tensor|TransitionModel"),
+    ("py:class", r"Array|BasePolicy|FlowPolicy|GymEnv|KnownStep|MaybeCallback|Rule"),
+    ("py:class", r"SACPolicy|Schedule|Tensor|TransitionModel"),
 ]
 
 html_theme = "pydata_sphinx_theme"

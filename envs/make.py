@@ -134,8 +134,10 @@ def check_env(id: str, **env_kwargs: Any) -> None:
     try:
         env: gym.Env[Any, Any] = gym.make(_with_module(id), **env_kwargs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
-        remedy = "; run pip install 'driftrl[maze]'" if "gymnasium_robotics" in str(error) else ""
-        raise ValueError(f"environment {id!r} needs a package that is not installed: {error}{remedy}") from error
+        what = f": {error}"
+        if "gymnasium_robotics" in str(error):
+            what = ", gymnasium-robotics; run pip install 'driftrl[maze]'"
+        raise ValueError(f"environment {id!r} needs a package that is not installed{what}") from error
     except Exception as error:  # whatever the environment raises
         if id.rpartition(":")[2] in gym.registry or not isinstance(error, gym.error.Error):
             message = f"environment {id!r} cannot be made with the arguments {env_kwargs}"

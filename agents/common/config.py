@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -94,18 +95,23 @@ def agreeing(given: Mapping[str, Any], implied: Mapping[str, Any], source: str) 
     return {**given, **implied}
 
 
+class UnknownArgument(TypeError):
+    """A keyword that is none of a Config's fields."""
+
+
 def resolve(config: T, fields: Mapping[str, Any]) -> T:
     """A Config with fields given by keyword in place of its own, each of which means something.
 
     Raises:
-        TypeError: if a keyword is no field.
+        UnknownArgument: if a keyword is no field.
         ValueError: if a field is outside its range, or has no effect as the others are.
     """
     known = [field.name for field in dataclasses.fields(config)]
     if unknown := [name for name in fields if name not in known]:
-        raise TypeError(
-            f"unknown argument: got {', '.join(unknown)}, expected fields of {type(config).__name__}: "
-            f"{', '.join(known)}"
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"did you mean {near[0]}?" if near else ", ".join(known)
+        raise UnknownArgument(
+            f"unknown argument: got {', '.join(unknown)}, expected fields of {type(config).__name__}; {hint}"
         )
     config = dataclasses.replace(config, **{name: constant(name, value) for name, value in fields.items()})
     for name, switch in inert(config).items():

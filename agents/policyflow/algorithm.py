@@ -195,7 +195,7 @@ class PolicyFlow(Imitation):
     def _check(self, config: PolicyFlowConfig) -> None:
         super()._check(config)
         samples = config.decisions(self.n_envs)
-        if config.batch_size > samples:
+        if config.batch_size > samples and ("_gradient" in vars(self) or not self.num_timesteps):  # else it is loaded
             what, most = "n_steps x environments", f"{config.n_steps} x {self.n_envs}"
             if (steps := config.decision_steps) > 1:
                 what, most = f"{what} / steps of a decision", f"{most} / {steps}, rounded up"

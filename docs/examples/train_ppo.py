@@ -2,7 +2,8 @@
 
     python docs/examples/train_ppo.py --env InvertedPendulum-v5 --seeds 0 1 2 --total-timesteps 30000
 
-Each seed has a folder, logs/ppo/s<seed>: the log as CSV, and evaluations of the deterministic policy.
+Each seed has a folder, logs/ppo/<env>/s<seed>: the log as CSV, every episode (Monitor's file, which tells the
+environment), and evaluations of the deterministic policy.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from stable_baselines3.common.logger import configure
 
 def train(env: str, seed: int, total_timesteps: int, folder: Path) -> None:
     """Train PPO with its default settings; evaluate it ten times on the way."""
-    agent = PPO("MlpPolicy", env, seed=seed, device="cpu")
+    agent = PPO("MlpPolicy", make_vec_env(env, monitor_dir=str(folder)), seed=seed, device="cpu")
     agent.set_logger(configure(str(folder), ["csv"]))
     evaluation = EvalCallback(
         make_vec_env(env), log_path=str(folder), eval_freq=max(total_timesteps // 10, 1), n_eval_episodes=10, verbose=0
@@ -38,8 +39,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)  # networks this small are slower with more
     for seed in args.seeds:
-        train(args.env, seed, args.total_timesteps, args.logs / f"s{seed}")
-        print(f"PPO on {args.env}, seed {seed}: {args.total_timesteps:,} steps, logged in {args.logs / f's{seed}'}")
+        folder = args.logs / args.env.replace("/", "_") / f"s{seed}"
+        train(args.env, seed, args.total_timesteps, folder)
+        print(f"PPO on {args.env}, seed {seed}: {args.total_timesteps:,} steps, logged in {folder}")
 
 
 if __name__ == "__main__":

@@ -163,6 +163,13 @@ def _section(env: str, records: Sequence[Record], threshold: float | None, chose
     groups = [_group(name, members, measure, curve, threshold) for name, members in named.items()]
     for group in groups:
         notes += _group_notes(group, measure)
+    if math.isnan(threshold):
+        notes.append(f"no threshold: no complete run has a {curve} return (of training, an episode has to end first)")
+    elif measure == "evaluation" and curve == "training":
+        notes.append(
+            "curves and threshold are of the return while training, whose actions are sampled; the deterministic "
+            "policy that is evaluated may return more or less"
+        )
     totals = {each.steps for each in complete}
     if totals and max(totals) > 1.1 * min(totals):
         notes.append(f"the runs differ in length: {min(totals):,} to {max(totals):,} steps")
@@ -183,10 +190,14 @@ def _named(records: Sequence[Record]) -> dict[str, list[Record]]:
     found: dict[str, list[Record]] = {}
     for (title, _), members in groups.items():
         peers = [others[0] for (other, _), others in groups.items() if other == title]
-        own = [f"{key}={_text(members[0].settings.get(key, ABSENT))}" for key in _differing(peers)]
+        at = peers.index(members[0])
+        own = [f"{key}={_texts([each.settings.get(key, ABSENT) for each in peers])[at]}" for key in _differing(peers)]
         name = " ".join([title, *own])
         if len(name) > _LONGEST_NAME or name in found:
-            name = f"{title} #{1 + peers.index(members[0])}"
+            folders = {each.group for each in members}
+            name = f"{title} #{1 + at}"
+            if len(folders) == 1 and None not in folders and f"{title} {members[0].group}" not in found:
+                name = f"{title} {members[0].group}"  # trial-0003 of a search, as sweep.py calls it
         found[name] = sorted(members, key=lambda each: (each.seed is None, each.seed or 0, str(each.folder)))
     return found
 
@@ -281,9 +292,21 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str).replace('"', "")
 
 
-def settings_table(section: Section) -> list[tuple[str, list[str]]]:
-    """The settings that differ, each with its value in every group."""
-    return [
-        (key, [_text(group.settings[key]) if key in group.settings else ABSENT for group in section.groups])
-        for key in section.differing
+def _texts(values: Sequence[Any]) -> list[str]:
+    """The values of one setting for readers: numbers with four digits, where these tell the values apart."""
+    exact = [_text(value) for value in values]
+    short = [
+        f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else text
+        for value, text in zip(values, exact, strict=True)
     ]
+    return short if len(set(short)) == len(set(exact)) else exact
+
+
+def settings_table(section: Section) -> list[tuple[str, list[str]]]:
+    """The settings that differ, each with its value in every group: all values where the group's runs differ."""
+    found = []
+    for key in section.differing:
+        values = [[run.record.settings.get(key, ABSENT) for run in group.runs] for group in section.groups]
+        texts = iter(_texts([value for group in values for value in group]))
+        found.append((key, [", ".join(dict.fromkeys(next(texts) for _ in group)) for group in values]))
+    return found

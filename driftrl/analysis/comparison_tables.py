@@ -17,6 +17,10 @@ COLUMNS = (
 """Of the CSV file; a cell is empty where there is no number, `inf` where half of the runs never reach the threshold."""
 
 
+_WIDEST = 120
+"""Characters of the table of settings, above which groups are numbered in it."""
+
+
 def number(value: float | None) -> str:
     """A return for readers: four digits, or all before the point."""
     if value is None or math.isnan(value):
@@ -54,19 +58,28 @@ def until(value: float, unit: str = "") -> str:
 def reaching(group: Group) -> str:
     """How many complete runs reach the threshold, of how many."""
     complete = [run for run in group.runs if run.record.complete]
+    if math.isnan(group.steps):
+        return "-"
     return f"{sum(run.reached is not None for run in complete)} of {len(complete)}"
 
 
 def format_section(section: Section) -> str:
     """One environment's tables, for a terminal."""
     level = level_of(section)
-    heads = ["group", "runs", "IQM", "95 % interval", "each run", f"reach {level}", "steps to it", "seconds to it"]
+    heads = ["group", "runs", "IQM", "95 % interval", "each run", f"reached {level}", "steps to it", "seconds to it"]
+    names = [group.name for group in section.groups]
+    columns = [[key, *values] for key, values in settings_table(section)]
+    settings = _aligned([["setting that differs", *names], *columns]) if columns else ""
+    if len(settings.partition("\n")[0]) > _WIDEST:  # numbers in place of names, which are settings themselves
+        numbers = [f"({i})" for i in range(1, len(names) + 1)]
+        settings = _aligned([["setting that differs", *numbers], *columns])
+        names = [" ".join(both) for both in zip(numbers, names, strict=True)]
     rows = [
         [
-            group.name, f"{len(group.scores)} of {len(group.runs)}", iqm_of(group), interval(group.interval),
+            name, f"{len(group.scores)} of {len(group.runs)}", iqm_of(group), interval(group.interval),
             each_run(group), reaching(group), until(group.steps), until(group.seconds),
         ]
-        for group in section.groups
+        for name, group in zip(names, section.groups, strict=True)
     ]  # fmt: skip
     parts = [f"{section.env}: {WORDS[section.measure]}", _aligned([heads, *rows])]
     if not math.isnan(section.threshold):
@@ -77,9 +90,8 @@ def format_section(section: Section) -> str:
             for (better, worse), (chance, bounds) in section.improvement.items()
         ]
         parts.append("\n".join(["probability of improvement [95 %]:", *(f"  {line}" for line in lines)]))
-    if settings := settings_table(section):
-        heads = ["setting that differs", *(group.name for group in section.groups)]
-        parts.append(_aligned([heads, *([key, *values] for key, values in settings)]))
+    if settings:
+        parts.append(settings)
     return "\n\n".join([*parts, "\n".join(f"note: {note}" for note in section.notes)]).rstrip()
 
 
@@ -149,11 +161,13 @@ def _group(group: Group, section: Section) -> dict[str, Any]:
                 "score": _finite(run.score),
                 "counts": run.counts,
                 "complete": run.record.complete,
+                "state": run.record.state,
                 "steps": run.record.steps,
                 "steps_to_threshold": run.reached and _finite(run.reached[0]),
                 "seconds_to_threshold": run.reached and _finite(run.reached[1]),
                 "versions": dict(run.record.versions),
                 "curve": _curve(run.record.curves.get(section.curve)),
+                "evaluations": _short(run.record.evaluations()) if section.curve == "training" else [],
             }
             for run in group.runs
         ],

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from .comparison import WORDS, Section
 
 
@@ -43,6 +45,9 @@ def draw_curves(sections: Sequence[Section], folder: Path) -> list[Path]:
                     style = "-" if run.record.complete else "--"
                     width, alpha = (1.2, 1.0) if group.mean is None else (0.7, 0.5)
                     axes.plot(curve.steps / unit, curve.returns, style, color=color, linewidth=width, alpha=alpha)
+                if section.curve == "training" and (points := run.record.evaluations()):
+                    steps, returns = np.array(points).T
+                    axes.plot(steps / unit, returns, "o", color=color, markersize=2.5, alpha=0.7)
             if group.mean is not None:
                 steps, middle, low, high = group.mean.T
                 axes.fill_between(steps / unit, low, high, color=color, alpha=0.15, linewidth=0)

@@ -11,10 +11,9 @@ from ..agents.registry import AGENTS
 from ..agents.storage.files import all_or_nothing, write_json
 from ..agents.storage.saving import Checkpointed
 from ..runs.folder import RunSettings, save_agent
+from ..runs.kinds import AGENT, SHARED_FILES, VIDEO, is_shared
 from ..runs.trackers import hyperparameters
 
-AGENT = "agent.zip"
-_FILES = (AGENT, "config.json", "results.json", "README.md", "replay.mp4")
 _CARD = """---
 {head}---
 
@@ -24,8 +23,8 @@ _CARD = """---
 
 ## Results
 
-{episodes} episodes each, from starts of their own, seed {evaluation_seed}. The interval is a percentile bootstrap over
-episodes: it does not cover other seeds of training.
+Each policy played {episodes} episodes. Their starts (seed {evaluation_seed}) are not those of training. The interval is
+a percentile bootstrap over episodes: it does not cover other seeds of training.
 
 | policy | mean return | standard deviation | IQM | 95 % interval of the IQM | episode length |
 |---|---|---|---|---|---|
@@ -57,12 +56,13 @@ path.
 
 
 def check_hub_folder(folder: Path) -> None:
-    """Refuse a place where files of somebody else would be pushed.
+    """Refuse a place where files of somebody else would be pushed or overwritten.
 
     Raises:
         ValueError: if it is a file, or a folder that is not empty and was not written by `write_hub_folder`.
     """
-    if folder.is_file() or (folder.is_dir() and any(path.name not in _FILES for path in folder.iterdir())):
+    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if folder.is_file() or (there and not (is_shared(folder) and set(there) <= set(SHARED_FILES))):
         raise ValueError(f"hub: got {folder}, expected a new folder: all that lies in it will be pushed")
 
 
@@ -70,7 +70,7 @@ def write_hub_folder(
     folder: Path, agent: Checkpointed, run: Path, settings: RunSettings, report: dict[str, Any],
     video: Path | None = None,
 ) -> list[Path]:  # fmt: skip
-    """Write the folder; returns its files.
+    """Write the folder; returns its files. What an earlier call wrote into it is replaced, its video removed.
 
     Args:
         folder: to write, with its parents.
@@ -85,11 +85,14 @@ def write_hub_folder(
     """
     check_hub_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if video is None:
+        (folder / VIDEO).unlink(missing_ok=True)  # it may show another agent
+    elif video.resolve() != (folder / VIDEO).resolve():
+        shutil.copyfile(video, folder / VIDEO)
+    if run.resolve() != folder.resolve():
+        shutil.copyfile(run / "config.json", folder / "config.json")
     save_agent(agent, folder / AGENT)
-    shutil.copyfile(run / "config.json", folder / "config.json")
     write_json(folder / "results.json", report)
-    if video is not None:
-        shutil.copyfile(video, folder / "replay.mp4")
     versions = json.loads((run / "config.json").read_text()).get("versions", {})
     with all_or_nothing(folder / "README.md") as partial:
         partial.write_text(model_card(settings, report, versions), encoding="utf-8")
@@ -114,8 +117,9 @@ def model_card(settings: RunSettings, report: dict[str, Any], versions: dict[str
     kwargs = "".join(f", {name}={value!r}" for name, value in report["env_kwargs"].items())
     return _CARD.format(
         head=_head(settings, report, next(iter(modes.values()))), agent=_kind(settings), kind=_kind(settings),
-        env=report["env_id"], summary=entry.summary.capitalize(), version=versions.get("driftrl", "?"),
-        steps=report["timesteps"], seed=settings.seed, episodes=report["episodes"], evaluation_seed=report["seed"],
+        env=report["env_id"], summary=entry.summary[0].upper() + entry.summary[1:],
+        version=versions.get("driftrl", "?"), steps=report["timesteps"], seed=settings.seed,
+        episodes=report["episodes"], evaluation_seed=report["seed"],
         rows=rows, file=AGENT, kwargs=kwargs,
         versions="".join(f"- {name} {version}\n" for name, version in versions.items()),
         settings="".join(f"| {name} | {value} |\n" for name, value in hyperparameters(settings).items()),

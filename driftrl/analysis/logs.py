@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 WINDOW = 100
 """Episodes that a training return is the mean of, as in Stable-Baselines3."""
 _STEPS, _SECONDS = "time/total_timesteps", "time/time_elapsed"
-_COLUMNS = {"training": "rollout/ep_rew_mean", "evaluation": "eval/mean_reward"}
+_COLUMNS = {"training": ("rollout/ep_rew_mean",), "evaluation": ("eval/mean_reward", "eval/mean_return")}
+"""Ours is the last; where a log has several, the first counts."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def read_progress(path: Path) -> Log:
         raise ValueError(f"{path} is damaged: it has no column {_STEPS}")
     for row in rows:
         try:
-            step, seconds, *values = (_number(row.get(name)) for name in (_STEPS, _SECONDS, *_COLUMNS.values()))
+            step, seconds = _number(row.get(_STEPS)), _number(row.get(_SECONDS))
+            values = [_number(next(filter(None, map(row.get, names)), None)) for names in _COLUMNS.values()]
         except ValueError:
             unreadable += 1
             continue
@@ -161,10 +163,10 @@ def read_evaluations(path: Path) -> Log:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             steps = np.asarray(data["timesteps"], dtype=np.float64)
             returns = np.asarray(data["results"], dtype=np.float64).reshape(len(steps), -1).mean(axis=1)
-            if not np.isfinite(steps).all():
-                raise ValueError("its steps are not finite")
     except Exception as error:  # zipfile, zlib and NumPy fail in many ways where a file is damaged
-        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is damaged; restore it, or leave the folder out") from error
+    if not np.isfinite(steps).all():
+        raise ValueError(f"{path} is damaged: its steps are not finite")
     points = _Points()
     for step, value in zip(steps, returns, strict=True):
         points.add(float(step), float(value), math.nan)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .logs import Curve, Log, read_evaluations, read_monitors, read_progress, read_zoo_file
+from ..runs.kinds import is_group, is_shared
+from .logs import Curve, Log, read_evaluations, read_monitors, read_progress, read_zoo_file, thinned
 
 _NOT_SETTINGS = {
     "agent", "env_id", "env_kwargs", "seed", "config", "versions", "git", "resumed",
@@ -41,11 +42,13 @@ class Record:
             it is not finite.
         steps: environment steps that were trained.
         complete: whether the run came to its end, as far as one can tell.
+        tells_its_end: whether the logs tell that; those of Stable-Baselines3 do not.
         env_kwargs: arguments of the environment.
         versions: of what results depend on.
         notes: what a reader should know.
         videos: in the run's folder.
         name: of the group that the user puts the run into; None: the settings decide.
+        group: name of the folder of its group, where it lies in one.
     """
 
     folder: Path
@@ -62,11 +65,29 @@ class Record:
     notes: tuple[str, ...] = ()
     videos: tuple[Path, ...] = ()
     name: str | None = None
+    group: str | None = None
+    tells_its_end: bool = True
+
+    @property
+    def state(self) -> str:
+        """How far it is, for readers."""
+        return "unfinished" if not self.complete else "complete" if self.tells_its_end else "not known"
 
     @property
     def label(self) -> str:
         """What tells a run from the others of its group."""
         return self.folder.resolve().name if self.seed is None else f"seed {self.seed}"
+
+    def evaluations(self) -> list[tuple[float, float]]:
+        """Points (step, return) of the deterministic policy: those while training, and the last if it is later."""
+        points: list[tuple[float, float]] = []
+        if "evaluation" in self.curves:
+            few = thinned(self.curves["evaluation"])
+            points = list(zip(few.steps.tolist(), few.returns.tolist(), strict=True))
+        last = self.evaluation
+        if last is not None and math.isfinite(last) and (not points or points[-1][0] < self.steps):
+            points.append((float(self.steps), last))
+        return points
 
 
 @dataclass(frozen=True)
@@ -86,13 +107,19 @@ def find_records(places: Sequence[tuple[str | None, Path]]) -> Found:
         places: folders, each with the name of the group that its runs belong to, or None.
 
     Raises:
-        ValueError: if one of the places is no folder.
+        ValueError: if one of the places is no folder, or holds no run.
     """
     names: dict[Path, str | None] = {}
     for name, place in places:
         if not place.is_dir():
             raise ValueError(f"no such folder: got {place}, expected run folders or folders that hold some")
-        for folder in map(_shown, _run_folders(place)):
+        folders = [_shown(folder) for folder in _run_folders(place)]
+        if not folders:
+            raise ValueError(
+                f"no runs: got {place}, expected folders of train.py (config.json), or logs of Stable-Baselines3 "
+                "(progress.csv, monitor.csv, evaluations.npz)"
+            )
+        for folder in folders:
             names[folder] = name or names.get(folder)
     records, problems = [], list[str]()
     for folder, name in names.items():
@@ -109,6 +136,9 @@ def _run_folders(place: Path) -> Iterator[Path]:
     for path, folders, files in os.walk(place.resolve()):
         folders.sort()
         folder = Path(path)
+        if is_shared(folder):
+            folders.clear()
+            continue
         if any(name in files for name in _LOGS) or _monitors(folder) or _is_ours(folder):
             folders.clear()
             yield folder
@@ -158,16 +188,17 @@ def _read_ours(folder: Path, config: dict[str, Any], name: str | None) -> Record
             report = json.loads(path.read_text())
             returns = [float(value) for value in report["deterministic"]["returns"]]
             evaluation, steps = sum(returns) / len(returns), int(report["timesteps"])
-        except (ValueError, KeyError, TypeError, ArithmeticError) as error:
-            notes.append(f"{path} is damaged: {error!r}; the run counts as not evaluated")
+        except (ValueError, KeyError, TypeError, ArithmeticError):
+            notes.append(f"{path} is damaged; the run counts as not evaluated")
     recorded = config.get("versions")
     versions = {key: str(value) for key, value in recorded.items()} if isinstance(recorded, dict) else {}
     complete = path.is_file() and (folder / "final.zip").is_file()
+    above = folder.resolve().parent
     return Record(
         folder, config["agent"], config["env_id"], config["seed"],
         {**{key: value for key, value in config.items() if key not in _NOT_SETTINGS}, **config["config"]},
         _merged(logs), evaluation, int(steps), complete, config["env_kwargs"], versions,
-        tuple(notes + _not_finite(path, evaluation)), _videos(folder), name,
+        tuple(notes + _not_finite(path, evaluation)), _videos(folder), name, above.name if is_group(above) else None,
     )  # fmt: skip
 
 
@@ -186,6 +217,8 @@ def _read_foreign(folder: Path, name: str | None) -> Record:
         raise ValueError("; ".join(notes) or f"{folder} is empty: no return was logged")
     arguments = {key: value for path in folder.glob("*/args.yml") for key, value in read_zoo_file(path).items()}
     settings = {key: value for path in folder.glob("*/config.yml") for key, value in read_zoo_file(path).items()}
+    if (steps := arguments.get("n_timesteps", "")).isdigit():
+        settings["n_timesteps"] = steps  # `-n`, -1 without it; config.yml has the preset's
     whole = folder.resolve()
     stem, seed = _by_name(whole.name)
     above = [match[1] for each in (whole, *whole.parents) if (match := _ENVIRONMENT.fullmatch(each.name))]
@@ -197,6 +230,7 @@ def _read_foreign(folder: Path, name: str | None) -> Record:
     return Record(
         folder, arguments.get("algo") or _agent_of(whole, stem), env_id, seed, settings, curves, evaluation,
         int(max(log.steps for log in logs)), True, notes=tuple(notes), videos=_videos(folder), name=name,
+        tells_its_end=False,
     )  # fmt: skip
 
 

@@ -9,12 +9,18 @@ function color(group) {
   return group < COLORS ? `var(--c${group})` : `hsl(${(group * 137.5) % 360} 60% 50%)`;
 }
 
-/** All lines of a section: every run, and each group's IQM. Points are [step, return, seconds or null]. */
+/** All lines of a section: every run, its evaluations, and each group's IQM. Points are [step, return, seconds]. */
 function lines(section) {
   return section.groups.flatMap((group, i) => [
     ...group.runs
       .filter((run) => run.curve.length)
       .map((run) => ({ group: i, name: group.name, label: run.label, dashed: !run.complete, points: run.curve })),
+    ...group.runs
+      .filter((run) => run.evaluations.length)
+      .map((run) => ({
+        group: i, name: group.name, label: `${run.label}, evaluated`, dots: true,
+        points: run.evaluations.map(([x, y]) => [x, y, null]),
+      })),
     ...(group.mean
       ? [{ group: i, name: group.name, label: "IQM", thick: true, points: group.mean.map(([x, y]) => [x, y, null]) }]
       : []),
@@ -123,7 +129,10 @@ function draw(svg, section, shown, scale) {
     const edge = mean.map(([x, , low]) => [x, low]).concat(mean.map(([x, , , high]) => [x, high]).reverse());
     element("path", { d: `${path(edge, scale)}Z`, fill: color(i), opacity: 0.15 }, svg);
   }
-  for (const line of shown) {
+  for (const line of shown.filter((each) => each.dots))
+    for (const [x, y] of line.points)
+      element("circle", { cx: scale.x(x), cy: scale.y(y), r: 2.5, fill: color(line.group), opacity: 0.7 }, svg);
+  for (const line of shown.filter((each) => !each.dots)) {
     const style = { d: path(line.points, scale), fill: "none", stroke: color(line.group), "stroke-linejoin": "round" };
     const alone = !section.groups[line.group].mean; // nothing thicker tells this group from others
     const kind = line.thick ? { "stroke-width": 2.5 } : alone ? { "stroke-width": 1.75 } : { "stroke-width": 1, opacity: 0.6 };

@@ -76,7 +76,7 @@ def _count(sections: Sequence[Section]) -> str:
 
 def _section(i: int, section: Section, videos: str) -> str:
     level = level_of(section)
-    heads = ["group", "runs", "IQM", "95 % interval", f"reach {level}", f"steps to {level}", f"seconds to {level}"]
+    heads = ["group", "runs", "IQM", "95 % interval", f"reached {level}", f"steps to {level}", f"seconds to {level}"]
     rows = [
         [
             _name(section, group), _runs(group), f"<b>{iqm_of(group)}</b>", interval(group.interval),
@@ -96,6 +96,7 @@ def _section(i: int, section: Section, videos: str) -> str:
             f'<p class="quiet">Threshold {level}: {escape(section.threshold_note)}. Steps and wall seconds are medians '
             f"over runs until the {section.curve} return first reaches it.</p>"
         )
+    dots = " Dots: evaluations of the deterministic policy." if section.curve == "training" else ""
     return f"""<section>
 <h2>{escape(section.env)}</h2>
 <p>Compared by the {WORDS[section.measure]}. IQM: interquartile mean over runs, with a 95 % bootstrap interval.</p>
@@ -103,8 +104,8 @@ def _section(i: int, section: Section, videos: str) -> str:
 {threshold}
 <h3>Learning curves</h3>
 <figure class="chart" data-section="{i}"><noscript>The curves need JavaScript; the tables do not.</noscript></figure>
-<p class="quiet">Thin: every run, dashed if unfinished. Thick: IQM over complete runs, in its 95 % interval. Point at a
-line for its values; press a name to hide its group.</p>
+<p class="quiet">Thin: every run, dashed if unfinished. Thick: IQM over complete runs, in its 95 % interval.{dots} Point
+at a line for its values; press a name to hide its group.</p>
 {_titled("Probability of improvement", _table(["group", "better than", "probability", "95 % interval"], chances))}
 {_titled("Settings that differ", _table(["setting", *names], settings))}
 <h3>Every run</h3>
@@ -131,7 +132,7 @@ def _run_rows(section: Section) -> list[list[str]]:
             _name(section, group), escape(run.record.label),
             number(run.score) if run.counts else f"({number(run.score)})", f"{run.record.steps:,}",
             until(run.reached[0]) if run.reached else "not reached",
-            "complete" if run.record.complete else "<b>unfinished</b>",
+            run.record.state if run.record.complete else f"<b>{run.record.state}</b>",
             f"<code>{escape(str(run.record.folder))}</code>",
         ]
         for group in section.groups

@@ -40,19 +40,21 @@ def format_runs(head: str, rows: Sequence[Row], summaries: Sequence[tuple[str, d
     """A row for each run with its mean returns, and one for each summary of `over_runs`."""
     reports = [row.report for row in rows if row.report is not None]
     modes = [mode for mode in MODES if reports and mode in reports[0]]
-    width = max(len(text) for text in (head, *(row.name for row in rows), *(name for name, _ in summaries)))
-    lines = ["  ".join([f"{head:{width}}", f"{'steps':>11}", *(f"{mode:>26}" for mode in modes)])]
+    lines = [([head, "steps", *modes], "")]
     for row in rows:
-        if row.report is None:
-            lines.append(f"{row.name:{width}}  {row.note}")
-        else:
-            returns = (f"{row.report[mode]['mean']:.1f}" for mode in modes)
-            steps = f"{row.report['timesteps']:>11,}"
-            lines.append("  ".join([f"{row.name:{width}}", steps, *(f"{each:>26}" for each in returns), row.note]))
+        cells = [row.name]
+        if row.report is not None:
+            cells += [f"{row.report['timesteps']:,}", *(f"{row.report[mode]['mean']:.1f}" for mode in modes)]
+        lines.append((cells, row.note))
     for name, summary in summaries:
         intervals = (format_interval(summary[mode]) for mode in modes)
-        lines.append("  ".join([f"{name:{width}}", " " * 11, *(f"{each:>26}" for each in intervals)]))
-    return "\n".join(line.rstrip() for line in lines)
+        lines.append(([name, f"IQM of {summary['runs']} [95 %]", *intervals], ""))
+    columns = range(2 + len(modes))
+    widths = [max(len(cells[i]) for cells, _ in lines if i < len(cells)) for i in columns]
+    return "\n".join(
+        "  ".join([f"{cells[0]:{widths[0]}}", *map(str.rjust, cells[1:], widths[1:]), note]).rstrip()
+        for cells, note in lines
+    )
 
 
 def format_interval(summary: dict[str, float]) -> str:

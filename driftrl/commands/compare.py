@@ -20,7 +20,7 @@ from ..analysis.comparison_tables import as_json, csv_rows, format_section
 from ..analysis.curves import draw_curves
 from ..analysis.records import find_records
 from ..analysis.report import report_page
-from .errors import Parser, fail, output_closed, until_output_closes
+from .errors import Parser, check_installed, fail, output_closed, until_output_closes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,18 +70,20 @@ def _compare(args: argparse.Namespace) -> int:
     for option, path in files.items():
         if path is not None:
             _check_target(option, path)
-    if args.plot and args.plot.is_file():
-        raise ValueError(f"plot: got the file {args.plot}, expected a folder")
-    found = find_records([_place(text) for text in args.folders])
+    if args.plot:
+        check_installed("plot", "plot", "matplotlib")
+        if args.plot.is_file():
+            raise ValueError(f"plot: got the file {args.plot}, expected a folder")
+    places = {text: _place(text) for text in args.folders}
+    found = find_records(list(places.values()))
     sections, unassigned = compare(found.records, args.threshold, args.measure, args.env)
     problems = found.problems + unassigned
     for problem in problems:
         print(f"warning: left out: {problem}", file=sys.stderr)
-    if not sections:
-        raise ValueError(
-            f"no runs: got {', '.join(args.folders)}, expected folders of train.py (config.json), or logs of "
-            "Stable-Baselines3 (progress.csv, monitor.csv, evaluations.npz)"
-        )
+    shown = [run.record.folder.resolve() for section in sections for group in section.groups for run in group.runs]
+    for text, (_, place) in places.items():
+        if not any(folder.is_relative_to(place.resolve()) for folder in shown):
+            raise ValueError(f"{text}: got no run that can be compared; {problems[0] if problems else 'name others'}")
     if args.json == "-":
         print(json.dumps(as_json(sections, problems), indent=2, allow_nan=False))
     else:

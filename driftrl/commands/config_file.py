@@ -13,6 +13,7 @@ from typing import IO, Any, get_type_hints
 
 from ..agents.registry import AGENTS
 from ..runs.fields import fitted
+from ..runs.kinds import is_group
 from .arguments import Arguments
 
 _OF_A_RUN = {"versions", "git", "resumed"}
@@ -65,10 +66,14 @@ def read_config_file(path: Path, agent: str | None) -> ConfigFile:
     Raises:
         ValueError: if there is none, it cannot be read, or a key or a value is none of this agent's, in one line.
     """
-    if path.is_dir():
-        path = path / "config.json"
+    given = path
+    if given.is_dir():
+        path = given / "config.json"
+    if is_group(given):
+        one = next(iter(sorted(given.glob("*/config.json"))), given / "s0" / "config.json").parent
+        raise ValueError(f"config: got {given}, a group of runs, expected one of them, such as {one}")
     if not path.is_file():
-        raise ValueError(f"config: got {path}, expected a .yaml or .json file, or a run folder; check the path")
+        raise ValueError(f"config: got {given}, expected a .yaml or .json file, or a run folder; check the path")
     return options_of(read_names(path), path, agent)
 
 
@@ -134,14 +139,23 @@ def read_names(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open(encoding="utf-8") as file:
-            data = json.load(file, object_pairs_hook=_once) if path.suffix == ".json" else _read_yaml(file)
+            data = _read_json(file) if path.suffix == ".json" else _read_yaml(file)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: no {'JSON' if path.suffix == '.json' else 'YAML'} that we can read: {error}"
         ) from None
+    if data is None:
+        raise ValueError(f"{path}: the file is empty, expected names with values, such as gamma: 0.99")
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: got {type(data).__name__}, expected names with values")
+        kind = "a list" if isinstance(data, list) else repr(data)
+        raise ValueError(f"{path}: got {kind}, expected names with values, such as gamma: 0.99")
     return data
+
+
+def _read_json(file: IO[str]) -> Any:
+    """The content of a JSON file; None where it is empty, as of YAML."""
+    text = file.read()
+    return json.loads(text, object_pairs_hook=_once) if text.strip() else None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

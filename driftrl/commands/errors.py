@@ -7,6 +7,7 @@ traceback.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import select
@@ -46,6 +47,19 @@ def whole_number(text: str) -> int:
     if not re.fullmatch(r"[-+]?\d+(\.\d+)?[eE]\+?\d{1,2}", text) or not float(text).is_integer():
         raise NotWhole(f"got {text}, expected an integer")
     return int(float(text))
+
+
+def check_installed(option: str, extra: str, *modules: str) -> None:
+    """Refuse an option whose packages are missing, before anything is loaded for it.
+
+    Args:
+        option: what needs them.
+        extra: of driftrl, which has them.
+        modules: their names when imported.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"{option}: {module} is not installed; run pip install 'driftrl[{extra}]'")
 
 
 def import_from_here() -> None:

@@ -1,6 +1,6 @@
 """Evaluate, film or export a saved policy: `python evaluate.py RUN_OR_FILE --episodes 20 [--video out.mp4]`.
 
-Several runs, or a group of them, are evaluated in one table: driftrl/commands/evaluate_several.py.
+Several runs, a group or a folder of them are evaluated in one table: driftrl/commands/evaluate_several.py.
 """
 
 from __future__ import annotations
@@ -30,12 +30,22 @@ from ..analysis.video import choose_renderer, record_video
 from ..envs import check_env
 from ..envs.avoid import AVOID
 from ..envs.multigoal import GOAL_TASKS
-from ..runs.folder import RunSettings, load_saved, newest_run, run_folder_of
-from ..runs.group import is_group
-from .errors import Parser, fail, import_from_here, output_closed, until_output_closes, users_line, whole_number
+from ..runs.folder import RunSettings, load_saved, run_folder_of
+from ..runs.group import runs_in
+from ..runs.kinds import is_group
+from .errors import (
+    Parser,
+    check_installed,
+    fail,
+    import_from_here,
+    output_closed,
+    until_output_closes,
+    users_line,
+    whole_number,
+)
 from .evaluate_several import evaluate_several
 from .record import record
-from .target import target_of
+from .target import longest_episode, target_of
 
 
 def _check_target(option: str, path: Path) -> None:
@@ -56,16 +66,16 @@ def _main(argv: Sequence[str] | None) -> int:
     usage = "%(prog)s RUN_OR_FILE ... [options]"
     parser = Parser(prog=Path(sys.argv[0]).name, usage=usage, description="Evaluate a saved policy.")
     parser.add_argument(
-        "paths", type=Path, nargs="*", metavar="RUN_OR_FILE", help="run folder, folder of a group, or saved .zip file; "
-        "several are evaluated in one table",
+        "paths", type=Path, nargs="*", metavar="RUN_OR_FILE", help="run folder, folder of runs or groups, or saved "
+        ".zip file; several runs are evaluated in one table",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"driftrl {__version__}")
     parser.add_argument(
         "--episodes", type=whole_number, default=20, help="episodes per policy, >= 1 (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-steps", type=whole_number, default=MAX_STEPS, help="longest episode where the environment has no time "
-        "limit of its own, >= 1 (default: %(default)s)",
+        "--max-steps", type=whole_number, help="longest episode where the environment has no time limit of its own, "
+        f">= 1 (default: {MAX_STEPS})",
     )  # fmt: skip
     parser.add_argument("--sample", action="store_true", help="only the sampled policy, also in video and export")
     parser.add_argument("--env", metavar="ID", help="Gymnasium id (default: the one of the run)")
@@ -98,9 +108,10 @@ def _main(argv: Sequence[str] | None) -> int:
         if not args.paths:
             parser.error("got no RUN_OR_FILE, expected a run folder or saved .zip file")
         _check(args)
-        if len(args.paths) > 1 or is_group(args.paths[0]):
-            return evaluate_several(args)
-        return _evaluate(args, args.paths[0])
+        runs = [run for path in args.paths for run in runs_in(path)]
+        if len(runs) > 1 or is_group(args.paths[0]):
+            return evaluate_several(runs, args)
+        return _evaluate(args, runs[0])
     except (ValueError, OSError) as error:
         if output_closed():
             raise
@@ -116,7 +127,7 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what can be refused before anything is loaded."""
     if args.episodes < 1:
         raise ValueError(f"episodes: got {args.episodes}, expected an integer of at least 1")
-    if args.max_steps < 1:
+    if args.max_steps is not None and args.max_steps < 1:
         raise ValueError(f"max-steps: got {args.max_steps}, expected an integer of at least 1")
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"seed: got {args.seed}, expected an integer of 0 .. 2**31 - 1")
@@ -124,24 +135,27 @@ def _check(args: argparse.Namespace) -> None:
         _check_target("json", Path(args.json))
     if args.video:
         _check_target("video", args.video)
+        check_installed("video", "video", "imageio", "imageio_ffmpeg")
     if args.export:
         _check_target("export", args.export)
         if args.export.suffix not in EXPORTERS:
             raise ValueError(f"export: got {args.export}, expected a name that ends in {' or '.join(EXPORTERS)}")
+        if args.export.suffix == ".onnx":
+            check_installed("export", "export", "onnx", "onnxscript")
     if args.record:
+        check_installed("record", "data", "h5py")
         check_target(args.record)
     if args.hub:
         check_hub_folder(args.hub)
         if args.video and args.video.suffix != ".mp4":
             raise ValueError(f"video: got {args.video}, expected a name that ends in .mp4: the Hub shows no other")
-    if args.plot and args.plot.is_file():
-        raise ValueError(f"plot: got the file {args.plot}, expected a folder")
+    if args.plot:
+        check_installed("plot", "plot", "matplotlib")
+        if args.plot.is_file():
+            raise ValueError(f"plot: got the file {args.plot}, expected a folder")
 
 
-def _evaluate(args: argparse.Namespace, given: Path) -> int:
-    path = newest_run(given)
-    if path != given:
-        print(f"{given} holds runs; taking the newest, {path}", file=sys.stderr)
+def _evaluate(args: argparse.Namespace, path: Path) -> int:
     _, settings, env_id, env_kwargs = target_of(path, args)
     if args.hub and settings is None:
         raise ValueError(f"hub: got {path}, which lies in no run folder; the card tells of a run")
@@ -155,6 +169,7 @@ def _evaluate(args: argparse.Namespace, given: Path) -> int:
     if args.video:
         choose_renderer()
     check_env(env_id, **env_kwargs)
+    args.max_steps = longest_episode(args.max_steps, [(env_id, env_kwargs)])
     file, agent, skipped = load_saved(path, args.device)
     for reason in skipped:
         print(f"warning: skipped {reason}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`evaluate.py RUN RUN2 ...`: several runs, or a group of them, in one table, with the IQM over runs of one setting."""
+"""`evaluate.py RUN RUN2 ...`: several runs, a group or a folder of them, in one table, with the IQM by setting."""
 
 from __future__ import annotations
 
@@ -15,28 +15,35 @@ from ..analysis.evaluation import evaluate_modes
 from ..analysis.several import MODES, Row, format_runs, over_runs
 from ..envs import check_env
 from ..runs.folder import has_saved, load_saved
-from ..runs.group import is_group, is_member, members
+from ..runs.group import is_member
 from .record import record
-from .target import target_of
+from .target import longest_episode, target_of
 
 _OF_ONE = ("video", "plot", "export", "start", "hub")
 """Options that are about one policy."""
 
 
-def evaluate_several(args: argparse.Namespace) -> int:
-    """Evaluate all runs that the command line names; returns 0, or 1 where runs of a group have nothing saved.
+def evaluate_several(paths: Sequence[Path], args: argparse.Namespace) -> int:
+    """Evaluate several runs; returns 0, or 1 where runs of a group have nothing saved.
+
+    Args:
+        paths: runs or saved files.
+        args: the options of `evaluate.py`.
 
     Raises:
-        ValueError: if an option is about one policy, a path is no run, or nothing at all is saved.
+        ValueError: if an option is about one policy, a path is no run or named twice, or nothing at all is saved.
     """
     if wrong := [name for name in _OF_ONE if getattr(args, name)]:
-        raise ValueError(f"{wrong[0]}: got several runs, expected one; name one of them")
-    runs = [_Run(path, args) for path in _expanded(args.paths)]
+        raise ValueError(f"{wrong[0]}: got several runs, expected one; name one of them, such as {_newest(paths)}")
+    _check_different(paths)
+    runs = [_Run(path, args) for path in paths]
     if not any(run.is_saved for run in runs):
         raise ValueError(f"got {args.paths[0]}, where no run has saved anything yet, expected saved agents; train on")
     for run in runs:
         if run.is_saved:
             check_env(run.env_id, **run.env_kwargs)
+    tasks = [(run.env_id, run.env_kwargs) for run in runs if run.is_saved]
+    args.max_steps = longest_episode(args.max_steps, tasks)
     out = sys.stderr if args.json == "-" else sys.stdout
     episodes = f"{args.episodes} episode{'s' if args.episodes != 1 else ''} each"
     print(f"{len(runs)} runs, {episodes}", file=out, flush=True)
@@ -98,17 +105,16 @@ class _Run:
         return Row(str(self.path), self.report, ", ".join(notes))
 
 
-def _expanded(paths: Sequence[Path]) -> list[Path]:
-    """The paths, with the runs of a group in its place; each once.
-
-    Raises:
-        ValueError: if a run is named twice: it would count twice.
-    """
-    found = [run for path in paths for run in (members(path) if is_group(path) else [path])]
-    places = [path.resolve() for path in found]
-    if twice := [path for path, place in zip(found, places, strict=True) if places.count(place) > 1]:
+def _check_different(paths: Sequence[Path]) -> None:
+    """Refuse a run that is named twice: it would count twice."""
+    places = [path.resolve() for path in paths]
+    if twice := [path for path, place in zip(paths, places, strict=True) if places.count(place) > 1]:
         raise ValueError(f"got {twice[0]} twice, expected different runs")
-    return found
+
+
+def _newest(paths: Sequence[Path]) -> Path:
+    """The path that was written last."""
+    return max(paths, key=lambda path: path.stat().st_mtime if path.exists() else 0.0)
 
 
 def _over_groups(runs: Sequence[_Run]) -> list[tuple[str, list[_Run], dict[str, Any]]]:
@@ -118,6 +124,7 @@ def _over_groups(runs: Sequence[_Run]) -> list[tuple[str, list[_Run], dict[str, 
         those = [run for run in runs if run.setting == setting and run.report is not None]
         if len(those) > 1:
             summary = over_runs([run.report for run in those if run.report is not None])
-            where = those[0].path.parent if is_member(those[0].path) else those[0].env_id
-            found.append((f"{where}: IQM of {len(those)} [95 %]", those, summary))
+            names = ", ".join(run.path.name for run in those)
+            where = those[0].path.parent if is_member(those[0].path) else f"{those[0].env_id}: {names}"
+            found.append((str(where), those, summary))
     return found

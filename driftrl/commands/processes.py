@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 
-from ..runs.folder import read_settings
+from ..runs.folder import read_settings, saved_steps
 from ..runs.group import is_trained
 from .member import call, last_words
 from .progress import RunState
@@ -82,6 +82,13 @@ class Job(abc.ABC):
         else:
             self.state.end("pruned")
 
+    def end_stopped(self) -> None:
+        """End it because of a signal, and say what it has saved."""
+        if found := saved_steps(self.folder):
+            self.state.end(f"stopped at {found:,} of {self.state.total:,} steps, with a checkpoint")
+        else:
+            self.state.end("stopped, nothing saved" if self.is_told else "not begun")
+
     def _note_end(self, code: int, said: str) -> None:
         """It does not run any longer: note how that came.
 
@@ -96,7 +103,7 @@ class Job(abc.ABC):
         elif (code < 0 or code in _STOPPED) and not self.is_told and self._retries > 0:
             self._retries -= 1
         elif code in _STOPPED:
-            self.state.end("stopped")
+            self.end_stopped()
         else:
             self.failed = True
             how = f"killed by signal {-code}" if code < 0 else f"exit code {code}: {said}"

@@ -25,7 +25,8 @@ from ..runs.folder import (
     record_resumption,
     write_settings,
 )
-from ..runs.group import is_group, is_member
+from ..runs.group import is_member
+from ..runs.kinds import is_group, is_shared
 from ..runs.lock import alone
 from ..runs.warnings import warn
 from .describe import command, describe
@@ -47,6 +48,8 @@ def resume(args: Sequence[str], report_to: Report | None = None) -> int:
     folder: Path = arguments.resume
     if folder.is_file():
         raise ValueError(f"resume: got the file {folder}, expected a run folder")
+    if is_shared(folder):
+        raise ValueError(f"resume: got {folder}, a folder for the Hub without training state, expected a run folder")
     if is_group(folder):
         check_alone("a group of runs")
         return _resume_group(folder, arguments)

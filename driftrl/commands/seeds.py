@@ -11,7 +11,7 @@ from typing import Any
 
 from ..analysis.several import Row, format_runs, over_runs
 from ..envs.mujoco_batch import available_cores
-from ..runs.folder import has_saved, read_settings
+from ..runs.folder import read_settings
 from ..runs.group import members
 from ..runs.lock import alone
 from ..runs.warnings import warn
@@ -83,7 +83,7 @@ def _start_some(runs: Sequence[RunProcess], jobs: int, signals: Signals) -> None
     """Start waiting runs up to the number of jobs; after a signal none."""
     for run in runs:
         if run.is_waiting and signals.number is not None:
-            run.state.end("not begun" if not has_saved(run.folder) else "stopped")
+            run.end_stopped()
         elif run.is_waiting and sum(each.is_running for each in runs) < jobs:
             run.start()
 
@@ -91,7 +91,7 @@ def _start_some(runs: Sequence[RunProcess], jobs: int, signals: Signals) -> None
 def _table(runs: Sequence[RunProcess], seeds: Sequence[int]) -> str:
     rows = [_row(run, str(seed)) for run, seed in zip(runs, seeds, strict=True)]
     reports = [row.report for row in rows if row.report is not None]
-    summaries = [(f"IQM of {len(reports)} [95 %]", over_runs(reports))] if len(reports) > 1 else []
+    summaries = [("all", over_runs(reports))] if len(reports) > 1 else []
     return format_runs("seed", rows, summaries)
 
 

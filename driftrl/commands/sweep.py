@@ -156,8 +156,7 @@ class _News:
         for job in jobs:
             if not job.is_open and job not in self._told:
                 self._told.add(job)
-                ended = sum(not each.is_open for each in jobs)
-                print(f"{job.state.label}: {job.state.ended}  ({ended} of {len(jobs)} runs ended)", flush=True)
+                print(f"{job.state.label}: {job.state.ended}  ({self._source.progress()})", flush=True)
         if time.monotonic() - self._shown_at >= _EVERY:
             self._shown_at = time.monotonic()
             for job in jobs:

@@ -115,9 +115,9 @@ def _start(name: str | None, args: Sequence[str]) -> int:
             check_alone("pretraining on demonstrations")
         if "seeds" in chosen:
             check_alone("a group of runs")
-            return _start_group(entry, standard, arguments, settings)
+            return _start_group(entry, standard, arguments, settings, chosen)
         with contextlib.closing(make_env(settings, settings.seed)) as env:
-            agent = make_agent(settings, env, arguments.config)
+            agent = make_agent(settings, env, arguments.config, chosen)
             with run_folder(arguments.run_dir, settings) as folder:
                 print(describe(settings, agent.device))
                 print(describe_preset(entry, standard, arguments))
@@ -165,11 +165,13 @@ def _check_group_options(arguments: Arguments, chosen: Collection[str]) -> None:
     check_seeds(arguments.seeds)
 
 
-def _start_group(entry: AgentSpec, defaults: Arguments, arguments: Arguments, settings: RunSettings) -> int:
+def _start_group(
+    entry: AgentSpec, defaults: Arguments, arguments: Arguments, settings: RunSettings, chosen: Collection[str]
+) -> int:
     """Train one run per seed, in a new group, or in one of the same command that is not complete."""
     runs = [dataclasses.replace(settings, seed=seed) for seed in arguments.seeds]
     with contextlib.closing(make_env(settings, settings.seed)) as env:  # refuses here what each run would refuse
-        make_agent(dataclasses.replace(settings, device="cpu"), env, arguments.config)
+        make_agent(dataclasses.replace(settings, device="cpu"), env, arguments.config, chosen)
     print(describe(settings, settings.device, arguments.seeds))
     print(describe_preset(entry, defaults, arguments))
     group = incomplete_group(arguments.run_dir, runs)

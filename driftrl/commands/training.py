@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +49,20 @@ def make_env(settings: RunSettings, seed: int | None) -> VecEnv:
     return env
 
 
-def make_agent(settings: RunSettings, env: VecEnv, config: Any) -> Checkpointed:
-    """The untrained agent of a run."""
+def make_agent(settings: RunSettings, env: VecEnv, config: Any, chosen: Collection[str] = ()) -> Checkpointed:
+    """The untrained agent of a run.
+
+    Args:
+        settings: of the run.
+        env: its environments.
+        config: the agent's Config.
+        chosen: names of options that somebody wrote down. A batch size that nobody did needs no warning.
+    """
     agent = AGENTS[settings.agent].agent
-    return agent(policy_alias(env), env, config=config, seed=settings.seed, device=settings.device)
+    with warnings.catch_warnings():
+        if "batch_size" not in chosen:
+            warnings.filterwarnings("ignore", "batch_size: got .* more than the rollout's", UserWarning)
+        return agent(policy_alias(env), env, config=config, seed=settings.seed, device=settings.device)
 
 
 def train(

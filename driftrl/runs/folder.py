@@ -33,6 +33,7 @@ from ..agents.storage import saving
 from ..agents.storage.files import all_or_nothing, write_json
 from ..agents.storage.saving import Checkpointed
 from ..agents.storage.values import CheckpointError
+from .kinds import AGENT
 from .rank_states import documents, state_in
 
 _REMEDY = f"expected a .zip file saved by {' or '.join(AGENTS)}, or a run folder"
@@ -162,7 +163,7 @@ def read_settings(folder: Path) -> RunSettings:
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no run: got {folder}, expected the folder of a run, with a config.json") from None
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"unreadable run: {folder / 'config.json'} is damaged ({error!r}); restore it") from error
+        raise ValueError(f"unreadable run: {folder / 'config.json'} is damaged ({error}); restore it") from error
     if settings.agent not in AGENTS:
         raise ValueError(f"unknown agent: {folder} is a run of {settings.agent!r}, expected one of {', '.join(AGENTS)}")
     return settings
@@ -202,6 +203,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step_*.zip"), key=_steps, reverse=True)
 
 
+def saved_steps(folder: Path) -> int | None:
+    """The steps of a run's newest checkpoint; None where there is none."""
+    return next(map(_steps, checkpoints(folder)), None)
+
+
 def _steps(checkpoint_file: Path) -> int:
     return int(checkpoint_file.stem.removeprefix("step_"))
 
@@ -210,7 +216,7 @@ def find_checkpoint(path: Path) -> Path:
     """The saved agent of a run folder: final.zip; if training is not complete the newest checkpoint, else best.zip.
 
     Args:
-        path: a run folder; or a saved file, which is returned as it is.
+        path: a run folder; or a folder for the Hub, which has one agent; or a saved file, which is returned as it is.
 
     Raises:
         ValueError: if there is none.
@@ -226,18 +232,10 @@ def _saved_files(path: Path) -> list[Path]:
         raise ValueError(f"no such run: got {path}, expected an existing run folder or saved .zip file; check the path")
     read_settings(path)
     last = [path / name for name in ("best.zip", PRETRAINED, PRETRAIN)]
-    found = [file for file in (path / "final.zip", *checkpoints(path), *last) if file.exists()]
+    found = [file for file in (path / "final.zip", *checkpoints(path), *last, path / AGENT) if file.exists()]
     if not found:
         raise ValueError(f"empty run: got {path}, expected final.zip, checkpoints/step_*.zip or best.zip; train anew")
     return found
-
-
-def newest_run(path: Path) -> Path:
-    """The run begun last, where a folder is none but holds runs (`runs/Hopper-v5`); else the path itself."""
-    if not path.is_dir() or (path / "config.json").exists():
-        return path
-    runs = [file.parent for file in path.glob("*/**/config.json") if has_saved(file.parent)]
-    return max(runs, key=lambda run: (run / "config.json").stat().st_mtime, default=path)
 
 
 class Saved(NamedTuple):

@@ -13,15 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..agents.storage.files import write_json
-from .folder import RunSettings, is_complete, new_folder, read_settings, write_settings
-
-GROUP_FILE = "group.json"
-"""What makes a folder that of a group."""
-
-
-def is_group(folder: Path) -> bool:
-    """Whether a folder is a group's."""
-    return (folder / GROUP_FILE).is_file()
+from .folder import RunSettings, has_saved, is_complete, new_folder, read_settings, write_settings
+from .kinds import GROUP_FILE, is_group, is_shared
 
 
 def is_member(folder: Path) -> bool:
@@ -39,7 +32,29 @@ def members(group: Path) -> list[Path]:
         names = json.loads((group / GROUP_FILE).read_text())["runs"]
         return [group / name for name in names]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"unreadable group: {group / GROUP_FILE} is damaged ({error!r}); restore it") from error
+        raise ValueError(f"unreadable group: {group / GROUP_FILE} is damaged; restore it") from error
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs of a group, or those of a folder of runs and groups (`runs/Hopper-v5`), however deep.
+
+    Single runs that have saved nothing are left out: they have just begun. What is neither, a run or a saved file say,
+    is returned as it is.
+
+    Raises:
+        ValueError: if a group.json is damaged.
+    """
+    if is_group(folder):
+        return members(folder)
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return [folder]
+    found: dict[Path, None] = {}
+    for run in sorted(file.parent for file in folder.rglob("config.json")):
+        if is_member(run):
+            found |= dict.fromkeys(members(run.parent))
+        elif has_saved(run) and not is_shared(run):
+            found[run] = None
+    return list(found) or [folder]
 
 
 def new_group(root: Path, runs: Sequence[RunSettings]) -> Path:

@@ -20,7 +20,7 @@ from ..commands.settings import settings_of_file
 from ..commands.training import make_agent, make_env
 from ..runs.fields import made_of
 from ..runs.folder import RunSettings, read_settings, write_settings
-from ..runs.group import GROUP_FILE
+from ..runs.kinds import GROUP_FILE
 from ..runs.lock import exclusively
 from .spec import Spec
 
@@ -115,7 +115,7 @@ def check_runs(groups: Sequence[Planned], spec: Spec, place: str = "grid") -> No
                     if key not in envs:
                         envs[key] = stack.enter_context(contextlib.closing(make_env(run, run.seed)))
                     config = made_of(AGENTS[run.agent].config, run.config)
-                    make_agent(dataclasses.replace(run, device="cpu"), envs[key], config)
+                    make_agent(dataclasses.replace(run, device="cpu"), envs[key], config, {*spec.settings, *spec.grid})
                 except ValueError as error:
                     raise ValueError(f"{spec.path}: {group.name}: {error}") from error
     for group in groups:

@@ -22,6 +22,9 @@ class Source(Protocol):
     def is_open(self) -> bool:
         """Whether a run trains, waits, or is still to come."""
 
+    def progress(self) -> str:
+        """How far the whole is, for a line."""
+
     def next(self) -> Job | None:
         """A run to start now, if there is one."""
 
@@ -46,6 +49,10 @@ class GridSource:
         """Whether a run trains or waits."""
         return any(job.is_open for job in self.jobs)
 
+    def progress(self) -> str:
+        """How many runs are complete, of all."""
+        return f"{sum(job.state.ended == 'complete' for job in self.jobs)} of {len(self.jobs)} runs complete"
+
     def next(self) -> Job | None:
         """The first run that waits and that no other process trains."""
         return next_of(self.jobs)
@@ -59,7 +66,7 @@ class GridSource:
         """Those that wait are not started."""
         for job in self.jobs:
             if job.is_waiting:
-                job.state.end("stopped")
+                job.end_stopped()
 
 
 def jobs_of(group: Planned, executor: Executor, label: str) -> list[Job]:

@@ -58,6 +58,12 @@ class StudySource:
         """Whether a trial of ours is not over, or others can be begun, here or by those who work on the rest."""
         return bool(self._trials) or (not self._closed and self._count() < self._search.trials) or self._others()
 
+    def progress(self) -> str:
+        """How many trials are over, of all that are asked for; those of others count, too."""
+        trials = self.study.get_trials(deepcopy=False)
+        over = sum(each.state.is_finished() and _LOST not in each.user_attrs for each in trials)
+        return f"{over} of {self._search.trials} trials over"
+
     def next(self) -> Job | None:
         """A run of a trial that is open, else of one that nobody works on any longer, else of a new one."""
         job = next_of([job for trial in self._trials for job in trial.jobs])
@@ -79,7 +85,7 @@ class StudySource:
         for trial in self._trials:
             for job in trial.jobs:
                 if job.is_waiting:
-                    job.state.end("stopped")
+                    job.end_stopped()
 
     def _count(self) -> int:
         """Trials that count: not those that never began."""

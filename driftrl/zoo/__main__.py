@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 _USAGE = "usage: python -m driftrl.zoo train|enjoy|optimize|record_video [OPTIONS OF RL_ZOO3]"
@@ -11,6 +12,9 @@ _USAGE = "usage: python -m driftrl.zoo train|enjoy|optimize|record_video [OPTION
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one of rl_zoo3's commands with our agents registered; returns its exit code, 2 for bad input."""
+    from gymnasium.error import DependencyNotInstalled
+
+    from ..agents.common.config import UnknownArgument
     from ..commands.errors import fail, is_ours
 
     args = list(sys.argv[1:] if argv is None else argv)
@@ -33,11 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.argv = [f"python -m driftrl.zoo {name}", *(["-optimize"] if name == "optimize" else []), *rest]
     try:
         commands[name]()
+    except (UnknownArgument, DependencyNotInstalled) as error:
+        return fail(error)
     except ValueError as error:
-        if not is_ours(error):
+        if not (is_ours(error) or _is_the_zoos(error)):
             raise
         return fail(error)
     return 0
+
+
+def _is_the_zoos(error: ValueError) -> bool:
+    """Whether rl_zoo3 itself raised it: there is no such run or checkpoint, say."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__")).startswith("rl_zoo3.")
 
 
 def _train() -> None:

@@ -6,14 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from stable_baselines3.common.utils import ConstantSchedule
+from stable_baselines3.common.vec_env import VecEnv
 from typing_extensions import Self
 
 from ..agents.lipschitz_mbpo import LipschitzMBPO, sac_arguments
 from ..agents.policyflow import PolicyFlow, ppo_arguments
+from ..agents.registry import policy_alias
 
 
 class _ForTheZoo:
-    """What both agents need of rl_zoo3's way to load."""
+    """What both agents need of rl_zoo3's way to make and load them."""
+
+    @staticmethod
+    def policy_for(policy: Any, env: Any) -> Any:
+        """The policy: MultiInputPolicy where a preset says MlpPolicy and observations are a dictionary."""
+        return policy_alias(env) if policy == "MlpPolicy" and isinstance(env, VecEnv) else policy
 
     @classmethod
     def load(cls, path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -28,7 +35,7 @@ class ZooPolicyFlow(_ForTheZoo, PolicyFlow):
     def __init__(self, policy: Any = "MlpPolicy", env: Any = None, learning_rate: Any = None, **fields: Any) -> None:
         implied = ppo_arguments.implied_fields(fields.get("policy_kwargs") or {})
         fields = {name: value for name, value in fields.items() if name not in implied}
-        super().__init__(policy, env, **zoo_fields({"learning_rate": learning_rate, **fields}))
+        super().__init__(self.policy_for(policy, env), env, **zoo_fields({"learning_rate": learning_rate, **fields}))
 
 
 class ZooLipschitzMBPO(_ForTheZoo, LipschitzMBPO):
@@ -37,7 +44,7 @@ class ZooLipschitzMBPO(_ForTheZoo, LipschitzMBPO):
     def __init__(self, policy: Any = "MlpPolicy", env: Any = None, learning_rate: Any = None, **fields: Any) -> None:
         implied = sac_arguments.implied_fields(fields.get("policy_kwargs") or {})
         fields = {name: value for name, value in fields.items() if name not in implied}
-        super().__init__(policy, env, **zoo_fields({"learning_rate": learning_rate, **fields}))
+        super().__init__(self.policy_for(policy, env), env, **zoo_fields({"learning_rate": learning_rate, **fields}))
 
 
 ALGORITHMS: dict[str, type[ZooPolicyFlow] | type[ZooLipschitzMBPO]] = {

@@ -70,6 +70,58 @@ def test_long_names_become_numbers() -> None:
     assert [g.name for g in only([record(settings=each) for each in settings]).groups] == ["ppo #1", "ppo #2"]
 
 
+def test_trials_of_a_search_are_named_as_their_folders_and_numbered_in_a_wide_table() -> None:
+    settings = [{f"setting_{i}": i + j / 7 for i in range(9)} for j in range(3)]
+    section = only([record(settings=each, group=f"trial-000{i}") for i, each in enumerate(settings)])
+    assert [g.name for g in section.groups] == ["ppo trial-0000", "ppo trial-0001", "ppo trial-0002"]
+    text = format_section(section)
+    assert "0.1429" in text and "0.14285714" not in text
+    assert "setting that differs  ppo trial-0000" in text
+    many = only([record(settings={"a": i, "b": i}, name=f"a group of a rather long name, {i}") for i in range(4)])
+    text = format_section(many)
+    assert "(4) a group of a rather long name, 3  1 of 1" in text
+    assert max(map(len, text[text.index("setting that") :].partition("\n\n")[0].splitlines())) < 60
+
+
+def test_numbers_are_shortened_only_where_that_tells_them_apart() -> None:
+    section = only([record(settings={"lr": value}) for value in (0.1234567, 0.1234568)])
+    assert settings_table(section) == [("lr", ["0.1234567", "0.1234568"])]
+
+
+def test_a_group_whose_runs_differ_shows_all_values() -> None:
+    runs = [record(seed=seed, settings={"steps": steps}, name="x") for seed, steps in enumerate((9000, 2000, 9000))]
+    assert settings_table(only([*runs, record(settings={"steps": 9000}, name="y")])) == [
+        ("steps", ["9000, 2000", "9000"])
+    ]
+
+
+def test_without_curves_a_note_says_why_there_is_no_threshold() -> None:
+    section = only([record(curves={})])
+    assert any(note.startswith("no threshold: no complete run has a") for note in section.notes)
+    assert "reached the threshold  steps to it" in format_section(section)
+    assert "0 of 1" not in format_section(section)
+
+
+def test_a_note_says_that_curves_and_evaluations_are_two_measures() -> None:
+    says = "curves and threshold are of the return while training"
+    assert any(note.startswith(says) for note in only([record()]).notes)
+    assert not any(note.startswith(says) for note in only([record()], measure="training").notes)
+
+
+def test_logs_that_do_not_tell_their_end_are_not_called_complete() -> None:
+    section = only([record(tells_its_end=False), record(seed=1), record(seed=2, complete=False)])
+    (group,) = as_json([section], [])["sections"][0]["groups"]
+    assert [run["state"] for run in group["runs"]] == ["not known", "complete", "unfinished"]
+
+
+def test_evaluations_are_those_while_training_and_the_last() -> None:
+    while_training = Curve(np.array([100.0, 200.0]), np.array([5.0, 6.0]), np.full(2, np.nan))
+    curves = {"training": record().curves["training"], "evaluation": while_training}
+    assert record(7.0, curves=curves).evaluations() == [(100, 5), (200, 6), (300, 7)]
+    assert record(6.0, curves=curves, steps=200).evaluations() == [(100, 5), (200, 6)]
+    assert record(None).evaluations() == []
+
+
 def test_iqm_interval_and_times() -> None:
     section = only([record(score, seed) for seed, score in enumerate((1.0, 2.0, 3.0, 10.0))], threshold=1.0)
     (group,) = section.groups

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from driftrl import PolicyFlow
+from driftrl.analysis.records import find_records
 from driftrl.commands import evaluate, train, training
 from driftrl.runs.folder import checkpoints, load_agent
 
@@ -50,7 +51,14 @@ def test_the_folder_can_be_pushed_and_used(run: Path, capsys: pytest.CaptureFixt
     assert result["metrics"][0]["value"] == f"{np.mean(returns):.2f} +/- {np.std(returns):.2f}"
     low, high = report["sampled"]["iqm_low"], report["sampled"]["iqm_high"]
     assert f"| [{low:.1f}, {high:.1f}] |" in card
-    for text in ("5 episodes each", "seed 7", "| actor_hidden | [8, 4] |", f"- torch {torch.__version__}", "32 steps"):
+    for text in (
+        "played 5 episodes",
+        "On-policy PPO",
+        "seed 7",
+        "| actor_hidden | [8, 4] |",
+        f"- torch {torch.__version__}",
+        "32 steps",
+    ):
         assert text in card
     assert str(Path.cwd()) not in card
 
@@ -62,16 +70,33 @@ def test_the_folder_can_be_pushed_and_used(run: Path, capsys: pytest.CaptureFixt
     assert isinstance(names["agent"], PolicyFlow)
     assert (folder / "agent.zip").stat().st_size < file.stat().st_size  # no training state
 
+    (folder / "replay.mp4").write_text("of another agent")
     assert evaluate.main([str(run), "--episodes", "1", "--hub", "hub/one"]) == 0  # written anew
+    assert not (folder / "replay.mp4").exists()
+
+
+def test_the_folder_is_evaluated_and_is_no_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([str(run), "--episodes", "1", "--hub", "hub"]) == 0
+    Path("hub/.gitattributes").touch()  # as a download has it
+    capsys.readouterr()
+    assert evaluate.main(["hub", "--episodes", "1", "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == {**json.loads(Path("hub/results.json").read_text()), "file": "hub/agent.zip"}
+    assert [record.folder for record in find_records([(None, Path())]).records] == [run]
+    assert train.main(["--resume", "hub"]) == 2
+    assert capsys.readouterr().err.startswith("error: resume: got hub, a folder for the Hub without training state")
 
 
 def test_what_cannot_be_shared_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("full").mkdir()
     Path("full/secret.txt").touch()
+    Path("notours").mkdir()
+    Path("notours/README.md").write_text("hello")
     Path("alone.zip").write_bytes((run / "final.zip").read_bytes())
     capsys.readouterr()
     for arguments, says in (
         ([str(run), "--hub", "full"], "hub: got full, expected a new folder: all that lies in it will be pushed"),
+        ([str(run), "--hub", "notours"], "hub: got notours, expected a new folder"),
         ([str(run), "--hub", "alone.zip"], "hub: got alone.zip, expected a new folder"),
         (["alone.zip", "--env", "InvertedPendulum-v5", "--hub", "new"], "hub: got alone.zip, which lies in no run"),
         ([str(run), "--hub", "new", "--video", "a.gif"], "video: got a.gif, expected a name that ends in .mp4"),
@@ -82,6 +107,7 @@ def test_what_cannot_be_shared_is_one_line(run: Path, capsys: pytest.CaptureFixt
         assert error.startswith(f"error: {says}")
         assert error.count("\n") == 1
     assert not Path("new").exists()
+    assert Path("notours/README.md").read_text() == "hello"
 
 
 @pytest.mark.slow

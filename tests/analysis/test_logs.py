@@ -105,8 +105,9 @@ def test_a_file_that_is_no_progress_is_named(tmp_path: Path, content: bytes) -> 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
     path = tmp_path / "evaluations.npz"
     np.savez(path, timesteps=[1], results=np.array([[print]], dtype=object))
-    with pytest.raises(ValueError, match=r"evaluations\.npz is damaged: .*allow_pickle=False"):
+    with pytest.raises(ValueError, match=r"evaluations\.npz is damaged") as caught:
         read_evaluations(path)
+    assert "allow_pickle" not in str(caught.value)  # NumPy's advice is to load it unsafely
     path.write_bytes(b"PK half a file")
     with pytest.raises(ValueError, match=r"evaluations\.npz is damaged"):
         read_evaluations(path)

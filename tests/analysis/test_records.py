@@ -99,12 +99,24 @@ def test_a_folder_of_rl_zoo3(tmp_path: Path) -> None:
     head = "!!python/object/apply:collections.OrderedDict\n"
     write(
         folder / "Hopper-v5" / "args.yml",
-        f"{head}- - - algo\n    - ppo\n  - - env\n    - Hopper-v5\n  - - seed\n    - 12\n",
+        f"{head}- - - algo\n    - ppo\n  - - env\n    - Hopper-v5\n  - - n_timesteps\n    - 20\n  - - seed\n    - 12\n",
     )
-    write(folder / "Hopper-v5" / "config.yml", f"{head}- - - n_steps\n    - 512\n")
+    write(folder / "Hopper-v5" / "config.yml", f"{head}- - - n_steps\n    - 512\n  - - n_timesteps\n    - 1000000\n")
     (run,) = find_records([(None, tmp_path)]).records
     assert (run.agent, run.env_id, run.seed, run.evaluation) == ("ppo", "Hopper-v5", 12, 3.5)
-    assert run.settings == {"n_steps": "512"} and set(run.curves) == {"training", "evaluation"}
+    assert run.settings == {"n_steps": "512", "n_timesteps": "20"} and set(run.curves) == {"training", "evaluation"}
+
+
+def test_our_own_evaluations_while_training_are_read(tmp_path: Path) -> None:
+    ours(tmp_path / "group" / "s4")
+    write(tmp_path / "group" / "group.json", '{"runs": ["s4"]}')
+    write(
+        tmp_path / "group" / "s4" / "progress.csv", "eval/mean_return,rollout/ep_rew_mean,time/total_timesteps\n"
+        "2.5,,64\n,1,64\n3.5,,128\n",
+    )  # fmt: skip
+    (run,) = find_records([(None, tmp_path)]).records
+    assert run.curves["evaluation"].returns.tolist() == [2.5, 3.5] and run.group == "group"
+    assert run.evaluations() == [(64, 2.5), (128, 3.5), (256, 4.0)]
 
 
 def test_a_run_found_twice_counts_once_and_its_name_wins(tmp_path: Path) -> None:
@@ -117,7 +129,8 @@ def test_a_run_found_twice_counts_once_and_its_name_wins(tmp_path: Path) -> None
 def test_other_programs_folders_are_no_runs(tmp_path: Path) -> None:
     write(tmp_path / "a" / "config.json", '{"model_type": "bert"}')
     write(tmp_path / "b" / "config.json", "[]")
-    assert find_records([(None, tmp_path)]).records == []
+    with pytest.raises(ValueError, match="no runs: got "):
+        find_records([(None, tmp_path)])
 
 
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:

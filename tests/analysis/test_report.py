@@ -121,7 +121,7 @@ def test_the_script_finds_the_point_under_the_pointer(read: Reader) -> None:
     data = read.text["script"].partition('\n"use strict"')[0]
     result = subprocess.run(["node", "-e", code, data, SCRIPT.read_text()], capture_output=True, text=True, check=True)
     lines, words, ticks, short = json.loads(result.stdout)
-    assert lines == 8  # six runs, two means
+    assert lines == 14  # six runs, the evaluations of each, two means
     assert words == ["ppo, seed 2", "step 5,000, 5 s", "return 102"]
     assert ticks == [0, 0.5, 1] and short == "200k"
 

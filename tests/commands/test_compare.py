@@ -73,7 +73,7 @@ def test_without_matplotlib_one_line_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert main(["runs", "--plot", "pictures"]) == 2
+    assert main(["nowhere", "--plot", "pictures"]) == 2  # before anything is read
     assert capsys.readouterr().err.splitlines() == [
         "error: plot: matplotlib is not installed; run pip install 'driftrl[plot]'"
     ]
@@ -95,6 +95,7 @@ def test_damaged_runs_are_one_line_each_and_the_others_go_on(folder: Path, capsy
         (["nowhere"], "no such folder: got nowhere"),
         (["=runs"], "got =runs, expected NAME=FOLDER"),
         (["empty"], "no runs: got empty, expected folders of train.py"),
+        (["runs", "ppo=empty"], "no runs: got empty, expected folders of train.py"),
         (["runs", "--threshold", "nan"], "threshold: got nan, expected a finite number"),
         (["runs", "--html", "empty"], "html: got empty, expected a file"),
         (["runs", "--csv", "no/t.csv"], "csv: got no/t.csv, expected a file"),
@@ -108,6 +109,17 @@ def test_bad_input_is_one_line(
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message}")
+
+
+def test_a_folder_of_which_nothing_is_compared_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_folder(folder / "runs" / "other", 0, 1.0, env_id="HalfCheetah-v5")
+    assert main(["runs", "ppo=logs", "--html", "r.html"]) == 2
+    *warnings, error = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2
+    says = "logs/s0 does not tell its environment; add --env ID"
+    assert error == f"error: ppo=logs: got no run that can be compared; {says}"
+    assert not (folder / "r.html").exists()
+    assert main(["runs", "ppo=logs", "--env", "Hopper-v5"]) == 0
 
 
 def test_a_folder_with_an_equals_sign_is_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +142,8 @@ def test_neither_torch_nor_matplotlib_is_loaded(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_example_of_the_page(tmp_path: Path) -> None:
-    """The commands of docs/compare.md after the set-up, with fewer steps."""
+    """The commands of docs/compare.md after the set-up, with fewer steps; `make train` was tried before."""
+    run_folder(tmp_path / "runs" / "HalfCheetah-v5", 0, 1.0, env_id="HalfCheetah-v5")
     page = (ROOT / "docs" / "compare.md").read_text().partition("## Example")[2].partition("```python")[0]
     commands = re.findall(r"^    \.venv/bin/python (.*)$", page, flags=re.MULTILINE)
     assert commands == re.findall(r"^    \.venv/bin/python (.*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)

@@ -80,8 +80,10 @@ def test_every_preset_survives_json(name: str) -> None:
         ("a.yaml", "actor_hidden: 8", "a.yaml: actor_hidden: got 8, expected a list of an integer"),
         ("a.yaml", "gamma: 0.9\ngamma: 0.8", "a.yaml: no YAML that we can read: gamma stands there twice"),
         ("a.yaml", "gamma: [", "a.yaml: no YAML that we can read: while parsing"),
-        ("a.yaml", "- gamma", "a.yaml: got list, expected names with values"),
-        ("a.yaml", "", "a.yaml: got NoneType, expected names with values"),
+        ("a.yaml", "- gamma", "a.yaml: got a list, expected names with values"),
+        ("a.yaml", "", "a.yaml: the file is empty, expected names with values"),
+        ("a.yaml", "word", "a.yaml: got 'word', expected names with values"),
+        ("a.json", " ", "a.json: the file is empty, expected names with values"),
         ("a.yaml", "x: !!python/object/apply:os.system ['touch pwned']", "could not determine a constructor"),
         ("a.yaml", "gamma: 1\nconfig: {gamma: 1}", "a.yaml: gamma: got it twice"),
         ("a.yaml", "seed: 1\nseeds: [1, 2]", "a.yaml: seed: got it and seeds, expected one of them"),
@@ -106,9 +108,15 @@ def test_what_is_wrong_is_refused_in_one_line(
 
 
 def test_a_file_that_is_not_there_or_names_no_agent(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("group").mkdir()
+    Path("group/group.json").write_text('{"runs": ["s0"]}')
     for args, message in (
         (["policyflow", "--config", "missing.yaml"], "config: got missing.yaml, expected a .yaml or .json file"),
-        (["policyflow", "--config", "."], "config: got config.json, expected a .yaml or .json file, or a run folder"),
+        (["policyflow", "--config", "."], "config: got ., expected a .yaml or .json file, or a run folder"),
+        (
+            ["policyflow", "--config", "group"],
+            "config: got group, a group of runs, expected one of them, such as group/s0",
+        ),
         (["policyflow", "--config"], "expected one argument"),
     ):
         assert train.main(args) == 2

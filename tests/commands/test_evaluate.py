@@ -338,6 +338,21 @@ def test_pictures_of_obstacles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [path.stem for path in written] == [f"avoid_{kind}" for kind in ("trajectories", "actions", "velocity")]
 
 
+@pytest.mark.parametrize(
+    ("option", "module", "extra"),
+    [("--video=a.mp4", "imageio", "video"), ("--export=a.onnx", "onnx", "export"), ("--plot=out", "matplotlib", "plot"),
+     ("--record=data-v0", "h5py", "data")],
+)  # fmt: skip
+def test_a_missing_package_is_named_before_anything_is_loaded(
+    option: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["nowhere", option]) == 2
+    name = option.partition("=")[0].removeprefix("--")
+    error = f"error: {name}: {module} is not installed; run pip install 'driftrl[{extra}]'\n"
+    assert capsys.readouterr().err == error
+
+
 def test_missing_matplotlib_is_named(
     goal_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import gymnasium as gym
@@ -66,8 +67,31 @@ def test_a_group_has_a_row_per_run_and_one_over_them(
     (summary,) = data["groups"]
     assert (summary["runs"], len(summary["files"])) == (3, 3)
     assert summary["deterministic"]["iqm"] == pytest.approx(expected)
-    assert lines[5].startswith(f"{whole}: IQM of 3 [95 %]")
+    assert lines[5].split()[:5] == [str(whole), "IQM", "of", "3", "[95"]
     assert f"{expected:.1f} [" in lines[5]
+    assert len({len(line) for line in lines[1:6]}) == 1  # columns end at the same place
+
+
+def test_a_folder_of_runs_is_all_of_them(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sweep's folder, say: two groups, a single run, and beside them what is none."""
+    for rate in (1, 2):
+        group(tmp_path / "sweep", dataclasses.replace(SETTINGS, config={"learning_rate": rate}), (0, 1), 2)
+    single = tmp_path / "sweep" / "alone"
+    shutil.copytree(members(whole)[0], single)
+    shutil.copytree(single, tmp_path / "sweep" / "hub")
+    (tmp_path / "sweep" / "hub" / "final.zip").rename(tmp_path / "sweep" / "hub" / "agent.zip")
+    assert main([str(tmp_path / "sweep"), "--episodes", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("5 runs, 1 episode each")
+    assert out.count("IQM of 2") == 2
+    assert f"{single} " in out
+    assert main([str(tmp_path / "sweep"), "--export", str(tmp_path / "a.onnx")]) == 2
+    assert "export: got several runs, expected one; name one of them, such as " in capsys.readouterr().err
+    assert main([str(tmp_path / "sweep"), str(single)]) == 2
+    assert f"got {single} twice" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty")]) == 2
+    assert f"no run: got {tmp_path / 'empty'}, expected the folder of a run" in capsys.readouterr().err
 
 
 def test_only_runs_of_equal_settings_are_averaged(

@@ -124,12 +124,26 @@ def test_half_a_file_is_skipped_for_the_next_best(capsys: pytest.CaptureFixture[
     assert evaluate.main([str(final), "--episodes", "1"]) == 2  # the file itself was asked for
 
 
-def test_a_folder_of_runs_is_its_newest(capsys: pytest.CaptureFixture[str]) -> None:
-    for seed in ("1", "2"):
-        assert train.main([*PENDULUM, "--total-timesteps", "16", "--seed", seed]) == 0
+def test_a_folder_of_one_run_is_that_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*PENDULUM, "--total-timesteps", "16"]) == 0
     capsys.readouterr()
     assert evaluate.main(["runs/InvertedPendulum-v5", "--episodes", "1"]) == 0
-    assert "runs/InvertedPendulum-v5 holds runs; taking the newest" in capsys.readouterr().err
+    assert capsys.readouterr().out.startswith(f"{only_run() / 'final.zip'}: 16 steps")
+
+
+def test_longest_episodes_are_refused_where_the_task_has_a_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*PENDULUM, "--total-timesteps", "16", "--env-kwargs", "reset_noise_scale=0.02"]) == 0
+    capsys.readouterr()
+    assert evaluate.main([str(only_run()), "--max-steps", "5"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(
+        "error: max-steps: got 5, expected an environment without a time limit, InvertedPendulum-v5"
+    )
+    _, flag, remedy = error.partition("--env-kwargs ")
+    assert evaluate.main([str(only_run()), "--episodes", "1", "--json", "-", flag.strip(), *remedy.split()]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert max(report["sampled"]["lengths"]) <= 5
+    assert report["env_kwargs"] == {"reset_noise_scale": 0.02, "max_episode_steps": 5}
 
 
 def test_episodes_without_an_end_are_cut_off(capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,7 +169,9 @@ def test_a_signal_stops_all_runs_with_checkpoints_and_the_group_goes_on(number: 
     assert [len(checkpoints(each)) for each in members(group)] == [1, 1, 0]
     if number != signal.SIGKILL:
         assert process.returncode == 128 + number
-        assert out.count("stopped") == 4
+        assert out.count("stopped at ") == out.count(" steps, with a checkpoint") == 4
+        for each in members(group)[:2]:
+            assert f"stopped at {int(checkpoints(each)[0].stem.removeprefix('step_')):,} of " in out
         assert out.count("not begun") == 2
         assert f"--resume {group}" in out
     Path("slow").unlink()

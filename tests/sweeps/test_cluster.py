@@ -130,7 +130,7 @@ def test_a_signal_stops_the_tasks_with_checkpoints(
     until(lambda: list(Path("some").rglob("step_*.zip")))
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
-    assert Path("some.log").read_text().count("stopped  (") == 2
+    assert Path("some.log").read_text().count("(0 of 2 runs complete)") == 2
     assert not processes_of(f"--resume\0{Path('some').resolve()}")
     (tmp_path / "slow").unlink()
     finish(begin(Path("some.yaml").resolve()), Path("some.yaml"))

@@ -108,7 +108,8 @@ def test_a_signal_stops_a_sweep_and_a_run_that_fails_does_not(capsys: pytest.Cap
     until(lambda: len(list(Path("some").rglob("step_*.zip"))) >= 2)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
-    assert Path("some.log").read_text().count("stopped  (") == 2
+    assert Path("some.log").read_text().count("steps, with a checkpoint  (0 of 2 runs complete)") == 1
+    assert Path("some.log").read_text().count("not begun  (0 of 2 runs complete)") == 1
     for checkpoint in Path("some/slow_task_Task-v0/policyflow/all/s0/checkpoints").iterdir():
         checkpoint.write_bytes(b"damaged")
     Path("slow").unlink()
@@ -173,6 +174,7 @@ def test_a_search_prunes_and_goes_on_whatever_is_killed(capsys: pytest.CaptureFi
     until(lambda: list(folder.glob("*/*/trial-0004/s*/checkpoints/*.zip")), 200)
     kill(both[0])
     finish(both[1], spec)
+    assert "(8 of 8 trials over)" in Path("search.log").read_text()
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / "study.journal")))
     trials = optuna.load_study(study_name="sweep", storage=storage).trials
     assert [trial.number for trial in trials if "lost" not in trial.user_attrs] == list(range(8))

@@ -29,7 +29,7 @@ STEPS = {"policyflow": 128, "mbpo": 40}
 
 def zoo(*args: str, folder: Path, code: int = 0) -> str:
     """What a command prints."""
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(ROOT), str(folder), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "MUJOCO_GL": "egl", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-m", "driftrl.zoo", *args], cwd=folder, env=environment, capture_output=True, text=True
@@ -100,10 +100,38 @@ def test_what_is_refused_is_one_line_and_the_zoos_own_agents_stay(tmp_path: Path
     ):
         out = zoo("train", "--algo", "policyflow", *env, "-params", *small, wrong, folder=tmp_path, code=2)
         assert out.strip().splitlines()[-1].startswith(f"error: {says}")
+    (tmp_path / "c.yml").write_text(
+        yaml.safe_dump({"default": {"n_timesteps": 1, "policy": "MlpPolicy", "clip_rnge": 1}})
+    )
+    out = zoo("train", "--algo", "policyflow", *env, "-conf", "c.yml", folder=tmp_path, code=2)
+    assert out.strip().splitlines()[-1].endswith("expected fields of PolicyFlowConfig; did you mean clip_range?")
+    out = zoo(
+        "enjoy", "--algo", "policyflow", *env[:2], "-f", "logs", "--load-last-checkpoint", folder=tmp_path, code=2
+    )
+    assert out.strip().splitlines()[-1].startswith("error: No checkpoint found for policyflow on InvertedPendulum-v5")
     zoo("train", "--algo", "ppo", *env, "-params", *small, "learning_rate:'lin_1e-3'", folder=tmp_path)
     assert (tmp_path / "logs" / "ppo" / "InvertedPendulum-v5_1" / "InvertedPendulum-v5.zip").exists()
     out = zoo("dance", folder=tmp_path, code=2)
     assert "got dance; usage: python -m driftrl.zoo train|enjoy|optimize|record_video" in out
+
+
+@needs_the_zoo
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["policyflow", "mbpo"])
+def test_dict_observations_get_their_policy(algo: str, tmp_path: Path) -> None:
+    (tmp_path / "zoo_tasks.py").write_text(
+        "import gymnasium as gym\n"
+        "from gymnasium.wrappers import TransformObservation\n"
+        "def made(**kwargs):\n"
+        "    env = gym.make('InvertedPendulum-v5', **kwargs)\n"
+        "    space = gym.spaces.Dict({'all': env.observation_space})\n"
+        "    return TransformObservation(env, lambda obs: {'all': obs}, space)\n"
+        "gym.register('Named-v0', made, max_episode_steps=50)\n"
+    )
+    small = ["-n", str(STEPS[algo]), "--eval-freq", "-1", "--device", "cpu", "-params", *SMALL[algo]]
+    zoo("train", "--algo", algo, "--env", "Named-v0", "--gym-packages", "zoo_tasks", *small, folder=tmp_path)
+    agent: Any = load_agent(tmp_path / "logs" / algo / "Named-v0_1" / "Named-v0.zip", "cpu")
+    assert list(agent.observation_space) == ["all"]
 
 
 @pytest.mark.parametrize("agent", list(AGENTS))

@@ -308,6 +308,7 @@ def test_exact_ratio_has_no_bias_and_correlates_with_itself() -> None:
         ({"noise_time": 0.0}, ValueError, "noise_time: got 0.0, expected a number above 0"),
         ({"hurst": 1.0}, ValueError, r"hurst: got 1.0, expected a number in \[0.3, 1\)"),
         ({"sampler": "sde"}, TypeError, "unknown argument: got sampler"),
+        ({"clip_rnge": 0.1}, TypeError, r"unknown argument: got clip_rnge.*; did you mean clip_range\?"),
         ({"langevin_eps": -0.1}, ValueError, r"langevin_eps: got -0.1, expected a number in \[0, 1\]"),
         ({"langevin_eps": 1.5}, ValueError, r"langevin_eps: got 1.5, expected a number in \[0, 1\]"),
         ({"langevin_eps": 0.1, "solver": "rk4"}, ValueError, "solver: got 'rk4', expected euler with langevin_eps"),

@@ -1,0 +1,21 @@
+"""What tells folders apart, without loading torch: groups of runs, and folders to share an agent by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+GROUP_FILE = "group.json"
+"""What makes a folder that of a group."""
+AGENT, VIDEO = "agent.zip", "replay.mp4"
+SHARED_FILES = (AGENT, "config.json", "results.json", "README.md", VIDEO)
+"""All that `evaluate.py RUN --hub FOLDER` writes; a download may hold more."""
+
+
+def is_group(folder: Path) -> bool:
+    """Whether a folder is a group's."""
+    return (folder / GROUP_FILE).is_file()
+
+
+def is_shared(folder: Path) -> bool:
+    """Whether a folder is one to share an agent by, written or downloaded; it is no run."""
+    return (folder / AGENT).is_file() and (folder / "config.json").is_file()
