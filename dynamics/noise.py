@@ -26,6 +26,11 @@ class StepNoise(abc.ABC):
 
     terms: int
 
+    @property
+    def further_draws(self) -> int:
+        """Standard normals of a step beside the newest, the one that noise without a memory would take."""
+        return self.terms - 1
+
     @abc.abstractmethod
     def step(self, normal: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Advance by one step.

@@ -15,6 +15,7 @@ from gymnasium.vector import VectorEnv
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
+from .arguments import Neutral, without_neutral
 from .update import no_function
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ class Configured(BaseAlgorithm):
 
     @staticmethod
     def _assign(name: str, agent: Configured, value: Any) -> None:
-        if isinstance(now := getattr(agent.config, name), tuple):
+        if isinstance(now := getattr(agent.config, name), tuple) and isinstance(value, list):
             value = tuple(value)
         if value != now:
             agent.config = dataclasses.replace(agent.config, **{name: constant(name, value)})
@@ -225,6 +226,15 @@ class Configured(BaseAlgorithm):
         attrgetter("_config"), _assign_config,
         doc="The hyperparameters. Another Config is used at once; what the networks are made of has to agree.",
     )  # fmt: skip
+
+    def _check_neutral(self, neutral: Neutral) -> None:
+        """Refuse attributes of Stable-Baselines3 that somebody set and nothing reads.
+
+        Raises:
+            ValueError: if one asks for something else than what is done anyway.
+        """
+        names = [name for name in neutral if name in vars(self) and "buffer" not in name]  # buffers are our own
+        without_neutral({name: vars(self)[name] for name in names}, neutral)
 
     def _check(self, config: Any) -> None:
         """Whether the Config suits the agent.

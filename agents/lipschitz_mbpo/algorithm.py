@@ -35,7 +35,7 @@ from .diagnostics import GRADIENTS, gradient_diagnostics, model_diagnostics, run
 from .model import KnownStep, Rule, build_model, check_functions, check_rule, made_with, termination_rule
 from .replay import CheckpointedReplay, Minibatch, TensorReplay, TransitionRing
 from .sac import SACPolicy, sac_losses
-from .sac_arguments import POLICY_ARGUMENTS, POLICY_FIELDS, SACAttributes, implied_fields, own_fields
+from .sac_arguments import ARGUMENTS, POLICY_ARGUMENTS, POLICY_FIELDS, SACAttributes, implied_fields, own_fields
 from .value_gradients import RANGE_RATE, Start, value_gradient_losses, value_range
 
 
@@ -46,12 +46,6 @@ def losses(policy: SACPolicy, batch: Minibatch, config: LipschitzMBPOConfig, tar
         penalty = robust_penalty(policy, batch.obs, batch.action, values, batch.search, config)
         terms.table["lipschitz/penalty"] = Loss(penalty, config.robust_coef)
     return terms
-
-
-def rollout_length(config: LipschitzMBPOConfig, step: int) -> int:
-    """Length of model rollouts at an environment step."""
-    progress = (step - config.rollout_start) / max(config.rollout_end - config.rollout_start, 1)
-    return int(config.rollout_min + min(max(progress, 0.0), 1.0) * (config.rollout_max - config.rollout_min))
 
 
 _SB3_ARGUMENTS = ("buffer_size", "learning_starts", "batch_size", "tau", "gamma", "gradient_steps")
@@ -97,7 +91,7 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
         ("actor_hidden", "critic_hidden", "n_critics", "critic_layer_norm", "temperature", "model", "members",
          "snapshots", "model_hidden", "model_jacobian_coef", "model_layer_norm")
     )  # fmt: skip
-    _remade = ("model_buffer", "_objective", "_gradient", "_step", "_terminated")
+    _remade = ("model_buffer", "_differentiated", "_objective", "_gradient", "_step", "_terminated")
     _ran_away = False  # whether critics ever did
 
     def __init__(
@@ -192,6 +186,7 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
 
     def _config_changed(self) -> None:
         """Make anew what an update reads of the Config."""
+        self._differentiated = self.transition
         terms: Any = partial(losses, config=self.config, target_entropy=self.target_entropy)
         if self.transition is not None and self.config.value_gradient:
             terms = partial(
@@ -217,9 +212,14 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
             ValueError: if numbers are not finite (`nonfinite`), the model diverges, compile="on" finds no compiler, or
                 the weights were changed so that some would not learn.
         """
+        self._check_neutral(ARGUMENTS)
         self._adopt_policy()
         self._check_env()
+        if (self.transition is None) != (self.config.model == "none"):
+            raise ValueError(f"transition: got {self.transition} with model={self.config.model!r}")
         if self.transition is not None:
+            if self.transition is not self._differentiated:
+                self._config_changed()
             self._choose_rule()  # another environment may have been set
             made_with("terminated", self._learns_end or self._terminated is not None)
             known = self.transition.settings.known_step
@@ -253,9 +253,10 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
             if fits:
                 self._fit_model(self.transition)
             waited, interval = self.num_timesteps - self._imagined_at, config.rollout_interval
-            if fits or (interval and waited >= interval) or (config.value_gradient and not len(self.model_buffer)):
+            due = fits if interval is None else waited >= interval
+            if due or not len(self.model_buffer):
                 self._imagined_at = self.num_timesteps
-                self._imagine(self.transition, rollout_length(config, self.num_timesteps))
+                self._imagine(self.transition, config.rollout_length(self.num_timesteps))
         weights, before, metrics = self._weights(), self._before_updates(), list[Tensor]()
         draw = self._starts if config.value_gradient else self._minibatches
         for batch in draw(updates, batch_size):

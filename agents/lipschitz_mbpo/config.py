@@ -118,7 +118,7 @@ class LipschitzMBPOConfig:
     robust_actions: Literal["paper", "same_action", "policy"] = "paper"
     """Actions compared, (at the changed state, at the state): (pi, a), (a, a) or (pi, pi)."""
     spectral_bound: float = 4.0
-    """Largest spectral norm of each layer of the critics, > 0 (spectral)."""
+    """Largest spectral norm of each hidden layer of the critics, > 0 (spectral); the last layer is free."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the update; auto: where the run is long enough and a C++ compiler is found."""
     nonfinite: Literal["raise", "skip", "rollback"] = "raise"
@@ -155,10 +155,19 @@ class LipschitzMBPOConfig:
         single = self.members == 1 and self.model in ("probabilistic", "homoscedastic")
         require(self, "snapshots", single or not self.snapshots, "0 without one Gaussian network")
         require(self, "value_gradient", self.model != "none" or not self.value_gradient, "0 without a model")
+        bounded = self.regularizer != "spectral" or self.critic_hidden
+        require(self, "regularizer", bool(bounded), "none or robust without hidden layers of the critics")
+        imagines = self.model == "none" or self.value_gradient > 0 or self.real_ratio < 1
+        require(self, "real_ratio", imagines, "below 1 with a model; without imagined transitions use model none")
         interval = self.rollout_interval or self.model_interval
         kept = self.model == "none" or self.model_retain >= interval
         require(self, "model_retain", kept, f"at least the interval of rollouts, {interval}")
         require(self, "model_jacobian_coef", self.model != "none" or not self.model_jacobian_coef, "0 without a model")
+
+    def rollout_length(self, step: int) -> int:
+        """Length of model rollouts at an environment step."""
+        progress = (step - self.rollout_start) / max(self.rollout_end - self.rollout_start, 1)
+        return int(self.rollout_min + min(max(progress, 0.0), 1.0) * (self.rollout_max - self.rollout_min))
 
     def switched_off(self) -> dict[str, str]:
         """Fields that change nothing as the others are -> what would switch them on."""

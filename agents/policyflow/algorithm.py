@@ -124,8 +124,8 @@ class PolicyFlow(Imitation):
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": FlowPolicy, "MultiInputPolicy": FlowPolicy}
     config_class = PolicyFlowConfig
     _fixed = frozenset(
-        ("n_steps", "ratio", "ratio_draws", "freeze_flow", "exploration_noise", "noise_time", "hurst", "actor_hidden",
-         "action_std", "critic_hidden", "activation", "weight_decay", *POLICY_FIELDS)
+        ("n_steps", "ratio", "ratio_draws", "freeze_flow", "critic_warmup", "exploration_noise", "noise_time", "hurst",
+         "actor_hidden", "action_std", "critic_hidden", "activation", "weight_decay", *POLICY_FIELDS)
     )  # fmt: skip
     _learned = frozenset(
         ("actor_hidden", "chunk", "action_std", "critic_hidden", "base_std", "critic_gain", "weight_decay")
@@ -202,6 +202,11 @@ class PolicyFlow(Imitation):
             most = f"{what} = {most} = {samples}"
             text = f"batch_size: got {config.batch_size}, more than the rollout's {most} samples; each minibatch is the"
             warnings.warn(f"{text} whole rollout; lower batch_size or raise n_steps", UserWarning, stacklevel=3)
+        if config.lr_schedule == "adaptive" and config.n_epochs == 1 and config.batch_size >= samples:
+            raise ValueError(
+                "lr_schedule: got adaptive with one update per iteration, whose KL is 0, expected constant or linear; "
+                "or raise n_epochs, or lower batch_size"
+            )
         if config.normalize_advantage and samples < 2:
             raise ValueError("n_steps: got a rollout of 1 sample, expected 2 or more to normalise advantages over")
 
@@ -235,6 +240,7 @@ class PolicyFlow(Imitation):
                 changed so that some would not learn.
         """
         ranks = self._join_ranks(total_timesteps)
+        self._check_neutral(ARGUMENTS)
         self._adopt_policy()
         done = 0 if reset_num_timesteps else self.num_timesteps  # a run that goes on is compiled as the whole would be
         samples = self.config.batch_size * self.config.decision_steps * ranks.size
@@ -319,7 +325,8 @@ class PolicyFlow(Imitation):
         self._n_updates += len(passes)
         means = {name: sum(each[name] for each in passes) / len(passes) for name in passes[0]}
         means |= self._adapt_weight(means)
-        if config.lr_schedule == "adaptive" and not self.is_warming_up:
+        learns = any(each.requires_grad for each in policy.actor.parameters())  # else the KL is 0, and says nothing
+        if config.lr_schedule == "adaptive" and learns and not self.is_warming_up:
             self._adapt_learning_rate(means["train/approx_kl"])
         if self._monitor is not None:
             self._rate, watched = self._monitor.watch(policy, means, self.ep_info_buffer, self._rate)

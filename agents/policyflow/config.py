@@ -211,6 +211,8 @@ class PolicyFlowConfig:
             off["ratio_draws"] = f"ratio {', '.join(name for name, kind in RATIOS.items() if kind.has_draws)}"
         if self.freeze_flow:
             off |= dict.fromkeys(("ratio", "ratio_draws"), "freeze_flow off, which has an exact ratio of its own")
+        if self.gamma == 0 or self.n_steps <= self.decision_steps:
+            off["gae_lambda"] = "gamma above 0 and rollouts of more than one decision"
         if not (self.actor_hidden or self.critic_hidden):
             off["activation"] = "hidden layers of actor or critic"
         if self.bc_coef == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,7 +52,22 @@ class Imitation(FlowRollouts):
         if self.config.bc_coef > 0 and self._expert_data is None:
             got = self.config.bc_coef
             raise ValueError(f"bc_coef: got {got} without demonstrations; call agent.use_demonstrations(data) first")
+        if self._expert_data is not None and self.config.bc_coef == 0 and not self._is_pretrained:
+            warnings.warn("demonstrations: they change nothing with bc_coef 0", UserWarning, stacklevel=3)
+        if self.config.freeze_flow:
+            self._check_steering()
         return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+
+    def _check_steering(self) -> None:
+        """Raise ValueError unless there is a flow to steer that stays as it is."""
+        field, like = self.policy.actor.field, self.policy.actor.log_std
+        if any(each.requires_grad for each in field.parameters()):
+            raise ValueError("freeze_flow: got a velocity field that learns; freeze it (requires_grad_(False))")
+        with torch.no_grad():
+            ones = like.new_ones(1, max(self.policy.action_dim, self.policy.obs_dim))
+            velocity = field(0.5, ones[:, : self.policy.action_dim], ones[:, : self.policy.obs_dim])
+        if self.config.base == "learned" and not velocity.any():
+            raise ValueError("freeze_flow: got a velocity field that is 0, expected a trained one; call pretrain first")
 
     def _with_expert(self, epoch: Samples) -> Samples:
         """An epoch with as many demonstrated steps beside its own."""
@@ -122,7 +138,11 @@ class Imitation(FlowRollouts):
             raise ValueError(f"steps: got {steps} with settings {settings}, expected one of the two")
         settings = settings or PretrainSettings(steps or 0)
         self.use_demonstrations(data)
-        pretraining = Pretraining(self.policy, data.chunked(self.config.chunk), settings, (self.seed or 0) % 2**31)
+        # Steering freezes the field after pretraining; what the user froze stays as it is.
+        every = self.config.freeze_flow
+        frozen = [name for name, each in self.policy.actor.named_parameters() if not (every or each.requires_grad)]
+        seed, chunked = (self.seed or 0) % 2**31, data.chunked(self.config.chunk)
+        pretraining = Pretraining(self.policy, chunked, settings, seed, frozen)
         if state is not None:
             pretraining.set_state(state)
         while not pretraining.is_over:

@@ -28,6 +28,7 @@ POLICY_ARGUMENTS: Neutral = {
     "use_expln": ((False,), _SDE),
     "full_std": ((True,), _SDE),
     "share_features_extractor": ((True, False), "actor and critic share no layers"),
+    "chained": ((), "choose the ratio chain or chain_steps"),
     "features_extractor_class": ((None, FlattenExtractor, CombinedExtractor), "features extractors are not available"),
     "features_extractor_kwargs": ((None, {}), "features extractors are not available"),
     "normalize_images": ((True, False), "observations are vectors"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -104,9 +104,16 @@ class Pretraining:
         data: demonstrations.
         settings: how.
         seed: of the split, the batches and the noise.
+        frozen: names of the actor's parameters that stay as they are.
+
+    Raises:
+        ValueError: if nothing learns.
     """
 
-    def __init__(self, policy: FlowPolicy, data: Demonstrations, settings: PretrainSettings, seed: int) -> None:
+    def __init__(
+        self, policy: FlowPolicy, data: Demonstrations, settings: PretrainSettings, seed: int,
+        frozen: Collection[str] = (),
+    ) -> None:  # fmt: skip
         self.policy, self.settings, device = policy, settings, policy.device
         policy.obs_norm.reset()
         policy.obs_norm.update(torch.as_tensor(data.observations, device=device))
@@ -122,6 +129,9 @@ class Pretraining:
             for name, _ in module.named_parameters(recurse=prefix != "")
             if prefix or name == "log_std"
         ]
+        self._names = [name for name in self._names if name not in frozen]
+        if not self._names:
+            raise ValueError("pretraining: got weights that are all frozen, expected one at least that learns")
         self._weights = [self.learner.get_parameter(name).requires_grad_(True) for name in self._names]
         self._average = copy.deepcopy(self.learner).requires_grad_(False)
         self._averages = [self._average.get_parameter(name) for name in self._names]

@@ -201,7 +201,7 @@ class FlowRollouts(Ranked):
 
     def _draw_noise(self, steps: int, envs: int) -> tuple[Tensor, Tensor]:
         """All noise of a rollout: of each step the `FlowNoise`, and what correlated action noise takes beyond it."""
-        further = self._exploration.terms - 1 if self._exploration else 0  # the newest is the action's own
+        further = self._exploration.further_draws if self._exploration else 0
         size = (steps, self.policy.draws + further, envs, self.policy.action_dim)
         drawn = torch.randn(size, generator=self._generator, device=self.device)
         noise, rest = drawn.split((self.policy.draws, further), dim=1)

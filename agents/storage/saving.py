@@ -158,6 +158,9 @@ class Checkpointed(BaseAlgorithm):
             return cls._rebuild(content, attributes | kwargs, kwargs, env, device, size)
         except Exception as error:  # whatever data of other kinds and sizes lead to
             reason = error if isinstance(error, ValueError) else repr(error)
+            changed = fields & kwargs.keys()
+            if changed and "state_dict" in str(error):
+                reason = f"{', '.join(sorted(changed))}: the saved weights are of an agent with another value"
             raise CheckpointError(f"{label}: no {cls.__name__} can be made of it: {reason}") from error
 
     @classmethod

@@ -22,7 +22,7 @@ class Arguments:
     preset: str = "standard"
     """Which of the agent's presets to begin from."""
     total_timesteps: int = 1_000_000
-    """Environment steps to train for, >= 1, all environments together; with demonstrations 0: only pretrain."""
+    """Environment steps to train for, >= 1, all environments together (0: only pretrain)."""
     demonstrations: str | None = None
     """Data set to pretrain on, of Minari (folder, id or .hdf5) or robomimic (.hdf5)."""
     demonstration_keys: tuple[str, ...] = ()

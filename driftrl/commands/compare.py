@@ -22,6 +22,8 @@ from ..analysis.records import find_records
 from ..analysis.report import report_page
 from .errors import Parser, check_installed, fail, output_closed, until_output_closes
 
+_TITLE = "Comparison of runs"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 2 for bad input, or 141 where nobody reads its output."""
@@ -49,7 +51,7 @@ def _main(argv: Sequence[str] | None) -> int:
     )  # fmt: skip
     parser.add_argument("--env", metavar="ID", help="environment of logs that do not tell it")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a report, one page that needs no network")
-    parser.add_argument("--title", default="Comparison of runs", help="of the report (default: %(default)s)")
+    parser.add_argument("--title", help=f"of the report (default: {_TITLE})")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="also write learning curves, .png and .svg")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table as CSV, a row per group")
     parser.add_argument("--json", metavar="FILE", help="also write all results as JSON; - for stdout, and nothing else")
@@ -66,6 +68,8 @@ def _main(argv: Sequence[str] | None) -> int:
 def _compare(args: argparse.Namespace) -> int:
     if args.threshold is not None and not math.isfinite(args.threshold):
         raise ValueError(f"threshold: got {args.threshold}, expected a finite number")
+    if args.title is not None and args.html is None:
+        raise ValueError(f"title: got {args.title}, which changes nothing without html")
     files = {"html": args.html, "csv": args.csv, "json": None if args.json in (None, "-") else Path(args.json)}
     for option, path in files.items():
         if path is not None:
@@ -116,7 +120,7 @@ def _write(
     """Write what was asked for; returns the files."""
     written = [path for path in files.values() if path is not None]
     if files["html"]:
-        _write_text(files["html"], report_page(sections, problems, files["html"], args.title))
+        _write_text(files["html"], report_page(sections, problems, files["html"], args.title or _TITLE))
     if files["csv"]:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(csv_rows(sections))

@@ -101,6 +101,8 @@ def _check_pretraining(name: str, arguments: Arguments, chosen: Collection[str])
         for option in ("pretrain_steps", "demonstration_keys", "pretrain_batch_size", "pretrain_learning_rate"):
             if option in chosen and (got := getattr(arguments, option)):
                 raise ValueError(f"{option}: got {got}, which changes nothing without demonstrations")
+        if got := getattr(arguments.config, "bc_coef", 0):
+            raise ValueError(f"bc_coef: got {got} without demonstrations; name them, --demonstrations DATA")
         return
     if not hasattr(AGENTS[name].agent, "pretrain"):
         raise ValueError(f"demonstrations: got them for {name}, which cannot learn from them; use policyflow")

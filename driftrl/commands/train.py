@@ -192,6 +192,8 @@ def _help(name: str, entry: AgentSpec, defaults: Arguments, in_full: bool) -> st
     agent["lr_schedule"] = Option(
         rate.name.replace("|function", ""), rate.text.split(" function:")[0].rstrip(";") + "."
     )
+    if not hasattr(entry.agent, "pretrain"):
+        run = {key: each for key, each in run.items() if not key.startswith(("demonstration", "pretrain"))}
     first, *others = grouped(entry.groups, agent).items()
     groups = {title: [agent[each] for each in names] for title, names in (first, *others)}
     sections = {"run": list(run.values()), first[0]: groups.pop(first[0])} | (groups if in_full else {})

@@ -23,7 +23,7 @@ from driftrl.agents.registry import AGENTS
 from driftrl.envs import make_vec
 
 FLOW: dict[str, Any] = {
-    "n_steps": 16, "batch_size": 16, "n_epochs": 2, "actor_hidden": (8,), "critic_hidden": (8,), "compile": "off",
+    "n_steps": 16, "batch_size": 8, "n_epochs": 2, "actor_hidden": (8,), "critic_hidden": (8,), "compile": "off",
     "diagnostics_interval": 1,
 }  # fmt: skip
 MODEL: dict[str, Any] = {
@@ -37,7 +37,7 @@ FLOW_OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "critic_learning_rate": (1e-3, {}),
     "critic_warmup": (1, {}),
     "n_steps": (24, {}),
-    "batch_size": (8, {}),
+    "batch_size": (4, {}),
     "n_epochs": (3, {}),
     "gamma": (0.5, {}),
     "gae_lambda": (0.5, {}),
@@ -52,7 +52,7 @@ FLOW_OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "desired_kl": (1e-9, {}),
     "lr_min": (3e-4, {"desired_kl": 1e-9}),
     "lr_max": (3e-4, {"desired_kl": 1.0}),
-    "target_kl": (1e-12, {"batch_size": 8}),
+    "target_kl": (1e-12, {}),
     "ratio": ("endpoint", {}),
     "ratio_draws": (3, {"ratio": "marginal"}),
     "solver": ("heun", {}),
@@ -76,7 +76,7 @@ FLOW_OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "bc_schedule": ("linear", {"bc_coef": 0.1}),
     "chunk": (2, {}),
     "execute": (1, {"chunk": 2}),
-    "freeze_flow": (True, {}),
+    "freeze_flow": (True, {"base": "gaussian"}),
     "actor_hidden": ((4,), {}),
     "critic_hidden": ((), {}),
     "critic_gain": (0.0, {}),
@@ -186,7 +186,7 @@ def run(kind: type[Any], fields: dict[str, Any], name: str) -> list[Any]:
     agent = kind("MlpPolicy", env, seed=0, device="cpu", **BASE[kind] | fields)
     if kind is PolicyFlow:
         obs = np.linspace(-0.1, 0.1, 4 * 40, dtype=np.float32).reshape(40, -1)
-        if obs.shape[1] == agent.policy.obs_dim:
+        if agent.config.bc_coef:
             agent.use_demonstrations(Demonstrations(obs, obs[:, :1], obs[:, 0], np.array([20, 20])))
     kept = Kept()
     agent.set_logger(Logger(None, [kept]))
@@ -244,6 +244,13 @@ OTHER_OPTIMIZER = {"optimizer_class": torch.optim.SGD}
         (LipschitzMBPO, {"critic_hidden": (), "critic_layer_norm": True}, "critic_layer_norm: got True, which changes"),
         (LipschitzMBPO, {"actor_hidden": (), "critic_hidden": (), "activation": "elu"}, "activation: got 'elu', which"),
         (PolicyFlow, {"actor_hidden": (), "critic_hidden": (), "activation": "elu"}, "activation: got 'elu', which"),
+        (PolicyFlow, {"vf_coef": 0, "critic_warmup": 2}, "critic_warmup: got 2, which changes nothing without vf_coef"),
+        (PolicyFlow, {"vf_coef": 0, "critic_learning_rate": 0.1}, "critic_learning_rate: got 0.1, which changes nothi"),
+        (PolicyFlow, {"gamma": 0, "gae_lambda": 0.5}, "gae_lambda: got 0.5, which changes nothing without gamma above"),
+        (PolicyFlow, {"policy_kwargs": {"chained": True}}, "chained: got True, expected it elsewhere; choose "),
+        (PolicyFlow, {"n_epochs": 1, "n_steps": 16, "batch_size": 16}, "lr_schedule: got adaptive with one update per"),
+        (LipschitzMBPO, {"critic_hidden": (), "regularizer": "spectral"}, "regularizer: got 'spectral', expected none"),
+        (LipschitzMBPO, {"real_ratio": 1.0}, "real_ratio: got 1.0, expected below 1 with a model"),
         (LipschitzMBPO, {"learn_temperature": False, "target_entropy": 1.0}, "target_entropy: got 1.0, which changes"),
     ],
 )  # fmt: skip
@@ -289,6 +296,22 @@ def test_attributes_are_the_configs_fields(kind: type[Any]) -> None:
             agent.collapse_drop = 0.2
         else:
             agent.adversary_steps = 3
+
+
+@pytest.mark.parametrize("kind", [PolicyFlow, LipschitzMBPO])
+def test_attributes_of_stable_baselines3_that_nothing_reads_are_refused_when_it_learns(kind: type[Any]) -> None:
+    agent = small(kind)
+    agent.use_sde = True
+    with pytest.raises(ValueError, match="use_sde: got True, expected False; "):
+        agent.learn(32)
+    if kind is PolicyFlow:
+        with pytest.raises(ValueError, match="critic_warmup: got 1, but it was fixed when the agent was made"):
+            agent.critic_warmup = 1
+        agent = small(kind, spread_coef=0.1, target_entropy=(1.0, 0.5))
+        agent.target_entropy = None
+        assert agent.config.target_entropy is None
+        with pytest.raises(ValueError, match="critic_hidden: got 3, expected positive integers"):
+            agent.critic_hidden = 3
 
 
 def test_sacs_attributes_can_be_read() -> None:

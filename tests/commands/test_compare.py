@@ -96,6 +96,7 @@ def test_damaged_runs_are_one_line_each_and_the_others_go_on(folder: Path, capsy
         (["=runs"], "got =runs, expected NAME=FOLDER"),
         (["empty"], "no runs: got empty, expected folders of train.py"),
         (["runs", "ppo=empty"], "no runs: got empty, expected folders of train.py"),
+        (["runs", "--title", "Mine"], "title: got Mine, which changes nothing without html"),
         (["runs", "--threshold", "nan"], "threshold: got nan, expected a finite number"),
         (["runs", "--html", "empty"], "html: got empty, expected a file"),
         (["runs", "--csv", "no/t.csv"], "csv: got no/t.csv, expected a file"),

@@ -57,13 +57,21 @@ def test_every_flag_is_described(config: type) -> None:
     assert set(field_docstrings(config)) == {field.name for field in dataclasses.fields(config)}
 
 
+def run_options(name: str) -> set[str]:
+    """Without those of demonstrations where the agent cannot learn from them."""
+    found = {field.name for field in dataclasses.fields(Arguments)}
+    if hasattr(AGENTS[name].agent, "pretrain"):
+        return found
+    return {each for each in found if not each.startswith(("demonstration", "pretrain"))}
+
+
 @pytest.mark.parametrize("name", AGENTS)
 def test_help_shows_the_run_and_the_basics(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     text, groups = page(name, "--help", capsys), AGENTS[name].groups
     first, *others = groups
     assert titles(text) == ["run", first]
     shown = {each.replace("no-", "") for each in re.findall(r"^  --\[?([\w-]+\]?[\w-]*)", text, flags=re.MULTILINE)}
-    run = {field.name for field in dataclasses.fields(Arguments)}
+    run = run_options(name)
     assert {each.replace("]", "").replace("-", "_") for each in shown} == run | set(groups[first])
     last = text.split("\n\n")[-1]
     assert "--help-all" in last
@@ -80,7 +88,7 @@ def test_all_flags_in_their_groups_on_two_lines_at_most(
     assert titles(text) == ["run", *AGENTS[name].groups]
     assert max(map(len, text.splitlines())) <= width
     flags = re.findall(r"^  --.*\n(?:   .*\n)*", text, flags=re.MULTILINE)
-    assert len(flags) == sum(map(len, AGENTS[name].groups.values())) + len(dataclasses.fields(Arguments))
+    assert len(flags) == sum(map(len, AGENTS[name].groups.values())) + len(run_options(name))
     assert [flag for flag in flags if flag.count("\n") > 2] == []
 
 

@@ -90,6 +90,7 @@ def test_a_signal_breaks_pretraining_off_and_resume_ends_where_the_whole_would(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--bc-coef", "0.1"], "bc_coef: got 0.1 without demonstrations; name them, --demonstrations DATA"),
         (["--pretrain-steps", "5"], "pretrain_steps: got 5, which changes nothing without demonstrations"),
         (
             ["--demonstrations", "DATA"],

@@ -197,6 +197,18 @@ def test_shared_weights_learn_from_both() -> None:
 
 
 @both
+def test_a_gradient_that_somebody_left_at_a_frozen_weight_is_not_followed(kind: type[Any]) -> None:
+    agent = make(kind)
+    agent.policy.optimizer = torch.optim.SGD(agent.policy.parameters(), 0.1)
+    frozen = next(iter(agent.policy.actor.parameters()))
+    frozen.grad = torch.ones_like(frozen)
+    frozen.requires_grad_(False)
+    before = frozen.detach().clone()
+    learn(agent)
+    assert torch.equal(frozen, before)
+
+
+@both
 def test_another_optimizer_is_used(kind: type[Any]) -> None:
     agent = make(kind)
     learn(agent)
@@ -243,6 +255,7 @@ def assert_equal(one: Any, other: Any) -> None:
 
 
 @both
+@pytest.mark.filterwarnings("ignore:this agent cannot be saved as it is:UserWarning")  # with an own optimizer
 def test_one_vector_and_single_parameters_are_the_same_up_to_rounding(kind: type[Any]) -> None:
     joined, single = pair(kind, **({"ema_decay": 0.9} if kind is PolicyFlow else {}))
     for each in (joined, single):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,30 @@ def test_environments_that_do_not_fit_the_agent_are_refused_when_it_learns(tmp_p
     env = make_vec("InvertedPendulum-v5", 1, 1)
     with pytest.raises(ValueError, match="termination: got learned, but the agent's model has not learned it"):
         LipschitzMBPO.load(tmp_path / "agent.zip", env=env, termination="learned")
+
+
+def test_a_model_that_was_replaced_is_the_one_that_is_differentiated() -> None:
+    learner = agent(value_gradient=2, rollout_interval=20).learn(100)
+    learner.transition = copy.deepcopy(learner.transition)
+    learner.learn(20, reset_num_timesteps=False)
+    assert learner._objective.losses.keywords["model"] is learner.transition  # type: ignore[attr-defined]
+    learner.transition = None
+    with pytest.raises(ValueError, match="transition: got None with model='probabilistic'"):
+        learner.learn(20)
+
+
+@pytest.mark.parametrize("interval", [15, 20, 50, 60])
+def test_so_many_rollouts_begin_per_step_whatever_the_intervals(interval: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, begun = agent(rollout_interval=interval, model_interval=20, rollout_max=1, rollout_min=1), list[int]()
+    original = learner._imagine
+
+    def counted(*arguments: Any) -> None:
+        begun.append(learner.num_timesteps)
+        original(*arguments)
+
+    monkeypatch.setattr(type(learner), "_imagine", lambda self, *arguments: counted(*arguments))
+    learner.learn(300)
+    assert {after - before for before, after in itertools.pairwise(begun)} == {interval}
 
 
 def test_load_takes_the_arguments_of_sac(tmp_path: Path) -> None:

@@ -86,6 +86,50 @@ def test_steering_moves_base_and_noise_alone() -> None:
         assert moved == (not name.startswith("actor.field")), name
 
 
+def test_steering_needs_a_flow_that_is_there_and_stays() -> None:
+    with pytest.raises(ValueError, match="freeze_flow: got a velocity field that is 0, expected a trained one"):
+        agent(freeze_flow=True, base="learned").learn(32)
+    trained = agent(freeze_flow=True)
+    trained.policy.requires_grad_(True)
+    with pytest.raises(ValueError, match="freeze_flow: got a velocity field that learns; freeze it"):
+        trained.learn(32)
+    pretrained = agent(freeze_flow=True, base="learned")
+    before = weights(pretrained)
+    pretrained.pretrain(demonstrations(), 20)  # of what is frozen for steering
+    assert any(not torch.equal(each, before[name]) for name, each in weights(pretrained).items() if ".field." in name)
+    pretrained.learn(32)
+
+
+def test_pretraining_leaves_what_the_user_froze_as_it_is() -> None:
+    trained = agent()
+    first = trained.policy.actor.field
+    frozen = {name for name, each in first.named_parameters() if each.dim() == 1}
+    for name, parameter in first.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    before = weights(trained)
+    trained.pretrain(demonstrations(), 20)
+    for name, each in weights(trained).items():
+        if name.startswith("actor.field."):
+            assert torch.equal(each, before[name]) == (name.removeprefix("actor.field.") in frozen)
+    first.requires_grad_(False)
+    with pytest.raises(ValueError, match="pretraining: got weights that are all frozen"):
+        trained.pretrain(demonstrations(), 20)
+
+
+def test_a_frozen_actor_does_not_drive_the_learning_rate() -> None:
+    trained = agent(n_epochs=3)
+    trained.policy.actor.requires_grad_(False)
+    trained.learn(32 * 5)
+    assert trained._rate == trained.config.learning_rate
+
+
+def test_demonstrations_that_nothing_learns_from_are_noticed() -> None:
+    trained = agent()
+    trained.use_demonstrations(demonstrations())
+    with pytest.warns(UserWarning, match="demonstrations: they change nothing with bc_coef 0"):
+        trained.learn(32)
+
+
 def test_steering_learns_from_reward_through_the_base() -> None:
     # Reward is the (normalised) action; with a frozen identity flow only the base's mean can raise it.
     import gymnasium as gym

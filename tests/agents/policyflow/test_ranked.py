@@ -134,6 +134,7 @@ def replayed(rollouts: list[tuple[Any, Tensor]], n_envs: int, fields: dict[str, 
         },
     ],
 )
+@pytest.mark.filterwarnings("ignore:this agent cannot be saved as it is:UserWarning")  # with recorded rollouts
 def test_updates_of_two_ranks_are_those_of_one_process_with_all_samples(fields: dict[str, Any]) -> None:
     rollouts = recorded(4)
     whole, rate = replayed(rollouts, 4, fields)
