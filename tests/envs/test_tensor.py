@@ -210,6 +210,19 @@ def test_no_step_of_a_rollout_waits_for_the_device(task: str, transfers: list[st
     assert abs(counts[0] - counts[1]) <= 2 and max(counts) < 25  # of a rollout, however many steps it has
 
 
+def test_updates_wait_for_the_device_a_few_times_per_epoch_and_never_per_minibatch(transfers: list[str]) -> None:
+    counts = {}
+    for batch_size, epochs in ((160, 2), (20, 2), (20, 4)):
+        learner = agent(tensor_env(AVOID), batch_size=batch_size, n_epochs=epochs, diagnostics_interval=0)
+        learner.learn(8 * 20)
+        transfers.clear()
+        with Waits() as waits:
+            learner.train()
+        counts[batch_size, epochs] = len(waits.seen) + len(transfers)
+    assert counts[160, 2] == counts[20, 2] < 15
+    assert counts[20, 4] - counts[20, 2] <= 2 * 3
+
+
 def test_what_is_not_finite_is_an_error() -> None:
     learner = agent(tensor_env(AVOID))
     with torch.no_grad():
