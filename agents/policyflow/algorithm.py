@@ -195,14 +195,15 @@ class PolicyFlow(Imitation):
     def _check(self, config: PolicyFlowConfig) -> None:
         super()._check(config)
         samples = config.decisions(self.n_envs)
-        if config.batch_size > samples and ("_gradient" in vars(self) or not self.num_timesteps):  # else it is loaded
+        is_loaded = "_gradient" not in vars(self) and self.num_timesteps > 0
+        if config.batch_size > samples and not is_loaded:
             what, most = "n_steps x environments", f"{config.n_steps} x {self.n_envs}"
             if (steps := config.decision_steps) > 1:
                 what, most = f"{what} / steps of a decision", f"{most} / {steps}, rounded up"
             most = f"{what} = {most} = {samples}"
             text = f"batch_size: got {config.batch_size}, more than the rollout's {most} samples; each minibatch is the"
             warnings.warn(f"{text} whole rollout; lower batch_size or raise n_steps", UserWarning, stacklevel=3)
-        if config.lr_schedule == "adaptive" and config.n_epochs == 1 and config.batch_size >= samples:
+        if config.lr_schedule == "adaptive" and config.n_epochs == 1 and config.batch_size >= samples and not is_loaded:
             raise ValueError(
                 "lr_schedule: got adaptive with one update per iteration, whose KL is 0, expected constant or linear; "
                 "or raise n_epochs, or lower batch_size"

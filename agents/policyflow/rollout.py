@@ -153,18 +153,20 @@ class FlowRollouts(Ranked):
         terminated, truncated, left_out = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape, bool)
         reached: list[Tensor] = []  # raw features of truncated steps, in the order of np.nonzero(truncated)
         features[0] = self._features(self._last_obs)
-        decided, queue = np.empty(shape, bool), ChunkQueue(env.num_envs, config.decision_steps)
+        decided, due = np.ones(shape, bool), np.ones(env.num_envs, bool)
+        queue = ChunkQueue(env.num_envs, config.decision_steps) if config.chunk > 1 else None
         chunk_shape = env.num_envs, config.chunk, *self._action_shape
         for step in range(n_rollout_steps):
             if self._exploration is not None:
                 start = torch.as_tensor(self._last_episode_starts, dtype=torch.bool, device=self.device)
                 moments.append(self._remember(noise[step], further[step], start))
-            decided[step] = queue.due(np.asarray(self._last_episode_starts))
-            if decided[step].any():
+            if queue is not None:
+                decided[step] = due = queue.due(np.asarray(self._last_episode_starts))
+            if due.any():
                 drawn[:, step] = self._act(features[step], noise[step])
                 chunks = FlowSample(*drawn[:, step]).action.cpu().numpy().reshape(chunk_shape)
                 self._check_actions(chunks)
-            actions = queue.next(chunks, decided[step])
+            actions = chunks[:, 0] if queue is None else queue.next(chunks, due)
             clipped_actions = to_box(actions.clip(-1, 1), self.action_space)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             self.num_timesteps += env.num_envs * self._ranks.size
@@ -323,10 +325,10 @@ class FlowRollouts(Ranked):
         """Divide rewards [T, N] by the running standard deviation of the discounted return, clipped to +-10."""
         if not self.config.normalize_reward:
             return rewards
-        returns, running = torch.empty_like(rewards), self._discounted_return
-        for t in range(len(rewards)):
-            returns[t] = rewards[t] + self.gamma * running
-            running = returns[t] * ~ended[t]
+        returns, running, goes_on = torch.empty_like(rewards), self._discounted_return, (~ended).float()
+        for into, reward, left in zip(returns, rewards, goes_on, strict=True):
+            torch.add(reward, self.gamma * running, out=into)
+            running = into * left
         self._discounted_return = running
         self.policy.return_norm.update(returns.view(-1, 1), self._ranks)
         return (rewards * self.policy.return_norm.scale).clip(-10, 10)

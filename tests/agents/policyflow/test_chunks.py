@@ -49,7 +49,7 @@ class Recorder(gym.Env[np.ndarray, np.ndarray]):
 def small(env: Any, **fields: Any) -> PolicyFlow:
     settings: dict[str, Any] = {
         "n_steps": 16, "batch_size": 8, "n_epochs": 1, "actor_hidden": (8,), "critic_hidden": (8,), "compile": "off",
-        "seed": 0, "device": "cpu", "normalize_reward": False,
+        "seed": 0, "device": "cpu", "normalize_reward": False, "lr_schedule": "constant",
     }  # fmt: skip
     return PolicyFlow("MlpPolicy", env, **(settings | fields))
 

@@ -159,7 +159,7 @@ def test_action_noise_is_correlated_within_an_episode_and_starts_afresh_with_the
     lengths, rows = (3, 7), []
     env = DummyVecEnv([lambda length=length: Counter(length, True) for length in lengths])  # type: ignore[misc]
     agent = PolicyFlow("MlpPolicy", env, exploration_noise="ou", noise_time=4.0, n_steps=10, batch_size=20, seed=0,
-                       device="cpu", n_epochs=1)  # fmt: skip
+                       device="cpu", n_epochs=2)  # fmt: skip
     _, callback = agent._setup_learn(40)
     for _ in range(2):
         agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, 10)  # type: ignore[arg-type]
