@@ -30,6 +30,7 @@ PARTS = {
     "tests": "gpu.suite:tests",
     "checkpoints": "gpu.moves:checkpoints",
     "warp": "gpu.suite:warp",
+    "resident": "gpu.resident:resident",
     "synchronizations": "gpu.waits:synchronizations",
     "train": "gpu.training:train",
     "sac-update": "gpu.sac_update:sac_update",

@@ -54,4 +54,4 @@ def warp(report: Report) -> None:
     """Nothing yet."""
     absent = [name for name in ("warp", "mujoco_warp") if importlib.util.find_spec(name) is None]
     report.keep(absent=absent)
-    raise Skipped("device-resident training is not built yet" + (f"; {', '.join(absent)}: absent" if absent else ""))
+    raise Skipped("simulation by Warp is not built yet" + (f"; {', '.join(absent)}: absent" if absent else ""))

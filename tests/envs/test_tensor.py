@@ -272,6 +272,18 @@ def test_train_takes_the_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert train.main([*command, "--critic-warmup", "0", "--compile", "off"]) == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("task", TENSOR_TASKS)
+def test_a_rollout_stays_on_the_gpu(task: str) -> None:
+    env = make_vec(task, 64, 0, backend="tensor", device="cuda")
+    learner = agent(env, device="cuda", batch_size=320)
+    assert learner._stays_on_device(env)
+    learner.learn(64 * 20 * 3)
+    assert learner.samples.obs.is_cuda
+    assert all(bool(each.isfinite().all()) for each in learner.policy.parameters())
+
+
 @pytest.mark.slow
 def test_multi_goal_is_learned_as_on_its_batch_in_numpy() -> None:
     returns = {}
