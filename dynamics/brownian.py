@@ -14,7 +14,6 @@ No global random numbers: a ``torch.Generator`` is an argument wherever somethin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,8 +108,3 @@ def halve(dt: float, w: Tensor, h: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tens
 
 def _kind(x: Tensor) -> tuple[list[int], torch.dtype, torch.device]:
     return list(x.shape), x.dtype, x.device
-
-
-def standard_normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Standard normal numbers on the generator's device."""
-    return torch.randn(shape, generator=generator, device=generator.device)

@@ -74,3 +74,8 @@ class Normalizer(nn.Module):
     def inverse(self, normalised: Tensor) -> Tensor:
         """Undo ``forward``."""
         return torch.addcmul(self.mean, normalised, self.scale)
+
+
+def standard_normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Standard normal numbers on the generator's device."""
+    return torch.randn(shape, generator=generator, device=generator.device)

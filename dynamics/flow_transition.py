@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .brownian import standard_normal
+from .ensemble import standard_normal
 from .fields import MLPField
 from .likelihood import flow_log_prob, standard_normal_log_prob
 from .ode import Tableau, odeint, time_grid

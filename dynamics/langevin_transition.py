@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .brownian import BrownianGrid, standard_normal
+from .brownian import BrownianGrid
+from .ensemble import standard_normal
 from .fields import MLPField
 from .neural_sde import LangevinSDE
 from .ode import odeint

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from .brownian import standard_normal
-from .ensemble import Members
+from .ensemble import Members, standard_normal
 from .transition_base import FitData, TransitionModel
 from .transition_settings import TransitionSettings
 

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .brownian import standard_normal
-from .ensemble import Members, Normalizer
+from .ensemble import Members, Normalizer, standard_normal
 from .holdout import divide_rows
 from .jacobian_prior import JacobianPrior
 from .transition_settings import TransitionSettings

@@ -78,6 +78,10 @@ class TensorVecEnv(VecEnv):
         device: where all tensors are.
         dtype: of the states.
 
+    Raises:
+        ValueError: if the task is none, or n_envs is below 1; by `reset` and `step_tensor`, if what the task returns
+            has other shapes.
+
     Attributes:
         obs: the present observations, [N, O]; after the first reset.
     """
@@ -87,6 +91,10 @@ class TensorVecEnv(VecEnv):
     def __init__(
         self, task: TensorTask, n_envs: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
+        if not isinstance(task, TensorTask):
+            raise ValueError(f"task: got {task}, expected a TensorTask")
+        if missing := [each for each in ("observation_space", "action_space", "limit") if not hasattr(task, each)]:
+            raise ValueError(f"task: got a {type(task).__name__} without {', '.join(missing)}")
         if n_envs < 1:
             raise ValueError(f"n_envs: got {n_envs}, expected an integer of at least 1")
         self.task, self.device, self.dtype = task, torch.device(device), dtype
@@ -110,13 +118,25 @@ class TensorVecEnv(VecEnv):
         self._lengths = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
         self._ends.clear()
         self.obs = self.task.observe(self.state)
+        self._check("start and observe", "observations", self.obs, self.task.observation_space.shape)
         return self.obs
+
+    def _check(self, methods: str, what: str, values: Any, shape: tuple[int, ...], dtype: Any = None) -> None:
+        """Raise ValueError unless a task made a tensor of a row per environment, of this shape and type."""
+        expected = [self.num_envs, *shape]
+        if not isinstance(values, Tensor) or list(values.shape) != expected or dtype not in (None, values.dtype):
+            got = f"{list(values.shape)}, {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
+            kind = "" if dtype is None else f", {dtype}"
+            raise ValueError(f"{type(self.task).__name__}.{methods}: got {what} {got}, expected {expected}{kind}")
 
     @torch.no_grad()
     def step_tensor(self, actions: Tensor) -> TensorStep:
         """Act by actions [N, D] in the task's units, which are clipped to its bounds. Nothing waits for the device."""
         task, inside = self.task, torch.minimum(torch.maximum(actions, self._low), self._high)
         state, reward, terminated, success = task.step(self.state, inside.to(self.dtype))
+        self._check("step", "states", state, self.state.shape[1:])
+        self._check("step", "rewards", reward, ())
+        self._check("step", "terminated", terminated, (), torch.bool)
         self._lengths = self._lengths + 1
         self._returns = self._returns + reward.float()
         truncated = (self._lengths >= task.limit) & ~terminated

@@ -104,6 +104,7 @@ class BoxPolicy(BasePolicy):
                 "use register_hook"
             )
         held, kept = {id(each) for each in held_by(self.optimizer)}, {id(each) for each in present.values()}
+        added = present.keys() - self._known.keys()
         for name, before in self._known.items():
             if name not in present or id(before) in kept or present[name] is before:
                 continue
@@ -117,7 +118,9 @@ class BoxPolicy(BasePolicy):
         self._known = present
         held = {id(each) for each in held_by(self.optimizer)}
         lost = [name for name, each in present.items() if each.requires_grad and id(each) not in held]
-        if lost and self.optimizer is self._made:  # a user's own optimizer may leave out what it likes
+        if self.optimizer is not self._made:  # a user's own may leave out what it likes, but for what came after it
+            lost = [name for name in lost if name in added]
+        if lost:
             raise ValueError(
                 f"weights: {', '.join(lost)} would not learn, policy.optimizer does not hold them; add them "
                 "(policy.optimizer.add_param_group), or freeze them (requires_grad_(False))"

@@ -121,6 +121,10 @@ class SACAttributes(Configured):
         """The entropy temperature, or "auto" where it is learned."""
         return "auto" if self.config.learn_temperature else self.config.temperature
 
+    @ent_coef.setter
+    def ent_coef(self, value: Any) -> None:
+        raise ValueError(f"ent_coef: got {value}, but it is learned, or fixed when the agent is made (temperature)")
+
     @property
     def target_entropy(self) -> float:
         """Entropy that the temperature drives the policy to, in nats."""

@@ -195,19 +195,13 @@ class PolicyFlow(Imitation):
     def _check(self, config: PolicyFlowConfig) -> None:
         super()._check(config)
         samples = config.decisions(self.n_envs)
-        is_loaded = "_gradient" not in vars(self) and self.num_timesteps > 0
-        if config.batch_size > samples and not is_loaded:
+        if config.batch_size > samples and ("_gradient" in vars(self) or not self.num_timesteps):  # else it is loaded
             what, most = "n_steps x environments", f"{config.n_steps} x {self.n_envs}"
             if (steps := config.decision_steps) > 1:
                 what, most = f"{what} / steps of a decision", f"{most} / {steps}, rounded up"
             most = f"{what} = {most} = {samples}"
             text = f"batch_size: got {config.batch_size}, more than the rollout's {most} samples; each minibatch is the"
             warnings.warn(f"{text} whole rollout; lower batch_size or raise n_steps", UserWarning, stacklevel=3)
-        if config.lr_schedule == "adaptive" and config.n_epochs == 1 and config.batch_size >= samples and not is_loaded:
-            raise ValueError(
-                "lr_schedule: got adaptive with one update per iteration, whose KL is 0, expected constant or linear; "
-                "or raise n_epochs, or lower batch_size"
-            )
         if config.normalize_advantage and samples < 2:
             raise ValueError("n_steps: got a rollout of 1 sample, expected 2 or more to normalise advantages over")
 
@@ -326,8 +320,11 @@ class PolicyFlow(Imitation):
         self._n_updates += len(passes)
         means = {name: sum(each[name] for each in passes) / len(passes) for name in passes[0]}
         means |= self._adapt_weight(means)
-        learns = any(each.requires_grad for each in policy.actor.parameters())  # else the KL is 0, and says nothing
-        if config.lr_schedule == "adaptive" and learns and not self.is_warming_up:
+        # The KL of an iteration's first update is 0, as is that of an actor that is frozen: it says nothing.
+        says = any(each.requires_grad for each in policy.actor.parameters()) and not (
+            len(passes) == 1 and len(epoch.obs) <= config.batch_size
+        )
+        if config.lr_schedule == "adaptive" and says and not self.is_warming_up:
             self._adapt_learning_rate(means["train/approx_kl"])
         if self._monitor is not None:
             self._rate, watched = self._monitor.watch(policy, means, self.ep_info_buffer, self._rate)

@@ -256,7 +256,10 @@ class FlowRollouts(Ranked):
         self._update_info_buffer(episodes, np.ones(len(episodes), bool))
         if not goes_on:
             return None
-        for values, what in ((drawn[2], "action"), (features[1:], "observation"), (rewards[..., None], "reward")):
+        named = [(features[1:], "observation"), (rewards, "reward"), (drawn[2], "action")]
+        if not all(each.isfinite().all() for each in policy.actor.parameters()):
+            named.reverse()  # what the environments return then follows from the actions
+        for values, what in named:
             if not values.isfinite().all():
                 raise ValueError(f"non-finite {what}: expected finite numbers; {blame(policy)}")
         ends = reached[truncated]

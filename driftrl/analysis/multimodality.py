@@ -51,7 +51,7 @@ def play(policy: PolicyPredictor, env: VecEnv, steps: int, *, deterministic: boo
     returns, lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, dtype=np.int64)
     state, starts = None, np.ones(env.num_envs, dtype=bool)
     for _ in range(steps):
-        actions, state = policy.predict(obs, state, starts, deterministic)  # type: ignore[arg-type]  # SB3's own types differ
+        actions, state = policy.predict(obs, state, starts, deterministic=deterministic)  # type: ignore[arg-type]
         obs, rewards, dones, infos = env.step(actions)
         starts = dones
         reached = _position(obs)

@@ -22,13 +22,14 @@ class Arguments:
     preset: str = "standard"
     """Which of the agent's presets to begin from."""
     total_timesteps: int = 1_000_000
-    """Environment steps to train for, >= 1, all environments together (0: only pretrain)."""
+    """Environment steps to train for, >= 1, all environments together."""
     demonstrations: str | None = None
     """Data set to pretrain on, of Minari (folder, id or .hdf5) or robomimic (.hdf5)."""
     demonstration_keys: tuple[str, ...] = ()
     """Where its observations have names and the environment's have none: which to take, in their order."""
     pretrain_steps: int = 0
-    """Gradient updates of pretraining at most, >= 0; it ends early where episodes held out show no gain."""
+    """Gradient updates of pretraining at most, >= 0; fewer where held-out episodes show no gain. With it
+    total_timesteps may be 0."""
     pretrain_batch_size: int = 512
     """Demonstrated steps per update, >= 1."""
     pretrain_learning_rate: float = 3e-3

@@ -107,6 +107,8 @@ def _resume_in(folder: Path, arguments: argparse.Namespace, report_to: Report | 
                 f"them\n  {command('train')} --resume {shlex.quote(str(folder))} --total-timesteps {2 * done}"
             )
             return 0
+        if arguments.total_timesteps is not None and arguments.total_timesteps < done:
+            raise ValueError(f"total_timesteps: got {arguments.total_timesteps}, expected at least the {done} done")
         if present().rank:
             return train(found.agent, None, settings, found)
         record_resumption(folder, done, settings.total_timesteps)

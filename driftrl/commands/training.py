@@ -106,7 +106,7 @@ def train(
         with reported("eval.json", agent.num_timesteps):
             write_json(folder / "eval.json", {"file": "final.zip", **report})
     except (Exception, SystemExit) as error:
-        kept = f"kept what was saved before, in {folder}" if has_saved(folder) else "nothing was saved"
+        kept = f"kept {find_checkpoint(folder)}" if has_saved(folder) else "nothing was saved"
         where = users_line(error)
         if isinstance(error, BrokenPipeError) and output_closed():
             print(f"output closed at {agent.num_timesteps:,} of {total:,} steps; {kept}", file=sys.stderr, flush=True)

@@ -248,7 +248,6 @@ OTHER_OPTIMIZER = {"optimizer_class": torch.optim.SGD}
         (PolicyFlow, {"vf_coef": 0, "critic_learning_rate": 0.1}, "critic_learning_rate: got 0.1, which changes nothi"),
         (PolicyFlow, {"gamma": 0, "gae_lambda": 0.5}, "gae_lambda: got 0.5, which changes nothing without gamma above"),
         (PolicyFlow, {"policy_kwargs": {"chained": True}}, "chained: got True, expected it elsewhere; choose "),
-        (PolicyFlow, {"n_epochs": 1, "n_steps": 16, "batch_size": 16}, "lr_schedule: got adaptive with one update per"),
         (LipschitzMBPO, {"critic_hidden": (), "regularizer": "spectral"}, "regularizer: got 'spectral', expected none"),
         (LipschitzMBPO, {"real_ratio": 1.0}, "real_ratio: got 1.0, expected below 1 with a model"),
         (LipschitzMBPO, {"learn_temperature": False, "target_entropy": 1.0}, "target_entropy: got 1.0, which changes"),

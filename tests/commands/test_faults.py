@@ -77,7 +77,7 @@ def test_an_error_in_the_users_environment_keeps_its_traceback_and_what_was_lear
         train.main(["policyflow", "--env", "test/Faulty-v0", *SMALL, "--total-timesteps", "1000", *fault])
     error = capsys.readouterr().err
     assert f"test/Faulty-v0 ended training at 89 of 1,000 steps, in {__file__}:" in error
-    assert f"({how}); kept what was saved before, in {only_run()}" in error
+    assert f"({how}); kept {only_run()}/checkpoints/step_89.zip" in error
     assert any(Path(frame.path).name == Path(__file__).name for frame in caught.traceback)
     assert load_agent(only_run(), "cpu").num_timesteps == 89
     assert (only_run() / "progress.csv").read_text().count("\n") > 3

@@ -121,6 +121,8 @@ def test_a_frozen_actor_does_not_drive_the_learning_rate() -> None:
     trained.policy.actor.requires_grad_(False)
     trained.learn(32 * 5)
     assert trained._rate == trained.config.learning_rate
+    single = agent(n_epochs=1, batch_size=32).learn(32 * 5)  # one update per iteration: its KL is 0
+    assert single._rate == single.config.learning_rate
 
 
 def test_demonstrations_that_nothing_learns_from_are_noticed() -> None:
