@@ -206,6 +206,11 @@ def _read_foreign(folder: Path, name: str | None) -> Record:
     """A run of Stable-Baselines3: logs of its CSV logger, of Monitor, of EvalCallback; or a folder of rl_zoo3."""
     readers = [(folder / "progress.csv", read_progress), (folder / "evaluations.npz", read_evaluations)]
     logs, notes = _read_logs(folder, readers)
+    if replaced := sum(log.replaced for log in logs):
+        notes.append(
+            f"{folder}: its logs go back to an earlier step; the {replaced} returns before, from that step on, are "
+            "left out. To see two calls of learn(), log them into two folders, or call learn(reset_num_timesteps=False)"
+        )
     if monitors := _monitors(folder):
         try:
             log = read_monitors(monitors)

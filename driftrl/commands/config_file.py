@@ -119,6 +119,8 @@ def options_of(data: dict[str, Any], path: Path, agent: str | None) -> ConfigFil
             near = difflib.get_close_matches(name, [*run_hints, *hints], 1)
             hint = f"did you mean {near[0]}?" if near else "train.py AGENT --help-all lists them"
             raise ValueError(f"{path}: {key}: unknown key; {hint}")
+        if name in run or name in fields:
+            raise ValueError(f"{path}: {key}: got it twice, as {name} in two spellings; expected it once")
         try:
             if name in hints:
                 fields[name] = fitted(name, value, hints[name])
@@ -172,7 +174,8 @@ def _read_yaml(file: IO[str]) -> Any:
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]  # it ships no types
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-            _once([(self.construct_object(key, deep=True), None) for key, _ in node.value])
+            plain = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            _once([(self.construct_object(key, deep=True), None) for key in plain])
             return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
 
     try:

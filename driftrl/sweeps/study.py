@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..commands.processes import Job
 from ..runs.group import is_trained
 from ..runs.lock import alone, exclusively
@@ -277,7 +279,7 @@ def _sampler(search: Search, count: int) -> Any:
     """The sampler of a trial: its seed is its own, else two processes that begin alike would suggest the same."""
     import optuna
 
-    seed = (search.seed + count) % 2**31
+    seed = int(np.random.SeedSequence([search.seed, count]).generate_state(1)[0])  # seed + count: others' seeds, shifted
     if search.sampler == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     return optuna.samplers.TPESampler(seed=seed)

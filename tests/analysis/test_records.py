@@ -148,3 +148,14 @@ def test_a_folder_below_the_working_directory_is_named_from_there(
     monkeypatch.chdir(tmp_path / "ppo" / "s0")
     (run,) = find_records([(None, Path())]).records
     assert (run.agent, run.seed, run.label) == ("ppo", 0, "seed 0")
+
+
+def test_a_second_learn_that_counts_from_nothing_is_noted(tmp_path: Path) -> None:
+    text = PROGRESS + "3,1,100\n"
+    write(tmp_path / "ppo" / "s0" / "progress.csv", text)
+    (run,) = find_records([(None, tmp_path)]).records
+    assert run.curves["training"].returns.tolist() == [3]
+    assert "go back to an earlier step; the 2 returns before" in run.notes[0]
+    write(ours(tmp_path / "ppo") / "progress.csv", text)  # our own runs go on from checkpoints
+    (run,) = find_records([(None, tmp_path)]).records
+    assert run.notes == ()
