@@ -276,13 +276,18 @@ def _pruner(search: Search) -> Any:
 
 
 def _sampler(search: Search, count: int) -> Any:
-    """The sampler of a trial: its seed is its own, else two processes that begin alike would suggest the same."""
+    """The sampler of a trial."""
     import optuna
 
-    seed = int(np.random.SeedSequence([search.seed, count]).generate_state(1)[0])  # seed + count: others' seeds, shifted
+    seed = trial_seed(search, count)
     if search.sampler == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     return optuna.samplers.TPESampler(seed=seed)
+
+
+def trial_seed(search: Search, count: int) -> int:
+    """The seed of a trial's sampler: its own, else two processes that begin alike would suggest the same."""
+    return int(np.random.SeedSequence([search.seed, count]).generate_state(1)[0])
 
 
 def _return(folder: Path) -> float:

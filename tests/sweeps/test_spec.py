@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from driftrl.commands import sweep
+from driftrl.sweeps.spec import Search
+from driftrl.sweeps.study import trial_seed
 
 GOOD: dict[str, Any] = {
     "folder": "out", "agent": "policyflow", "envs": ["InvertedPendulum-v5"], "seeds": [0, 1],
@@ -110,3 +112,10 @@ def test_a_missing_extra_is_one_line(
     error = capsys.readouterr().err
     assert f"{module} is not installed; run pip install 'driftrl[sweep]'" in error
     assert error.count("\n") == 1
+
+
+def test_the_seeds_of_two_searches_do_not_overlap() -> None:
+    """Two searches of neighbouring seeds would else share all suggestions but one."""
+    seeds = [trial_seed(Search(6, {}, seed=seed), count) for seed in range(50) for count in range(50)]
+    assert len(set(seeds)) == len(seeds)
+    assert 0 <= min(seeds) and max(seeds) < 2**32
