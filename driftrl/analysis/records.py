@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..runs.kinds import is_group, is_shared
+from ..runs.kinds import RESULTS, is_group, is_shared
+from ..runs.results import read_results
 from .logs import Curve, Log, read_evaluations, read_monitors, read_progress, read_zoo_file, thinned
 
 _NOT_SETTINGS = {
@@ -168,7 +169,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         data = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(data, dict) or not {"agent", "env_id", "config"} <= data.keys():
         return None
@@ -182,14 +183,13 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 def _read_ours(folder: Path, config: dict[str, Any], name: str | None) -> Record:
     logs, notes = _read_logs(folder, [(folder / "progress.csv", read_progress)])
     evaluation, steps = None, max((log.steps for log in logs), default=0.0)
-    path = folder / "eval.json"
-    if path.is_file():
-        try:
-            report = json.loads(path.read_text())
-            returns = [float(value) for value in report["deterministic"]["returns"]]
-            evaluation, steps = sum(returns) / len(returns), int(report["timesteps"])
-        except (ValueError, KeyError, TypeError, ArithmeticError):
-            notes.append(f"{path} is damaged; the run counts as not evaluated")
+    path = folder / RESULTS
+    try:
+        if results := read_results(folder):
+            returns = list(map(float, results["deterministic"]["returns"]))
+            evaluation, steps = sum(returns) / len(returns), results["timesteps"]
+    except (ValueError, OSError):
+        notes.append(f"{path} is damaged; the run counts as not evaluated")
     recorded = config.get("versions")
     versions = {key: str(value) for key, value in recorded.items()} if isinstance(recorded, dict) else {}
     complete = path.is_file() and (folder / "final.zip").is_file()

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..agents.storage.files import write_json
 from .folder import RunSettings, has_saved, is_complete, new_folder, read_settings, write_settings
 from .kinds import GROUP_FILE, is_group, is_shared
+from .results import read_results
 
 
 def is_member(folder: Path) -> bool:
@@ -30,8 +31,10 @@ def members(group: Path) -> list[Path]:
     """
     try:
         names = json.loads((group / GROUP_FILE).read_text())["runs"]
+        if not names or len(set(names)) < len(names) or any(Path(name).name != name for name in names):
+            raise ValueError("no folders, each once")
         return [group / name for name in names]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"unreadable group: {group / GROUP_FILE} is damaged; restore it") from error
 
 
@@ -81,8 +84,10 @@ def is_trained(folder: Path, total_timesteps: int | None = None) -> bool:
     """Whether a run has come to its end, or to that of so many steps."""
     if not is_complete(folder):
         return False
-    done = json.loads((folder / "eval.json").read_text())["timesteps"]
-    return bool(done >= (total_timesteps or read_settings(folder).total_timesteps))
+    results = read_results(folder)
+    return results is not None and bool(
+        results["timesteps"] >= (total_timesteps or read_settings(folder).total_timesteps)
+    )
 
 
 def _parent(root: Path, settings: RunSettings) -> Path:

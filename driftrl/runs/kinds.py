@@ -6,6 +6,8 @@ from pathlib import Path
 
 GROUP_FILE = "group.json"
 """What makes a folder that of a group."""
+RESULTS = "eval.json"
+"""The evaluation of a run after training."""
 AGENT, VIDEO = "agent.zip", "replay.mp4"
 SHARED_FILES = (AGENT, "config.json", "results.json", "README.md", VIDEO)
 """All that `evaluate.py RUN --hub FOLDER` writes; a download may hold more."""

@@ -19,6 +19,7 @@ import numpy as np
 from ..commands.processes import Job
 from ..runs.group import is_trained
 from ..runs.lock import alone, exclusively
+from ..runs.results import read_results
 from ..runs.warnings import warn
 from .executors import Executor
 from .plan import Planned, begin
@@ -291,4 +292,6 @@ def trial_seed(search: Search, count: int) -> int:
 
 
 def _return(folder: Path) -> float:
-    return float(json.loads((folder / "eval.json").read_text())["deterministic"]["mean"])
+    results = read_results(folder)
+    assert results is not None  # of a run that is trained
+    return float(results["deterministic"]["mean"])

@@ -23,7 +23,8 @@ def run_folder(folder: Path, seed: int, score: float, **changes: Any) -> None:
     config = {"agent": "policyflow", "env_id": "Hopper-v5", "env_kwargs": {}, "seed": seed, "config": {"gamma": 0.9}}
     (folder / "config.json").write_text(json.dumps(config | changes))
     (folder / "progress.csv").write_text(PROGRESS.format(score))
-    (folder / "eval.json").write_text(json.dumps({"timesteps": 200, "deterministic": {"returns": [score]}}))
+    mode = {"returns": [score], "mean": score}
+    (folder / "eval.json").write_text(json.dumps({"timesteps": 200, "deterministic": mode}))
     (folder / "final.zip").write_text("")
 
 
