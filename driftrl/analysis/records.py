@@ -272,7 +272,7 @@ def _agent_of(folder: Path, stem: str | None) -> str:
 
 
 def _videos(folder: Path) -> tuple[Path, ...]:
-    return tuple(sorted(path for path in folder.rglob("*") if path.suffix in _VIDEOS))
+    return tuple(sorted(path for path in folder.rglob("*") if path.suffix in _VIDEOS and path.is_file()))
 
 
 def _not_finite(path: Path, value: float | None) -> list[str]:

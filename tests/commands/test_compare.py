@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -78,6 +79,25 @@ def test_without_matplotlib_one_line_says_what_to_install(
     assert capsys.readouterr().err.splitlines() == [
         "error: plot: matplotlib is not installed; run pip install 'driftrl[plot]'"
     ]
+
+
+def test_names_that_are_hard_to_show_are_shown(folder: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    """Formulas and hidden labels of matplotlib, bytes that are not UTF-8, half a character, links and folders."""
+    for i, agent in enumerate(("a$x_{$", "_hidden", "half \ud800")):
+        run_folder(folder / "runs" / f"other{i}", 0, 1.0, agent=agent)
+    raw = Path(os.fsdecode(b"raw \xff"))
+    run_folder(raw, 9, 1.0)
+    (raw / "no.mp4").mkdir()
+    (raw / "broken.mp4").symlink_to("nowhere")
+    (raw / "large.mp4").write_bytes(b"0" * 2_000_001)
+    arguments = ["runs", str(raw), "--html", "r.html", "--csv", "t.csv", "--json", "t.json", "--plot", "pictures"]
+    assert main(arguments) == 0
+    assert b"half \\ud800" in capfdbinary.readouterr().out
+    page = (folder / "r.html").read_text(encoding="utf-8")
+    assert "half \\ud800" in page and "raw \\udcff" in page
+    assert 'href="raw%20%FF/large.mp4"' in page and "no.mp4" not in page and "broken.mp4" not in page
+    svg = (folder / "pictures" / "Hopper-v5.svg").read_text(encoding="utf-8")
+    assert {"a$x_{$ (1 run)", " _hidden (1 run)", r"half \ud800 (1 run)"} <= set(re.findall("<!-- (.*) -->", svg))
 
 
 def test_damaged_runs_are_one_line_each_and_the_others_go_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
