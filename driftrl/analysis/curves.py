@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,11 @@ def draw_curves(sections: Sequence[Section], folder: Path) -> list[Path]:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
         folder.mkdir(parents=True, exist_ok=True)
-        name = re.sub(r"[^\w.=-]+", "_", section.env)
+        name = plain = re.sub(r"[^\w.=-]+", "_", section.env)
+        for i in itertools.count(2):
+            if folder / f"{name}.png" not in written:
+                break
+            name = f"{plain}-{i}"  # NS/E-v0 and NS_E-v0
         for path in (folder / f"{name}.png", folder / f"{name}.svg"):
             figure.savefig(path, dpi=110)
             written.append(path)

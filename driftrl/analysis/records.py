@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..runs.kinds import RESULTS, is_group, is_shared
+from ..runs.kinds import RESULTS, is_group, is_shared, walk
 from ..runs.results import read_results
 from .logs import Curve, Log, read_evaluations, read_monitors, read_progress, read_zoo_file, thinned
 
@@ -108,7 +107,7 @@ def find_records(places: Sequence[tuple[str | None, Path]]) -> Found:
         places: folders, each with the name of the group that its runs belong to, or None.
 
     Raises:
-        ValueError: if one of the places is no folder, or holds no run.
+        ValueError: if one of the places is no folder, or holds no run, or a run has two names.
     """
     names: dict[Path, str | None] = {}
     for name, place in places:
@@ -121,6 +120,8 @@ def find_records(places: Sequence[tuple[str | None, Path]]) -> Found:
                 "(progress.csv, monitor.csv, evaluations.npz)"
             )
         for folder in folders:
+            if name and (other := names.get(folder)) and other != name:
+                raise ValueError(f"{folder}: got it as {other} and as {name}, expected one name for each run")
             names[folder] = name or names.get(folder)
     records, problems = [], list[str]()
     for folder, name in names.items():
@@ -134,9 +135,8 @@ def find_records(places: Sequence[tuple[str | None, Path]]) -> Found:
 
 
 def _run_folders(place: Path) -> Iterator[Path]:
-    for path, folders, files in os.walk(place.resolve()):
-        folders.sort()
-        folder = Path(path)
+    for path, folders, files in walk(place):
+        folder = path.resolve()
         if is_shared(folder):
             folders.clear()
             continue

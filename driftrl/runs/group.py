@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..agents.storage.files import write_json
 from .folder import RunSettings, has_saved, is_complete, new_folder, read_settings, write_settings
-from .kinds import GROUP_FILE, is_group, is_shared
+from .kinds import GROUP_FILE, is_group, is_shared, walk
 from .results import read_results
 
 
@@ -51,13 +51,13 @@ def runs_in(folder: Path) -> list[Path]:
         return members(folder)
     if not folder.is_dir() or (folder / "config.json").exists():
         return [folder]
-    found: dict[Path, None] = {}
-    for run in sorted(file.parent for file in folder.rglob("config.json")):
-        if is_member(run):
-            found |= dict.fromkeys(members(run.parent))
+    found: dict[Path, Path] = {}  # by where it lies: a link and its run are one
+    for run in sorted(path for path, _, files in walk(folder) if "config.json" in files):
+        if is_group(run.parent):
+            found |= {member.resolve(): member for member in members(run.parent)}
         elif has_saved(run) and not is_shared(run):
-            found[run] = None
-    return list(found) or [folder]
+            found.setdefault(run.resolve(), run)
+    return list(found.values()) or [folder]
 
 
 def new_group(root: Path, runs: Sequence[RunSettings]) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 GROUP_FILE = "group.json"
@@ -21,3 +23,16 @@ def is_group(folder: Path) -> bool:
 def is_shared(folder: Path) -> bool:
     """Whether a folder is one to share an agent by, written or downloaded; it is no run."""
     return (folder / AGENT).is_file() and (folder / "config.json").is_file()
+
+
+def walk(place: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """`os.walk`, by name, which follows links to folders and sees each folder once."""
+    seen = set[str]()
+    for path, folders, files in os.walk(place, followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield Path(path), folders, files

@@ -193,3 +193,19 @@ def test_a_run_without_its_last_save_is_unfinished(tmp_path: Path) -> None:
     (ours(tmp_path) / "final.zip").unlink()
     (run,) = find_records([(None, tmp_path)]).records
     assert (run.complete, run.state) == (False, "unfinished")
+
+
+def test_links_to_runs_are_followed_and_each_run_counts_once(tmp_path: Path) -> None:
+    ours(tmp_path / "elsewhere" / "b")
+    ours(tmp_path / "elsewhere" / "deep" / "c")
+    ours(tmp_path / "runs" / "a")
+    for name, target in {"b": "../elsewhere/b", "c": "../elsewhere/deep", "again": "a", "loop": "."}.items():
+        (tmp_path / "runs" / name).symlink_to(target)
+    found = find_records([(None, tmp_path / "runs")])
+    assert [run.folder.name for run in found.records] == ["a", "b", "c"]
+
+
+def test_a_run_with_two_names_is_refused(tmp_path: Path) -> None:
+    ours(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"a: got it as x and as y, expected one name for each run"):
+        find_records([("x", tmp_path), ("y", tmp_path / "a")])

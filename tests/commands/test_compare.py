@@ -100,6 +100,14 @@ def test_names_that_are_hard_to_show_are_shown(folder: Path, capfdbinary: pytest
     assert {"a$x_{$ (1 run)", " _hidden (1 run)", r"half \ud800 (1 run)"} <= set(re.findall("<!-- (.*) -->", svg))
 
 
+def test_environments_whose_names_become_the_same_have_pictures_of_their_own(folder: Path) -> None:
+    for i, env_id in enumerate(("NS/E-v0", "NS_E-v0")):
+        run_folder(folder / "two" / str(i), 0, 1.0, env_id=env_id)
+    assert main(["two", "--plot", "pictures"]) == 0
+    names = [f"NS_E-v0{number}.{kind}" for number in ("", "-2") for kind in ("png", "svg")]
+    assert sorted(each.name for each in (folder / "pictures").iterdir()) == sorted(names)
+
+
 def test_damaged_runs_are_one_line_each_and_the_others_go_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "runs" / "s1" / "config.json").write_text("{")
     assert main(["runs"]) == 0
@@ -114,6 +122,7 @@ def test_damaged_runs_are_one_line_each_and_the_others_go_on(folder: Path, capsy
     [
         ([], "the following arguments are required: [NAME=]FOLDER"),
         (["nowhere"], "no such folder: got nowhere"),
+        (["a=runs", "b=runs"], "runs/s0: got it as a and as b, expected one name for each run"),
         (["=runs"], "got =runs, expected NAME=FOLDER"),
         (["empty"], "no runs: got empty, expected folders of train.py"),
         (["runs", "ppo=empty"], "no runs: got empty, expected folders of train.py"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from driftrl.runs.folder import is_complete
-from driftrl.runs.group import members
+from driftrl.runs.group import members, runs_in
 from driftrl.runs.results import read_results
 
 
@@ -43,3 +43,16 @@ def test_the_evaluation_of_a_run_is_read_as_it_was_written(tmp_path: Path) -> No
     (tmp_path / "final.zip").touch()
     assert read_results(tmp_path) == written
     assert is_complete(tmp_path)
+
+
+def test_runs_behind_links_are_found_once(tmp_path: Path) -> None:
+    for name in ("elsewhere/b", "group/s0", "runs/a"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "best.zip").touch()
+    (tmp_path / "group" / "group.json").write_text('{"runs": ["s0"]}')
+    runs = tmp_path / "runs"
+    links = {"b": "../elsewhere/b", "again": "a", "group": "../group", "c": "../group/s0", "loop": "."}
+    for name, target in links.items():
+        (runs / name).symlink_to(target)
+    assert sorted(run.resolve().name for run in runs_in(runs)) == ["a", "b", "s0"]
