@@ -64,6 +64,15 @@ def hyperparameters(settings: RunSettings) -> dict[str, Any]:
     return run | env | {name: list(each) if isinstance(each, tuple) else each for name, each in settings.config.items()}
 
 
+def settings_rows(settings: RunSettings) -> str:
+    """The hyperparameters as rows of a Markdown table; nothing in a value ends its cell."""
+    return "".join(f"| {_cell(name)} | {_cell(value)} |\n" for name, value in hyperparameters(settings).items())
+
+
+def _cell(value: Any) -> str:
+    return "<br>".join(str(value).replace("|", r"\|").splitlines())
+
+
 def open_tracker(folder: Path, settings: RunSettings) -> KVWriter:
     """Begin, or go on with, the tracker's run of a run.
 
