@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -193,7 +194,7 @@ def _named(records: Sequence[Record]) -> dict[str, list[Record]]:
         at = peers.index(members[0])
         own = [f"{key}={_texts([each.settings.get(key, ABSENT) for each in peers])[at]}" for key in _differing(peers)]
         name = " ".join([title, *own])
-        if len(name) > _LONGEST_NAME or name in found:
+        if (own and len(name) > _LONGEST_NAME) or name in found:
             folders = {each.group for each in members}
             name = f"{title} #{1 + at}"
             if len(folders) == 1 and None not in folders and f"{title} {members[0].group}" not in found:
@@ -205,17 +206,20 @@ def _named(records: Sequence[Record]) -> dict[str, list[Record]]:
 def _differing(records: Iterable[Record]) -> list[str]:
     """Settings that differ: those that two runs have with different values, or that one run of an agent lacks."""
     values: dict[str, set[str]] = {}
+    exact: dict[tuple[str, str], set[str]] = {}  # of one agent "1" and 1 are two; logs of others have text alone
     owners: dict[str, set[str]] = {}
     keys_of: dict[str, list[set[str]]] = {}
     for record in records:
         keys_of.setdefault(record.agent, []).append(set(record.settings))
         for key, value in record.settings.items():
             values.setdefault(key, set()).add(_text(value))
+            exact.setdefault((key, record.agent), set()).add(json.dumps(value, default=str))
             owners.setdefault(key, set()).add(record.agent)
     return [
         key
         for key in values
-        if len(values[key]) > 1 or any(key not in keys for agent in owners[key] for keys in keys_of[agent])
+        if len(values[key]) > 1
+        or any(len(exact[key, agent]) > 1 or key not in keys for agent in owners[key] for keys in keys_of[agent])
     ]
 
 
@@ -294,7 +298,9 @@ def _text(value: Any) -> str:
 
 def _texts(values: Sequence[Any]) -> list[str]:
     """The values of one setting for readers: numbers with four digits, where these tell the values apart."""
-    exact = [_text(value) for value in values]
+    exact, quoted = ([write(value) for value in values] for write in (_text, partial(json.dumps, default=str)))
+    if len(set(exact)) < len(set(quoted)):
+        return quoted
     short = [
         f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else text
         for value, text in zip(values, exact, strict=True)

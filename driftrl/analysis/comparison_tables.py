@@ -21,6 +21,11 @@ _WIDEST = 120
 """Characters of the table of settings, above which groups are numbered in it."""
 
 
+def printable(text: str) -> str:
+    """Text with escapes in place of what UTF-8 cannot say: bytes of file names, halves of characters in JSON."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def number(value: float | None) -> str:
     """A return for readers: four digits, or all before the point."""
     if value is None or math.isnan(value):

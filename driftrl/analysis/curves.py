@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from .comparison import WORDS, Section
+from .comparison_tables import printable
 
 
 def draw_curves(sections: Sequence[Section], folder: Path) -> list[Path]:
@@ -53,13 +55,25 @@ def draw_curves(sections: Sequence[Section], folder: Path) -> list[Path]:
                 axes.fill_between(steps / unit, low, high, color=color, alpha=0.15, linewidth=0)
                 axes.plot(steps / unit, middle, color=color, linewidth=2)
             number = len(group.runs)
-            axes.plot([], [], color=color, linewidth=2, label=f"{group.name} ({number} run{'s' * (number > 1)})")
-        axes.set(title=section.env, xlabel=f"{word}environment steps", ylabel=WORDS[section.curve])
+            axes.plot(
+                [], [], color=color, linewidth=2, label=_plain(f"{group.name} ({number} run{'s' * (number > 1)})")
+            )
+        axes.set(title=_plain(section.env), xlabel=f"{word}environment steps", ylabel=WORDS[section.curve])
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
         folder.mkdir(parents=True, exist_ok=True)
-        name = re.sub(r"[^\w.=-]+", "_", section.env)
+        name = plain = re.sub(r"[^\w.=-]+", "_", section.env)
+        for i in itertools.count(2):
+            if folder / f"{name}.png" not in written:
+                break
+            name = f"{plain}-{i}"  # NS/E-v0 and NS_E-v0
         for path in (folder / f"{name}.png", folder / f"{name}.svg"):
             figure.savefig(path, dpi=110)
             written.append(path)
     return written
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib shows as it is: no formula between dollars, no hidden label, only what UTF-8 can say."""
+    shown = printable(text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown

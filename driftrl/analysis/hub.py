@@ -12,7 +12,7 @@ from ..agents.storage.files import all_or_nothing, write_json
 from ..agents.storage.saving import Checkpointed
 from ..runs.folder import RunSettings, save_agent
 from ..runs.kinds import AGENT, SHARED_FILES, VIDEO, is_shared
-from ..runs.trackers import hyperparameters
+from ..runs.trackers import settings_rows
 
 _CARD = """---
 {head}---
@@ -122,7 +122,7 @@ def model_card(settings: RunSettings, report: dict[str, Any], versions: dict[str
         episodes=report["episodes"], evaluation_seed=report["seed"],
         rows=rows, file=AGENT, kwargs=kwargs,
         versions="".join(f"- {name} {version}\n" for name, version in versions.items()),
-        settings="".join(f"| {name} | {value} |\n" for name, value in hyperparameters(settings).items()),
+        settings=settings_rows(settings),
     )  # fmt: skip
 
 

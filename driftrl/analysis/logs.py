@@ -50,12 +50,14 @@ class Log:
         notes: what was left out.
         steps: the last step that was logged.
         env_id: Gymnasium id, where the log tells it.
+        replaced: points that were left out because the steps went back behind them.
     """
 
     curves: Mapping[str, Curve]
     notes: tuple[str, ...]
     steps: float = 0.0
     env_id: str | None = None
+    replaced: int = 0
 
 
 class _Points:
@@ -63,13 +65,15 @@ class _Points:
 
     def __init__(self) -> None:
         self._points: list[tuple[float, float, float]] = []
-        self.not_finite = 0
+        self.not_finite = self.replaced = 0
 
     def add(self, step: float, value: float, seconds: float) -> None:
         """Add a point. A run that went on from an earlier step replaces what it had logged after that."""
         if not math.isfinite(value):
             self.not_finite += 1
             return
+        if self._points and self._points[-1][0] > step:
+            self.replaced += sum(each[0] >= step for each in self._points)
         while self._points and self._points[-1][0] >= step:
             self._points.pop()
         self._points.append((step, value, seconds))
@@ -108,7 +112,8 @@ def read_progress(path: Path) -> Log:
                 points[kind].add(step, value, math.nan if seconds is None else before + seconds)
     curves = {kind: curve for kind, each in points.items() if (curve := each.curve())}
     not_finite = sum(each.not_finite for each in points.values())
-    return Log(curves, tuple(_notes(path, unreadable, not_finite)), last)
+    replaced = sum(each.replaced for each in points.values())
+    return Log(curves, tuple(_notes(path, unreadable, not_finite)), last, replaced=replaced)
 
 
 def read_monitors(paths: Sequence[Path]) -> Log:
@@ -126,9 +131,9 @@ def read_monitors(paths: Sequence[Path]) -> Log:
     for path in paths:
         first, _, rest = path.read_bytes().partition(b"\n")
         try:
-            header = json.loads(first.decode().removeprefix("#"))
+            header = json.loads(first.decode("utf-8-sig").removeprefix("#"))
             start, name = float(header["t_start"]), header.get("env_id")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: its first line is not that of a Monitor file") from error
         starts.append(start)
         env_id = name if isinstance(name, str) and name != "None" else env_id
@@ -138,7 +143,7 @@ def read_monitors(paths: Sequence[Path]) -> Log:
                 value, length, end = (_number(row.get(key)) for key in "rlt")
             except ValueError:
                 value = length = end = None
-            if value is None or length is None or end is None:
+            if value is None or length is None or end is None or not (1 <= length < math.inf and math.isfinite(end)):
                 unreadable += 1
             else:
                 episodes.append((start + end, length, value))
@@ -150,7 +155,7 @@ def read_monitors(paths: Sequence[Path]) -> Log:
         points.add(steps, sum(window) / len(window), end - min(starts))
     curve = points.curve()
     notes += _notes(paths[0].parent, 0, points.not_finite)
-    return Log({"training": thinned(curve)} if curve else {}, tuple(notes), steps, env_id)
+    return Log({"training": curve} if curve else {}, tuple(notes), steps, env_id)
 
 
 def read_evaluations(path: Path) -> Log:
@@ -161,8 +166,11 @@ def read_evaluations(path: Path) -> Log:
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
-            steps = np.asarray(data["timesteps"], dtype=np.float64)
-            returns = np.asarray(data["results"], dtype=np.float64).reshape(len(steps), -1).mean(axis=1)
+            steps, results = data["timesteps"], data["results"]
+        if steps.ndim != 1 or not (steps.dtype.kind in "iuf" and results.dtype.kind in "iuf") or 0 in results.shape[1:]:
+            raise ValueError("no numbers")
+        steps = steps.astype(np.float64)
+        returns = results.astype(np.float64).reshape(len(steps), -1).mean(axis=1)
     except Exception as error:  # zipfile, zlib and NumPy fail in many ways where a file is damaged
         raise ValueError(f"{path} is damaged; restore it, or leave the folder out") from error
     if not np.isfinite(steps).all():
@@ -172,7 +180,8 @@ def read_evaluations(path: Path) -> Log:
         points.add(float(step), float(value), math.nan)
     curve = points.curve()
     notes = tuple(_notes(path, 0, points.not_finite))
-    return Log({"evaluation": curve} if curve else {}, notes, float(steps.max(initial=0.0)))
+    last = float(steps.max(initial=0.0))
+    return Log({"evaluation": curve} if curve else {}, notes, last, replaced=points.replaced)
 
 
 def read_zoo_file(path: Path) -> dict[str, str]:
@@ -195,7 +204,7 @@ def thinned(curve: Curve, points: int = 400) -> Curve:
 def rows_of(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
     """The rows of a CSV file; the last one only if it is whole: the program may be writing it, or was killed then."""
     try:
-        text = content.decode()
+        text = content.decode("utf-8-sig")  # spreadsheets put a byte order mark before what they save
         yield from csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is damaged: {error}") from error

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..runs.kinds import is_group, is_shared
+from ..runs.kinds import RESULTS, is_group, is_shared, walk
+from ..runs.results import read_results
 from .logs import Curve, Log, read_evaluations, read_monitors, read_progress, read_zoo_file, thinned
 
 _NOT_SETTINGS = {
@@ -107,7 +107,7 @@ def find_records(places: Sequence[tuple[str | None, Path]]) -> Found:
         places: folders, each with the name of the group that its runs belong to, or None.
 
     Raises:
-        ValueError: if one of the places is no folder, or holds no run.
+        ValueError: if one of the places is no folder, or holds no run, or a run has two names.
     """
     names: dict[Path, str | None] = {}
     for name, place in places:
@@ -120,6 +120,8 @@ def find_records(places: Sequence[tuple[str | None, Path]]) -> Found:
                 "(progress.csv, monitor.csv, evaluations.npz)"
             )
         for folder in folders:
+            if name and (other := names.get(folder)) and other != name:
+                raise ValueError(f"{folder}: got it as {other} and as {name}, expected one name for each run")
             names[folder] = name or names.get(folder)
     records, problems = [], list[str]()
     for folder, name in names.items():
@@ -133,9 +135,8 @@ def find_records(places: Sequence[tuple[str | None, Path]]) -> Found:
 
 
 def _run_folders(place: Path) -> Iterator[Path]:
-    for path, folders, files in os.walk(place.resolve()):
-        folders.sort()
-        folder = Path(path)
+    for path, folders, files in walk(place):
+        folder = path.resolve()
         if is_shared(folder):
             folders.clear()
             continue
@@ -168,7 +169,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         data = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(data, dict) or not {"agent", "env_id", "config"} <= data.keys():
         return None
@@ -182,14 +183,13 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 def _read_ours(folder: Path, config: dict[str, Any], name: str | None) -> Record:
     logs, notes = _read_logs(folder, [(folder / "progress.csv", read_progress)])
     evaluation, steps = None, max((log.steps for log in logs), default=0.0)
-    path = folder / "eval.json"
-    if path.is_file():
-        try:
-            report = json.loads(path.read_text())
-            returns = [float(value) for value in report["deterministic"]["returns"]]
-            evaluation, steps = sum(returns) / len(returns), int(report["timesteps"])
-        except (ValueError, KeyError, TypeError, ArithmeticError):
-            notes.append(f"{path} is damaged; the run counts as not evaluated")
+    path = folder / RESULTS
+    try:
+        if results := read_results(folder):
+            returns = list(map(float, results["deterministic"]["returns"]))
+            evaluation, steps = sum(returns) / len(returns), results["timesteps"]
+    except (ValueError, OSError):
+        notes.append(f"{path} is damaged; the run counts as not evaluated")
     recorded = config.get("versions")
     versions = {key: str(value) for key, value in recorded.items()} if isinstance(recorded, dict) else {}
     complete = path.is_file() and (folder / "final.zip").is_file()
@@ -206,6 +206,11 @@ def _read_foreign(folder: Path, name: str | None) -> Record:
     """A run of Stable-Baselines3: logs of its CSV logger, of Monitor, of EvalCallback; or a folder of rl_zoo3."""
     readers = [(folder / "progress.csv", read_progress), (folder / "evaluations.npz", read_evaluations)]
     logs, notes = _read_logs(folder, readers)
+    if replaced := sum(log.replaced for log in logs):
+        notes.append(
+            f"{folder}: its logs go back to an earlier step; the {replaced} returns before, from that step on, are "
+            "left out. To see two calls of learn(), log them into two folders, or call learn(reset_num_timesteps=False)"
+        )
     if monitors := _monitors(folder):
         try:
             log = read_monitors(monitors)
@@ -267,7 +272,7 @@ def _agent_of(folder: Path, stem: str | None) -> str:
 
 
 def _videos(folder: Path) -> tuple[Path, ...]:
-    return tuple(sorted(path for path in folder.rglob("*") if path.suffix in _VIDEOS))
+    return tuple(sorted(path for path in folder.rglob("*") if path.suffix in _VIDEOS and path.is_file()))
 
 
 def _not_finite(path: Path, value: float | None) -> list[str]:

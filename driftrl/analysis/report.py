@@ -161,7 +161,7 @@ def _videos(section: Section, page: Path, room: int) -> tuple[str, int]:
                 caption = f"<figcaption>{escape(f'{group.name}, {run.record.label}: {path.name}')}</figcaption>"
                 size, kind = path.stat().st_size, _KINDS[path.suffix]
                 if size > min(_EMBED, room):
-                    link = quote(os.path.relpath(path, page.resolve().parent).replace(os.sep, "/"))
+                    link = quote(os.fsencode(os.path.relpath(path, page.resolve().parent).replace(os.sep, "/")))
                     found.append(f'<figure><a href="{link}">{size / 1e6:.1f} MB</a>{caption}</figure>')
                     continue
                 room -= size

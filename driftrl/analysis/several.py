@@ -29,7 +29,7 @@ class Row(NamedTuple):
 def over_runs(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """IQM of the runs' mean returns with a 95 % bootstrap interval, by mode; each run counts once."""
     found: dict[str, Any] = {"runs": len(reports)}
-    for mode in (mode for mode in MODES if mode in reports[0]):
+    for mode in (mode for mode in MODES if all(mode in report for report in reports)):
         means = [report[mode]["mean"] for report in reports]
         low, high = bootstrap_interval(means, interquartile_mean, rng=np.random.default_rng(0))
         found[mode] = {"iqm": float(interquartile_mean(means)), "iqm_low": low, "iqm_high": high}
@@ -39,7 +39,7 @@ def over_runs(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def format_runs(head: str, rows: Sequence[Row], summaries: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """A row for each run with its mean returns, and one for each summary of `over_runs`."""
     reports = [row.report for row in rows if row.report is not None]
-    modes = [mode for mode in MODES if reports and mode in reports[0]]
+    modes = [mode for mode in MODES if reports and all(mode in report for report in reports)]
     lines = [([head, "steps", *modes], "")]
     for row in rows:
         cells = [row.name]

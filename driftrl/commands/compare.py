@@ -16,7 +16,7 @@ from pathlib import Path
 from .. import __version__
 from ..agents.storage.files import all_or_nothing, write_json
 from ..analysis.comparison import Section, compare
-from ..analysis.comparison_tables import as_json, csv_rows, format_section
+from ..analysis.comparison_tables import as_json, csv_rows, format_section, printable
 from ..analysis.curves import draw_curves
 from ..analysis.records import find_records
 from ..analysis.report import report_page
@@ -91,10 +91,10 @@ def _compare(args: argparse.Namespace) -> int:
     if args.json == "-":
         print(json.dumps(as_json(sections, problems), indent=2, allow_nan=False))
     else:
-        print("\n\n\n".join(map(format_section, sections)), flush=True)
+        print(printable("\n\n\n".join(map(format_section, sections))), flush=True)
     written = _write(sections, problems, files, args)
     if written:
-        print(f"\nwrote {', '.join(map(str, written))}", file=sys.stderr if args.json == "-" else sys.stdout)
+        print(printable(f"\nwrote {', '.join(map(str, written))}"), file=sys.stderr if args.json == "-" else sys.stdout)
     return 0
 
 
@@ -132,7 +132,7 @@ def _write(
 
 def _write_text(path: Path, text: str) -> None:
     with all_or_nothing(path) as partial_file:
-        partial_file.write_text(text, encoding="utf-8")
+        partial_file.write_text(printable(text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, get_type_hints
@@ -90,7 +90,7 @@ def options_of(data: dict[str, Any], path: Path, agent: str | None) -> ConfigFil
     """
     data = dict(data)
     named = data.pop("agent", None)
-    if named is not None and named not in AGENTS:
+    if named is not None and not (isinstance(named, str) and named in AGENTS):
         raise ValueError(f"{path}: agent: got {named!r}, expected {' or '.join(AGENTS)}")
     if named and agent and named != agent:
         raise ValueError(f"{path}: agent: got {named}, but the command is for {agent}; name one of them")
@@ -100,7 +100,7 @@ def options_of(data: dict[str, Any], path: Path, agent: str | None) -> ConfigFil
     nested = data.pop("config", {})
     if not isinstance(nested, dict):
         raise ValueError(f"{path}: config: got {nested!r}, expected names with values")
-    if both := sorted(nested.keys() & data.keys()):
+    if both := sorted(nested.keys() & data.keys(), key=str):
         raise ValueError(f"{path}: {both[0]}: got it twice, expected it in config or beside it")
     run_hints = get_type_hints(Arguments)
     del run_hints["config"]
@@ -119,16 +119,25 @@ def options_of(data: dict[str, Any], path: Path, agent: str | None) -> ConfigFil
             near = difflib.get_close_matches(name, [*run_hints, *hints], 1)
             hint = f"did you mean {near[0]}?" if near else "train.py AGENT --help-all lists them"
             raise ValueError(f"{path}: {key}: unknown key; {hint}")
+        if name in run or name in fields:
+            raise ValueError(f"{path}: {key}: got it twice, as {name} in two spellings; expected it once")
         try:
             if name in hints:
                 fields[name] = fitted(name, value, hints[name])
             elif name == "env_kwargs" and isinstance(value, dict):
-                run[name] = (json.dumps(value),)
+                run[name] = (_as_json(name, value),)
             else:
                 run[name] = fitted(name, value, run_hints[name])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     return ConfigFile(path, agent or named, run, fields, is_of_a_run)
+
+
+def _as_json(name: str, value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except TypeError as error:  # of a date, which YAML knows and JSON does not
+        raise ValueError(f"{name}: got {value}, expected what JSON can say ({error}); put text in quotes") from None
 
 
 def read_names(path: Path) -> dict[str, Any]:
@@ -159,23 +168,33 @@ def _read_json(file: IO[str]) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A mapping of pairs; json and yaml would keep the last of two equal names without a word."""
-    for i, (name, _) in enumerate(pairs):
-        if name in (earlier for earlier, _ in pairs[:i]):
-            raise ValueError(f"{name} stands there twice")
+    """A mapping of pairs, each name once."""
+    _check_once([name for name, _ in pairs])
     return dict(pairs)
+
+
+def _check_once(names: list[Any]) -> None:
+    """Refuse equal names; json and yaml would keep the last of them without a word."""
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ValueError(f"{name} stands there twice")
 
 
 def _read_yaml(file: IO[str]) -> Any:
     """The content of a YAML file: plain data, no objects."""
     import yaml  # costs some 20 ms, which only those pay who use it
 
+    checked: list[Any] = []
+
     class Loader(yaml.SafeLoader):  # type: ignore[misc]  # it ships no types
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-            _once([(self.construct_object(key, deep=True), None) for key, _ in node.value])
-            return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
+        def flatten_mapping(self, node: Any) -> None:
+            if node not in checked:  # what is merged (`<<`) comes to stand in the node, and its own names win
+                checked.append(node)
+                own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+                _check_once([self.construct_object(key, deep=True) for key in own])
+            super().flatten_mapping(node)
 
     try:
         return yaml.load(file, Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, LookupError, AttributeError, TypeError) as error:  # the last three of `!!bool x`, say
         raise ValueError(" ".join(str(error).split())) from None

@@ -28,6 +28,7 @@ from ..runs.folder import (
 from ..runs.group import is_member
 from ..runs.kinds import is_group, is_shared
 from ..runs.lock import alone
+from ..runs.trackers import check_tracker
 from ..runs.warnings import warn
 from .describe import command, describe
 from .errors import Parser, whole_number
@@ -78,6 +79,7 @@ def _begin_in(folder: Path, arguments: argparse.Namespace, report_to: Report | N
     """Train a run of a group from its beginning."""
     settings = _changed(read_settings(folder), arguments)
     check_device(settings.device)
+    check_tracker(settings.track, folder)
     write_settings(folder, settings)
     config = made_of(AGENTS[settings.agent].config, settings.config)
     with contextlib.closing(make_env(settings, settings.seed)) as env:
@@ -95,6 +97,7 @@ def _changed(settings: RunSettings, arguments: argparse.Namespace) -> RunSetting
 def _resume_in(folder: Path, arguments: argparse.Namespace, report_to: Report | None) -> int:
     settings = _changed(read_settings(folder), arguments)
     check_agent(settings.agent)
+    check_tracker(settings.track, folder)
     with contextlib.closing(make_env(settings, None)) as env:
         found = load_newest(folder, settings.device, env)
         done = found.agent.num_timesteps

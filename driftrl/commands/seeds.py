@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..analysis.several import Row, format_runs, over_runs
 from ..envs.mujoco_batch import available_cores
 from ..runs.folder import read_settings
 from ..runs.group import members
 from ..runs.lock import alone
+from ..runs.results import read_results
 from ..runs.warnings import warn
 from .describe import command
 from .processes import RunProcess, Signals
@@ -97,8 +96,7 @@ def _table(runs: Sequence[RunProcess], seeds: Sequence[int]) -> str:
 
 def _row(run: RunProcess, name: str) -> Row:
     if run.state.ended == "complete":
-        report: dict[str, Any] = json.loads((run.folder / "eval.json").read_text())
-        return Row(name, report)
+        return Row(name, read_results(run.folder))
     return Row(name, None, run.state.ended or "")
 
 

@@ -85,6 +85,11 @@ def _sweep(args: argparse.Namespace) -> int:
         number = _train(source, executor.at_a_time)
         table = format_study(spec, study.study) if spec.search is not None else format_grid(groups)
     print(f"\n{table}")
+    if spec.search is not None and number is None and not source.jobs:
+        print(
+            f"nothing left to do: {source.progress()}; failed trials are not tried again; for more trials raise "
+            f"search.trials in {spec.path}"
+        )
     if number is not None:
         return 128 + number
     return 1 if any(job.failed for job in source.jobs) else 0

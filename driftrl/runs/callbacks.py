@@ -51,9 +51,11 @@ class Checkpoints(BaseCallback):
         self._last = self.model.num_timesteps
         self._was_final = (self._folder / "final.zip").exists()
         if self._progress is None:
-            path = self._folder / "best.json"
-            best = json.loads(path.read_text())["mean_return"] if path.exists() else -float("inf")
-            self._progress = {"best": best, "looked_at": self._last, "evaluated_at": self._last}
+            self._progress = {
+                "best": _best_so_far(self._folder / "best.json"),
+                "looked_at": self._last,
+                "evaluated_at": self._last,
+            }
         self._progress.setdefault("evaluated_at", self._last)  # written before there were evaluations
 
     def _on_step(self) -> bool:
@@ -219,3 +221,14 @@ def _mean_return(model: BaseAlgorithm) -> float:
     """Mean return of the last training episodes, of which there is at least one."""
     episodes = model.ep_info_buffer or ()
     return sum(float(episode["r"]) for episode in episodes) / len(episodes)
+
+
+def _best_so_far(path: Path) -> float:
+    """The return of best.zip, of its best.json."""
+    try:
+        return float(json.loads(path.read_text())["mean_return"])
+    except FileNotFoundError:
+        return -float("inf")
+    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+        warn(f"{path} is damaged; the best of what follows takes the place of best.zip")
+        return -float("inf")

@@ -33,8 +33,10 @@ from ..agents.storage import saving
 from ..agents.storage.files import all_or_nothing, write_json
 from ..agents.storage.saving import Checkpointed
 from ..agents.storage.values import CheckpointError
-from .kinds import AGENT
+from .kinds import AGENT, RESULTS
 from .rank_states import documents, state_in
+from .results import read_results
+from .warnings import warn
 
 _REMEDY = f"expected a .zip file saved by {' or '.join(AGENTS)}, or a run folder"
 
@@ -92,7 +94,7 @@ class RunSettings:
         return self.env_id.replace("/", "_").replace(":", "_")
 
 
-COMPLETE = ("final.zip", "eval.json")
+COMPLETE = ("final.zip", RESULTS)
 PRETRAIN, PRETRAINED = "pretrain.zip", "pretrained.zip"  # see pretraining.py
 
 
@@ -138,8 +140,12 @@ def has_saved(folder: Path) -> bool:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether training came to its end and was evaluated."""
-    return all((folder / name).exists() for name in COMPLETE)
+    """Whether training came to its end and was evaluated; a damaged evaluation is none, and a warning names it."""
+    try:
+        return (folder / "final.zip").exists() and read_results(folder) is not None
+    except ValueError as error:
+        warn(f"{error}; the run counts as not complete")
+        return False
 
 
 def record_resumption(folder: Path, timesteps: int, total_timesteps: int) -> None:
@@ -162,7 +168,7 @@ def read_settings(folder: Path) -> RunSettings:
         settings = RunSettings(**{name: data[name] for name in names & data.keys()})
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no run: got {folder}, expected the folder of a run, with a config.json") from None
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"unreadable run: {folder / 'config.json'} is damaged ({error}); restore it") from error
     if settings.agent not in AGENTS:
         raise ValueError(f"unknown agent: {folder} is a run of {settings.agent!r}, expected one of {', '.join(AGENTS)}")

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ..agents.storage.files import write_json
 from .folder import RunSettings, has_saved, is_complete, new_folder, read_settings, write_settings
-from .kinds import GROUP_FILE, is_group, is_shared
+from .kinds import GROUP_FILE, is_group, is_shared, walk
+from .results import read_results
 
 
 def is_member(folder: Path) -> bool:
@@ -30,8 +31,10 @@ def members(group: Path) -> list[Path]:
     """
     try:
         names = json.loads((group / GROUP_FILE).read_text())["runs"]
+        if not names or len(set(names)) < len(names) or any(Path(name).name != name for name in names):
+            raise ValueError("no folders, each once")
         return [group / name for name in names]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"unreadable group: {group / GROUP_FILE} is damaged; restore it") from error
 
 
@@ -48,13 +51,13 @@ def runs_in(folder: Path) -> list[Path]:
         return members(folder)
     if not folder.is_dir() or (folder / "config.json").exists():
         return [folder]
-    found: dict[Path, None] = {}
-    for run in sorted(file.parent for file in folder.rglob("config.json")):
-        if is_member(run):
-            found |= dict.fromkeys(members(run.parent))
+    found: dict[Path, Path] = {}  # by where it lies: a link and its run are one
+    for run in sorted(path for path, _, files in walk(folder) if "config.json" in files):
+        if is_group(run.parent):
+            found |= {member.resolve(): member for member in members(run.parent)}
         elif has_saved(run) and not is_shared(run):
-            found[run] = None
-    return list(found) or [folder]
+            found.setdefault(run.resolve(), run)
+    return list(found.values()) or [folder]
 
 
 def new_group(root: Path, runs: Sequence[RunSettings]) -> Path:
@@ -81,8 +84,10 @@ def is_trained(folder: Path, total_timesteps: int | None = None) -> bool:
     """Whether a run has come to its end, or to that of so many steps."""
     if not is_complete(folder):
         return False
-    done = json.loads((folder / "eval.json").read_text())["timesteps"]
-    return bool(done >= (total_timesteps or read_settings(folder).total_timesteps))
+    results = read_results(folder)
+    return results is not None and bool(
+        results["timesteps"] >= (total_timesteps or read_settings(folder).total_timesteps)
+    )
 
 
 def _parent(root: Path, settings: RunSettings) -> Path:

@@ -18,7 +18,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from ..agents.storage.files import all_or_nothing
 from .folder import RunSettings
-from .trackers import hyperparameters, open_tracker
+from .trackers import hyperparameters, open_tracker, settings_rows
 from .warnings import warn
 
 _STEPS = "time/total_timesteps"  # the column of progress.csv
@@ -83,8 +83,7 @@ class _Events(TensorBoardOutputFormat):
         values = {key: each if isinstance(each, bool | int | float | str) else str(each) for key, each in names.items()}
         for summary in hparams(values, dict.fromkeys(_MEASURES, 0.0)):
             self.writer._get_file_writer().add_summary(summary)
-        rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
-        self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{rows}")
+        self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{settings_rows(settings)}")
 
 
 class _ProgressFile(CSVOutputFormat):

@@ -22,16 +22,36 @@ from .warnings import warn
 
 _PROJECT = "driftrl"
 _FILE = "tracker.json"
+_MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""MLflow's own are 7 retries of 120 seconds, minutes in which a run stands still where no server answers."""
 
 
-def check_tracker(name: str) -> None:
-    """Refuse a tracker that is not installed, without the second that its import takes.
+def check_tracker(name: str, folder: Path | None = None) -> None:
+    """Refuse a tracker that is not installed, without the second that its import takes, and a damaged tracker.json.
+
+    Args:
+        name: of the tracker, or none.
+        folder: of the run that goes on.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if it is not installed, or the file is damaged.
     """
     if name != "none" and importlib.util.find_spec(name) is None:
         raise ValueError(f"track: {name} is not installed; run pip install 'driftrl[{name}]'")
+    if name != "none" and folder is not None:
+        _known_runs(folder)
+
+
+def _known_runs(folder: Path) -> dict[str, str]:
+    """The ids of a run in its trackers, by tracker."""
+    path = folder / _FILE
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+    except (ValueError, RecursionError):
+        known = None
+    if not isinstance(known, dict) or not all(isinstance(each, str) for each in known.values()):
+        raise ValueError(f"track: {path} is damaged; restore it, or remove it to begin a new run of the tracker")
+    return known
 
 
 def hyperparameters(settings: RunSettings) -> dict[str, Any]:
@@ -44,13 +64,22 @@ def hyperparameters(settings: RunSettings) -> dict[str, Any]:
     return run | env | {name: list(each) if isinstance(each, tuple) else each for name, each in settings.config.items()}
 
 
+def settings_rows(settings: RunSettings) -> str:
+    """The hyperparameters as rows of a Markdown table; nothing in a value ends its cell."""
+    return "".join(f"| {_cell(name)} | {_cell(value)} |\n" for name, value in hyperparameters(settings).items())
+
+
+def _cell(value: Any) -> str:
+    return "<br>".join(str(value).replace("|", r"\|").splitlines())
+
+
 def open_tracker(folder: Path, settings: RunSettings) -> KVWriter:
     """Begin, or go on with, the tracker's run of a run.
 
     Raises:
         ValueError: if the tracker is not installed or does not begin: it wants an account, say.
     """
-    check_tracker(settings.track)
+    check_tracker(settings.track, folder)
     kinds: dict[str, Callable[[Path, RunSettings], KVWriter]] = {
         "wandb": _Wandb, "trackio": _Trackio, "mlflow": _MLflow
     }  # fmt: skip
@@ -65,11 +94,10 @@ class _Tracker(KVWriter, abc.ABC):
     """A tracker's run as an output of Stable-Baselines3's logger."""
 
     def __init__(self, folder: Path, settings: RunSettings) -> None:
-        self._name, self._is_lost, file = settings.track, False, folder / _FILE
-        known = json.loads(file.read_text()) if file.exists() else {}
+        self._name, self._is_lost, known = settings.track, False, _known_runs(folder)
         title = f"{settings.folder_name}-{settings.agent}-{folder.resolve().name}"
         known[self._name] = self._begin(folder, title, hyperparameters(settings), known.get(self._name))
-        write_json(file, known)
+        write_json(folder / _FILE, known)
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         """Log the numbers of a row."""
@@ -82,9 +110,10 @@ class _Tracker(KVWriter, abc.ABC):
             warn(f"{self._name} failed at {step:,} steps ({error}); training goes on without it")
 
     def close(self) -> None:
-        """End the tracker's run."""
+        """End the tracker's run, unless the tracker has failed: it would make the run wait once more."""
         try:
-            self._end()
+            if not self._is_lost:
+                self._end()
         except Exception as error:
             warn(f"{self._name} failed at its end ({error})")
 
@@ -140,9 +169,11 @@ class _Trackio(_Tracker):
 
 
 class _MLflow(_Tracker):
-    """MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME hold."""
+    """MLflow; MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME and the like hold."""
 
     def _begin(self, folder: Path, title: str, names: dict[str, Any], known: str | None) -> str:
+        for name, value in _MLFLOW_PATIENCE.items():
+            os.environ.setdefault(name, value)
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient()
@@ -154,8 +185,8 @@ class _MLflow(_Tracker):
         experiment = self._client.get_experiment_by_name(project)
         number = experiment.experiment_id if experiment else self._client.create_experiment(project)
         self._id = str(self._client.create_run(number, run_name=title).info.run_id)
-        for name, value in names.items():
-            self._client.log_param(self._id, name, value)
+        for option, chosen in names.items():
+            self._client.log_param(self._id, option, chosen)
         return self._id
 
     def _log(self, numbers: dict[str, float], step: int) -> None:

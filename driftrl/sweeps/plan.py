@@ -20,6 +20,7 @@ from ..commands.settings import settings_of_file
 from ..commands.training import make_agent, make_env
 from ..runs.fields import made_of
 from ..runs.folder import RunSettings, read_settings, write_settings
+from ..runs.group import members
 from ..runs.kinds import GROUP_FILE
 from ..runs.lock import exclusively
 from .spec import Spec
@@ -149,7 +150,7 @@ def begin(group: Planned) -> None:
             if not (folder / "config.json").exists():
                 write_settings(folder, run)
         file, names = group.folder / GROUP_FILE, [f"s{run.seed}" for run in group.runs]
-        if not file.exists() or not set(names) <= set(json.loads(file.read_text())["runs"]):
+        if not file.exists() or not set(names) <= {folder.name for folder in members(group.folder)}:
             others = sorted(path.parent.name for path in group.folder.glob("s*/config.json"))
             write_json(file, {"runs": [*names, *(name for name in others if name not in names)]})
 

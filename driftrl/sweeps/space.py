@@ -67,9 +67,12 @@ def check_space(spec: Spec) -> None:
     """
     assert spec.search is not None
     space = {
-        name: list(each.choices) or [_number(spec, name, end) for end in (each.low, each.high)]
+        name: list(each.choices) or [_number(spec, name, name, end) for end in (each.low, each.high)]
         for name, each in spec.search.space.items()
     }
+    for name, each in spec.search.space.items():
+        if each.step is not None:
+            _number(spec, name, f"{name}.step", each.step)
     first = {name: values[0] for name, values in space.items()}
     tried = [first, *({**first, name: value} for name, values in space.items() for value in values[1:])]
     for chosen in tried:
@@ -78,11 +81,11 @@ def check_space(spec: Spec) -> None:
         check_runs([Planned(text, spec.folder / "no run", group.runs)], spec)
 
 
-def _number(spec: Spec, name: str, value: float | None) -> float | int:
+def _number(spec: Spec, name: str, field: str, value: float | None) -> float | int:
     assert value is not None
     hints = get_type_hints(Arguments) | get_type_hints(AGENTS[spec.agent].config)
     if _is_integer(hints[name.replace("-", "_")], Dimension()):
         if value != int(value):
-            raise ValueError(f"{spec.path}: search.space.{name}: got {value}, expected integers for this option")
+            raise ValueError(f"{spec.path}: search.space.{field}: got {value}, expected integers for this option")
         return int(value)
     return value

@@ -206,7 +206,7 @@ def _dimension(name: str, value: Any) -> Dimension:
         raise ValueError(f"{where}: got {data}, expected low and high, or choices")
     if not (math.isfinite(found.low) and math.isfinite(found.high) and found.low < found.high):
         raise ValueError(f"{where}: got low {found.low} and high {found.high}, expected low below high")
-    if found.step is not None and (found.step <= 0 or found.log):
+    if found.step is not None and (not 0 < found.step < math.inf or found.log):
         raise ValueError(f"{where}.step: got {found.step}, expected a number above 0, and no log beside it")
     if found.log and found.low <= 0:
         raise ValueError(f"{where}.low: got {found.low}, expected a number above 0 where log is true")

@@ -14,9 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..commands.processes import Job
 from ..runs.group import is_trained
 from ..runs.lock import alone, exclusively
+from ..runs.results import read_results
 from ..runs.warnings import warn
 from .executors import Executor
 from .plan import Planned, begin
@@ -274,14 +277,21 @@ def _pruner(search: Search) -> Any:
 
 
 def _sampler(search: Search, count: int) -> Any:
-    """The sampler of a trial: its seed is its own, else two processes that begin alike would suggest the same."""
+    """The sampler of a trial."""
     import optuna
 
-    seed = (search.seed + count) % 2**31
+    seed = trial_seed(search, count)
     if search.sampler == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     return optuna.samplers.TPESampler(seed=seed)
 
 
+def trial_seed(search: Search, count: int) -> int:
+    """The seed of a trial's sampler: its own, else two processes that begin alike would suggest the same."""
+    return int(np.random.SeedSequence([search.seed, count]).generate_state(1)[0])
+
+
 def _return(folder: Path) -> float:
-    return float(json.loads((folder / "eval.json").read_text())["deterministic"]["mean"])
+    results = read_results(folder)
+    assert results is not None  # of a run that is trained
+    return float(results["deterministic"]["mean"])

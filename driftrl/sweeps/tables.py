@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from ..analysis.several import MODES, format_interval, over_runs
 from ..commands.describe import command
 from ..runs.group import is_trained
+from ..runs.results import read_results
 from .plan import Planned, grid
 from .spec import Spec
 
@@ -46,11 +46,11 @@ _HEAD = "IQM [95 %] deterministic, sampled"
 
 def _row(group: Planned, width: int) -> str:
     reports = [
-        json.loads((group.run_folder(run) / "eval.json").read_text())
+        results
         for run in group.runs
-        if is_trained(group.run_folder(run), run.total_timesteps)
+        if is_trained(group.run_folder(run), run.total_timesteps) and (results := read_results(group.run_folder(run)))
     ]
-    means = [format_interval(over_runs(reports)[mode]) for mode in MODES] if reports else []
+    means = [format_interval(over[mode]) for mode in MODES if reports and mode in (over := over_runs(reports))]
     return f"{group.name:{width}}  {f'{len(reports)} of {len(group.runs)}':8}  {', '.join(means)}".rstrip()
 
 

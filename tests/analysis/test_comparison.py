@@ -168,6 +168,28 @@ def test_a_setting_that_is_not_finite_is_text_in_json() -> None:
     assert group["settings"] == {"target": "Infinity", "limits": ["NaN", 1]}
 
 
+def test_text_and_number_are_told_apart_within_an_agent() -> None:
+    section = only([record(settings={"x": value}) for value in ("1", 1)])
+    assert [group.name for group in section.groups] == ['ppo x="1"', "ppo x=1"]
+    assert settings_table(section) == [("x", ['"1"', "1"])]
+    section = only([record(settings={"x": "1"}), record(agent="other", settings={"x": 1})])  # a log holds text alone
+    assert [group.name for group in section.groups] == ["ppo", "other"]
+    assert settings_table(section) == []
+
+
+def test_a_given_name_stays_however_long_it_is() -> None:
+    assert only([record(name="n" * 60)]).groups[0].name == "n" * 60
+
+
+def test_a_run_that_is_not_over_counts_neither_in_scores_nor_in_times() -> None:
+    high = Curve(np.array([100.0, 900.0]), np.array([0.0, 9.0]), np.array([1.0, 9.0]))
+    low = Curve(np.array([100.0, 900.0]), np.array([0.0, 1.0]), np.array([1.0, 9.0]))
+    runs = [record(9.0, curves={"training": high}), record(1.0, seed=1, complete=False, curves={"training": low})]
+    (group,) = only(runs, threshold=5.0).groups
+    assert (group.scores, group.iqm) == ([9.0], 9.0)
+    assert (group.steps, group.seconds) == (900, 9)
+
+
 def test_without_a_finished_run_there_is_no_iqm() -> None:
     section = only([record(None, complete=False)])
     assert math.isnan(section.groups[0].iqm) and "nan" not in format_section(section)

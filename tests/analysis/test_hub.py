@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,13 +13,14 @@ import torch
 import yaml
 
 from driftrl import PolicyFlow
+from driftrl.analysis.hub import model_card
 from driftrl.analysis.records import find_records
 from driftrl.commands import evaluate, train, training
-from driftrl.runs.folder import checkpoints, load_agent
+from driftrl.runs.folder import checkpoints, load_agent, read_settings
 
 SMALL = [
     "policyflow", "--env", "InvertedPendulum-v5", "--n-envs", "1", "--n-steps", "16", "--batch-size", "16",
-    "--n-epochs", "1", "--actor-hidden", "8", "4", "--compile", "off", "--device", "cpu", "--seed", "7",
+    "--n-epochs", "2", "--actor-hidden", "8", "4", "--compile", "off", "--device", "cpu", "--seed", "7",
     "--total-timesteps", "32", "--env-kwargs", "reset_noise_scale=0.02",
 ]  # fmt: skip
 
@@ -73,6 +75,14 @@ def test_the_folder_can_be_pushed_and_used(run: Path, capsys: pytest.CaptureFixt
     (folder / "replay.mp4").write_text("of another agent")
     assert evaluate.main([str(run), "--episodes", "1", "--hub", "hub/one"]) == 0  # written anew
     assert not (folder / "replay.mp4").exists()
+
+
+def test_no_value_of_a_setting_breaks_its_row(run: Path) -> None:
+    settings = dataclasses.replace(read_settings(run), env_kwargs={"x": "a|b\nc"})
+    mode = dict.fromkeys(("mean", "std", "iqm", "iqm_low", "iqm_high"), 1.0) | {"lengths": [1]}
+    report = {"env_id": "E-v0", "env_kwargs": {}, "timesteps": 1, "episodes": 1, "seed": 0, "deterministic": mode}
+    card = model_card(settings, report, {})
+    assert r"| env_kwargs.x | a\|b<br>c |" in card.splitlines()
 
 
 def test_the_folder_is_evaluated_and_is_no_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

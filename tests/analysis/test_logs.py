@@ -151,3 +151,53 @@ def test_a_thinned_curve_keeps_its_ends() -> None:
     x = np.arange(1001.0)
     few = thinned(Curve(x, x, x), 10)
     assert len(few.steps) == 10 and (few.steps[0], few.steps[-1]) == (0, 1000)
+
+
+def test_every_episode_of_a_monitor_file_is_in_the_curve(tmp_path: Path) -> None:
+    """A return that only one episode of thousands reaches is not thinned away before anybody looks for it."""
+    rows = "".join(f"{200.0 if i == 2001 else 0.0},1,{i}\n" for i in range(4001))
+    (tmp_path / "monitor.csv").write_text(f'#{{"t_start": 0.0}}\nr,l,t\n{rows}')
+    curve = read_monitors([tmp_path / "monitor.csv"]).curves["training"]
+    assert len(curve.steps) == 4001
+    assert curve.steps[np.argmax(curve.returns > 0)] == 2002
+
+
+@pytest.mark.parametrize("row", ["1,-5,2", "1,0,2", "2,inf,2", "2,nan,2", "2,5,nan"])
+def test_an_episode_without_a_length_or_an_end_is_left_out(tmp_path: Path, row: str) -> None:
+    path = tmp_path / "monitor.csv"
+    path.write_text(f'#{{"t_start": 0.0}}\nr,l,t\n1,10,1\n{row}\n1,10,3\n')
+    log = read_monitors([path])
+    assert log.curves["training"].steps.tolist() == [10, 20]
+    assert log.notes == (f"{path}: 1 unreadable row left out",)
+
+
+def test_points_that_a_second_learn_replaces_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "progress.csv"
+    path.write_text(f"{HEAD}1,1,100\n2,2,200\n3,3,100\n")
+    assert read_progress(path).replaced == 2
+    np.savez(tmp_path / "evaluations.npz", timesteps=[100, 200, 100], results=[[1.0], [2.0], [3.0]])
+    assert read_evaluations(tmp_path / "evaluations.npz").replaced == 2
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
+    text = "time/total_timesteps,rollout/ep_rew_mean\n100,1\n"
+    (tmp_path / "progress.csv").write_text(text, encoding="utf-8-sig")
+    assert read_progress(tmp_path / "progress.csv").steps == 100
+    (tmp_path / "monitor.csv").write_text('#{"t_start": 0.0}\nr,l,t\n1,10,1\n', encoding="utf-8-sig")
+    assert read_monitors([tmp_path / "monitor.csv"]).steps == 10
+
+
+@pytest.mark.parametrize(
+    ("steps", "results"),
+    [
+        ([1], [[1j]]),
+        ([1 + 0j], [[1.0]]),
+        ([1, 2], np.zeros((2, 0))),
+        (np.zeros((3, 2)), np.zeros((3, 2))),
+        (["a"], [[1.0]]),
+    ],
+)
+def test_evaluations_that_are_no_numbers_are_damaged(tmp_path: Path, steps: Any, results: Any) -> None:
+    np.savez(tmp_path / "evaluations.npz", timesteps=steps, results=results)
+    with pytest.raises(ValueError, match=r"evaluations\.npz is damaged"):
+        read_evaluations(tmp_path / "evaluations.npz")

@@ -35,7 +35,7 @@ def ours(folder: Path, returns: Any = (3.0, 5.0), **changes: Any) -> Path:
     }
     write(folder / "config.json", json.dumps(config | changes))
     write(folder / "progress.csv", PROGRESS)
-    write(folder / "eval.json", json.dumps({"timesteps": 256, "deterministic": {"returns": returns}}))
+    write(folder / "eval.json", json.dumps({"timesteps": 256, "deterministic": {"returns": returns, "mean": 0}}))
     write(folder / "final.zip", "")
     return folder
 
@@ -148,3 +148,64 @@ def test_a_folder_below_the_working_directory_is_named_from_there(
     monkeypatch.chdir(tmp_path / "ppo" / "s0")
     (run,) = find_records([(None, Path())]).records
     assert (run.agent, run.seed, run.label) == ("ppo", 0, "seed 0")
+
+
+def test_a_second_learn_that_counts_from_nothing_is_noted(tmp_path: Path) -> None:
+    text = PROGRESS + "3,1,100\n"
+    write(tmp_path / "ppo" / "s0" / "progress.csv", text)
+    (run,) = find_records([(None, tmp_path)]).records
+    assert run.curves["training"].returns.tolist() == [3]
+    assert "go back to an earlier step; the 2 returns before" in run.notes[0]
+    write(ours(tmp_path / "ppo") / "progress.csv", text)  # our own runs go on from checkpoints
+    (run,) = find_records([(None, tmp_path)]).records
+    assert run.notes == ()
+
+
+DAMAGED = [
+    "", "[]", "{}", "[" * 200_000, '{"timesteps": 5, "deterministic": {"mean": 1, "returns": []}}',
+    '{"timesteps": 5, "deterministic": {"mean": 1, "returns": ["x"]}}',
+    '{"timesteps": "5", "deterministic": {"mean": 1, "returns": [1]}}', '{"timesteps": 5, "deterministic": 3}',
+    '{"timesteps": 5, "deterministic": {"returns": [1]}}',
+    f'{{"timesteps": 1{"0" * 400}, "deterministic": {{"mean": 1, "returns": [1]}}}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_evaluation_is_left_out_in_one_line(tmp_path: Path, content: str) -> None:
+    write(ours(tmp_path) / "eval.json", content)
+    (run,) = find_records([(None, tmp_path)]).records
+    assert run.evaluation is None
+    assert run.notes == (f"{tmp_path / 'eval.json'} is damaged; the run counts as not evaluated",)
+
+
+def test_a_config_of_endless_brackets_is_damaged_and_the_others_go_on(tmp_path: Path) -> None:
+    write(ours(tmp_path / "a") / "config.json", "[" * 200_000)
+    ours(tmp_path / "b")
+    write(tmp_path / "c" / "monitor.csv", "[" * 200_000 + "\nr,l,t\n1,2,3\n")
+    found = find_records([(None, tmp_path)])
+    assert [run.folder.name for run in found.records] == ["b"]
+    assert [line.partition(" is damaged")[0] for line in found.problems] == [
+        str(tmp_path / "a" / "config.json"), str(tmp_path / "c" / "monitor.csv")
+    ]  # fmt: skip
+
+
+def test_a_run_without_its_last_save_is_unfinished(tmp_path: Path) -> None:
+    (ours(tmp_path) / "final.zip").unlink()
+    (run,) = find_records([(None, tmp_path)]).records
+    assert (run.complete, run.state) == (False, "unfinished")
+
+
+def test_links_to_runs_are_followed_and_each_run_counts_once(tmp_path: Path) -> None:
+    ours(tmp_path / "elsewhere" / "b")
+    ours(tmp_path / "elsewhere" / "deep" / "c")
+    ours(tmp_path / "runs" / "a")
+    for name, target in {"b": "../elsewhere/b", "c": "../elsewhere/deep", "again": "a", "loop": "."}.items():
+        (tmp_path / "runs" / name).symlink_to(target)
+    found = find_records([(None, tmp_path / "runs")])
+    assert [run.folder.name for run in found.records] == ["a", "b", "c"]
+
+
+def test_a_run_with_two_names_is_refused(tmp_path: Path) -> None:
+    ours(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"a: got it as x and as y, expected one name for each run"):
+        find_records([("x", tmp_path), ("y", tmp_path / "a")])

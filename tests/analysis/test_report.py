@@ -107,6 +107,36 @@ def test_the_page_holds_the_comparison(read: Reader, records: list[Record]) -> N
     assert embedded["sections"] == json.loads(json.dumps(as_json(sections, [])["sections"]))
 
 
+def test_nothing_of_a_run_is_read_as_html(tmp_path: Path) -> None:
+    evil = "<i>evil"
+    line = Curve(np.array([1.0, 2.0]), np.array([0.0, 1.0]), np.array([1.0, 2.0]))
+    records = [
+        Record(
+            Path(f"{evil}-{i}"), f"{evil}{i}", evil, None, {evil: f"{evil}{i}"}, {"training": line}, float(i), 2, True,
+            versions={evil: evil}, notes=(evil,),
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    sections, problems = compare(records)
+    text = report_page(sections, [*problems, evil], tmp_path / "r.html", evil)
+    assert sections[0].improvement and sections[0].differing == [evil]
+    assert evil not in text
+    for place in ("<h1>", "<h2>", "<title>", "<code>", "<li>"):
+        assert f"{place}&lt;i&gt;evil" in text
+
+
+def test_videos_are_linked_once_the_page_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("driftrl.analysis.report._EMBED_ALL", 15)
+    videos = tuple(tmp_path / f"{name}.mp4" for name in "ab")
+    for video in videos:
+        video.write_bytes(b"0" * 10)
+    run = Record(tmp_path, "ppo", "Hopper-v5", 0, {}, {}, 1.0, 2, True, videos=videos)
+    sections, _ = compare([run])
+    text = report_page(sections, [], tmp_path / "r.html", "")
+    assert text.count("data:video/mp4;base64,") == 1
+    assert text.count('href="b.mp4"') == 1 and 'href="a.mp4"' not in text
+
+
 @pytest.mark.skipif(shutil.which("node") is None, reason="no node on this machine")
 def test_the_script_finds_the_point_under_the_pointer(read: Reader) -> None:
     code = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +24,8 @@ def run_folder(folder: Path, seed: int, score: float, **changes: Any) -> None:
     config = {"agent": "policyflow", "env_id": "Hopper-v5", "env_kwargs": {}, "seed": seed, "config": {"gamma": 0.9}}
     (folder / "config.json").write_text(json.dumps(config | changes))
     (folder / "progress.csv").write_text(PROGRESS.format(score))
-    (folder / "eval.json").write_text(json.dumps({"timesteps": 200, "deterministic": {"returns": [score]}}))
+    mode = {"returns": [score], "mean": score}
+    (folder / "eval.json").write_text(json.dumps({"timesteps": 200, "deterministic": mode}))
     (folder / "final.zip").write_text("")
 
 
@@ -79,6 +81,33 @@ def test_without_matplotlib_one_line_says_what_to_install(
     ]
 
 
+def test_names_that_are_hard_to_show_are_shown(folder: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    """Formulas and hidden labels of matplotlib, bytes that are not UTF-8, half a character, links and folders."""
+    for i, agent in enumerate(("a$x_{$", "_hidden", "half \ud800")):
+        run_folder(folder / "runs" / f"other{i}", 0, 1.0, agent=agent)
+    raw = Path(os.fsdecode(b"raw \xff"))
+    run_folder(raw, 9, 1.0)
+    (raw / "no.mp4").mkdir()
+    (raw / "broken.mp4").symlink_to("nowhere")
+    (raw / "large.mp4").write_bytes(b"0" * 2_000_001)
+    arguments = ["runs", str(raw), "--html", "r.html", "--csv", "t.csv", "--json", "t.json", "--plot", "pictures"]
+    assert main(arguments) == 0
+    assert b"half \\ud800" in capfdbinary.readouterr().out
+    page = (folder / "r.html").read_text(encoding="utf-8")
+    assert "half \\ud800" in page and "raw \\udcff" in page
+    assert 'href="raw%20%FF/large.mp4"' in page and "no.mp4" not in page and "broken.mp4" not in page
+    svg = (folder / "pictures" / "Hopper-v5.svg").read_text(encoding="utf-8")
+    assert {"a$x_{$ (1 run)", " _hidden (1 run)", r"half \ud800 (1 run)"} <= set(re.findall("<!-- (.*) -->", svg))
+
+
+def test_environments_whose_names_become_the_same_have_pictures_of_their_own(folder: Path) -> None:
+    for i, env_id in enumerate(("NS/E-v0", "NS_E-v0")):
+        run_folder(folder / "two" / str(i), 0, 1.0, env_id=env_id)
+    assert main(["two", "--plot", "pictures"]) == 0
+    names = [f"NS_E-v0{number}.{kind}" for number in ("", "-2") for kind in ("png", "svg")]
+    assert sorted(each.name for each in (folder / "pictures").iterdir()) == sorted(names)
+
+
 def test_damaged_runs_are_one_line_each_and_the_others_go_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "runs" / "s1" / "config.json").write_text("{")
     assert main(["runs"]) == 0
@@ -93,6 +122,7 @@ def test_damaged_runs_are_one_line_each_and_the_others_go_on(folder: Path, capsy
     [
         ([], "the following arguments are required: [NAME=]FOLDER"),
         (["nowhere"], "no such folder: got nowhere"),
+        (["a=runs", "b=runs"], "runs/s0: got it as a and as b, expected one name for each run"),
         (["=runs"], "got =runs, expected NAME=FOLDER"),
         (["empty"], "no runs: got empty, expected folders of train.py"),
         (["runs", "ppo=empty"], "no runs: got empty, expected folders of train.py"),

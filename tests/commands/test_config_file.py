@@ -8,7 +8,7 @@ import torch
 
 from driftrl.agents.registry import AGENTS
 from driftrl.commands import train, training
-from driftrl.commands.config_file import read_config_file
+from driftrl.commands.config_file import read_config_file, read_names
 from driftrl.runs.fields import made_of
 from driftrl.runs.folder import load_agent, read_settings
 
@@ -21,7 +21,7 @@ seed: 4
 compile: off            # a boolean for YAML
 learning_rate: 1e-3     # text for YAML
 actor_hidden: [8, 8]
-config: {critic_hidden: [8, 8], n_steps: 16, batch_size: 16, n_epochs: 1}
+config: {critic_hidden: [8, 8], n_steps: 16, batch_size: 16, n_epochs: 2}
 """
 
 
@@ -40,7 +40,7 @@ def test_a_file_sets_what_flags_set_and_flags_come_after_it() -> None:
     Path("run.yaml").write_text(YAML)
     assert train.main(["policyflow", "--config", "run.yaml", "--n-steps", "8", "--run-dir", "file"]) == 0
     flags = "--env InvertedPendulum-v5 --n-envs 2 --total-timesteps 100 --device cpu --seed 4 --compile off"
-    flags += " --learning-rate 0.001 --actor-hidden 8 8 --critic-hidden 8 8 --n-steps 8 --batch-size 16 --n-epochs 1"
+    flags += " --learning-rate 0.001 --actor-hidden 8 8 --critic-hidden 8 8 --n-steps 8 --batch-size 16 --n-epochs 2"
     assert train.main(["policyflow", *flags.split(), "--run-dir", "flags"]) == 0
     assert read_settings(run("file")) == read_settings(run("flags"))
     assert (read_settings(run("file")).config["n_steps"], read_settings(run("file")).seed) == (8, 4)
@@ -90,6 +90,16 @@ def test_every_preset_survives_json(name: str) -> None:
         ("a.yaml", "seeds: [1, 1]", "a.yaml: seeds: got 1 more than once"),
         ("a.yaml", "eval_episodes: 3", "a.yaml: eval_episodes: got 3, which changes nothing without eval_interval"),
         ("a.yaml", "versions: {}\nagent: mbpo", "a.yaml: agent: got mbpo, but the command is for policyflow"),
+        ("a.yaml", "n_steps: 8\nn-steps: 9", "a.yaml: n-steps: got it twice, as n_steps in two spellings"),
+        ("a.yaml", "env: A-v0\nenv_id: B-v0", "a.yaml: env_id: got it twice, as env in two spellings"),
+        ("a.json", '{"n-envs": 1, "config": {"n_envs": 2}}', "a.json: n_envs: got it twice, as n_envs in two"),
+        ("a.yaml", "? [a]\n: 1", "a.yaml: no YAML that we can read: while constructing a mapping"),
+        ("a.yaml", "agent: [policyflow]", "a.yaml: agent: got ['policyflow'], expected policyflow or mbpo"),
+        ("a.yaml", "{1: 2, a: 3, config: {1: 2, a: 3}}", "a.yaml: 1: got it twice, expected it in config or beside it"),
+        ("a.yaml", "gamma: !!bool x", "a.yaml: no YAML that we can read"),
+        ("a.yaml", "gamma: !!timestamp x", "a.yaml: no YAML that we can read"),
+        ("a.yaml", "env_kwargs: {x: 2020-01-01}", "a.yaml: env_kwargs: got {'x': datetime.date(2020, 1, 1)}, expected"),
+        ("a.yaml", "<<: {gamma: 1}\ngamma: 1\ngamma: 2", "a.yaml: no YAML that we can read: gamma stands there twice"),
         ("a.json", '{"gama": 1}', "a.json: gama: unknown key; did you mean gamma?"),
         ("a.json", '{"gamma": 1, "gamma": 1}', "a.json: no JSON that we can read: gamma stands there twice"),
         ("a.json", "{", "a.json: no JSON that we can read"),
@@ -154,3 +164,11 @@ def test_options_by_their_former_names_are_read() -> None:
     for name, agent in (("policyflow_paper", "policyflow"), ("mbpo", "mbpo")):
         folder = Path(__file__).parents[1] / "runs" / "last_release" / name
         assert read_config_file(next(folder.rglob("config.json")), agent).is_of_a_run
+
+
+def test_merge_keys_of_yaml_are_read_and_own_names_win() -> None:
+    Path("a.yaml").write_text("<<: {gamma: 0.5, n_steps: 32}\ngamma: 0.9\n")
+    assert read_config_file(Path("a.yaml"), "policyflow").fields == {"gamma": 0.9, "n_steps": 32}
+    chain = "a: &a {g: 1}\nb: {c: &c {<<: *a, g: 2}}\nd: {<<: *c}\n"
+    Path("b.yaml").write_text(chain)
+    assert read_names(Path("b.yaml")) == {"a": {"g": 1}, "b": {"c": {"g": 2}}, "d": {"g": 2}}

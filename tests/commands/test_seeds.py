@@ -18,7 +18,7 @@ from driftrl.runs.folder import checkpoints, is_complete, load_agent
 from driftrl.runs.group import members
 from driftrl.runs.lock import alone
 
-SMALL = ["--n-envs", "1", "--n-steps", "16", "--batch-size", "16", "--n-epochs", "1", "--device", "cpu"]
+SMALL = ["--n-envs", "1", "--n-steps", "16", "--batch-size", "16", "--n-epochs", "2", "--device", "cpu"]
 SMALL += ["--actor-hidden", "8", "8", "--critic-hidden", "8", "8", "--total-timesteps", "96", "--compile", "off"]
 TASK = """
 import os, signal, time
@@ -100,6 +100,12 @@ def test_runs_of_a_group_are_those_of_single_commands(capsys: pytest.CaptureFixt
     assert (group / "s1" / "final.zip").stat().st_mtime_ns == before
     assert train.main(["--resume", str(group), "--total-timesteps", "128", "--jobs", "2"]) == 0
     assert all(load_agent(each, "cpu").num_timesteps == 128 for each in members(group))
+
+    (group / "s1" / "eval.json").write_text("{}")  # damaged: the run is evaluated again, the other stays as it is
+    capsys.readouterr()
+    assert train.main(["--resume", str(group), "--total-timesteps", "128"]) == 0
+    assert "s1/eval.json is damaged" in capsys.readouterr().err
+    assert json.loads((group / "s1" / "eval.json").read_text())["timesteps"] == 128
 
     with alone(group):
         assert train.main(["--resume", str(group)]) == 2

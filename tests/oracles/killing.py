@@ -47,8 +47,9 @@ def write_spec(path: Path, env: str = "slow_task:Task-v0", **fields: Any) -> Non
     spec: dict[str, Any] = {
         "folder": path.stem, "agent": "policyflow", "envs": [env],
         "settings": {
-            "n_envs": 1, "n_steps": 16, "batch_size": 16, "n_epochs": 1, "actor_hidden": [8], "critic_hidden": [8],
-            "compile": "off", "device": "cpu", "total_timesteps": 128, "checkpoint_interval": 16,
+            "n_envs": 1, "n_steps": 16, "batch_size": 16, "n_epochs": 1, "lr_schedule": "constant",
+            "actor_hidden": [8], "critic_hidden": [8], "compile": "off",
+            "device": "cpu", "total_timesteps": 128, "checkpoint_interval": 16,
         },
     }  # fmt: skip
     varied = {*fields.get("grid", {}), *fields.get("search", {}).get("space", {})}

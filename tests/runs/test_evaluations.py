@@ -3,6 +3,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,3 +108,22 @@ def test_episodes_without_an_interval_are_refused(capsys: pytest.CaptureFixture[
     assert start("policyflow", "none", "--eval-interval", "0") == 2
     assert "eval_interval: got 0, expected an integer of at least 1, or None" in capsys.readouterr().err
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("steps", "evaluated_at", "due"),
+    [
+        (63, 0, False),
+        (64, 0, True),
+        (70, 64, False),
+        (127, 70, False),
+        (128, 70, True),
+        (134, 128, False),
+        (200, 70, True),
+    ],
+)
+def test_evaluations_are_due_at_multiples_of_the_interval(steps: int, evaluated_at: int, due: bool) -> None:
+    """One that came late, at the end of an iteration, does not put off all that follow."""
+    settings: Any = SimpleNamespace(eval_interval=64)
+    stop: Any = None
+    assert evaluations.Evaluations(settings, stop).are_due(steps, evaluated_at) == due

@@ -1,4 +1,5 @@
 import json
+import math
 import zipfile
 from pathlib import Path
 from typing import IO
@@ -12,6 +13,7 @@ from driftrl.agents.storage import files as durable
 from driftrl.agents.storage import format as checkpoint
 from driftrl.runs import folder as runs
 from driftrl.runs import log as run_log
+from driftrl.runs.callbacks import _best_so_far
 
 
 def settings(env_id: str = "Pendulum-v1") -> runs.RunSettings:
@@ -178,3 +180,17 @@ def test_progress_file_is_continued(tmp_path: Path) -> None:
         logger.dump(value)
         logger.close()
     assert (tmp_path / "progress.csv").read_text().splitlines() == ["a,b", "1,", "2,5"]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"mean_return": null}', "[" * 200_000])
+def test_a_damaged_best_return_is_named_and_none(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "best.json"
+    assert _best_so_far(path) == -math.inf
+    assert capsys.readouterr().err == ""
+    path.write_text(content)
+    assert _best_so_far(path) == -math.inf
+    assert f"warning: {path} is damaged" in capsys.readouterr().err
+    path.write_text('{"mean_return": 3}')
+    assert _best_so_far(path) == 3

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 
 from driftrl.commands import sweep
+from driftrl.sweeps.spec import Search
+from driftrl.sweeps.study import trial_seed
 
 GOOD: dict[str, Any] = {
     "folder": "out", "agent": "policyflow", "envs": ["InvertedPendulum-v5"], "seeds": [0, 1],
@@ -57,6 +59,15 @@ RANGE = {"low": 1, "high": 2}
         ({"search": {**SEARCH, "space": {"gamma": {"low": 1, "high": 0}}}}, "search.space.gamma: got low 1.0"),
         ({"search": {**SEARCH, "space": {"gamma": {"low": 0.5, "high": 1.5}}}}, "search.space.gamma: got 1.5"),
         ({"search": {**SEARCH, "space": {"gamma": {"high": 1}}}}, "search.space.gamma: got {'high': 1}, expected low"),
+        (
+            {"search": {**SEARCH, "space": {"n_epochs": {"low": 3, "high": 20, "step": 1.5}}}},
+            "search.space.n_epochs.step: got 1.5, expected integers for this option",
+        ),
+        ({"search": {**SEARCH, "space": {"n_epochs": {"low": 3, "high": 9, "step": 0.5}}}}, "n_epochs.step: got 0.5"),
+        (
+            {"search": {**SEARCH, "space": {"gamma": {"low": 0, "high": 1, "step": float("inf")}}}},
+            "gamma.step: got inf",
+        ),
         ({"search": {**SEARCH, "space": {"n_epochs": {"low": 1.5, "high": 3}}}}, "search.space.n_epochs: got 1.5"),
         ({"search": {**SEARCH, "space": {"gamma": {"choices": []}}}}, "search.space.gamma: got [], expected a list"),
         ({"search": {**SEARCH, "space": {"gama": RANGE}}}, "search.space.gama: unknown option; did you mean gamma?"),
@@ -110,3 +121,34 @@ def test_a_missing_extra_is_one_line(
     error = capsys.readouterr().err
     assert f"{module} is not installed; run pip install 'driftrl[sweep]'" in error
     assert error.count("\n") == 1
+
+
+def test_the_seeds_of_two_searches_do_not_overlap() -> None:
+    """Two searches of neighbouring seeds would else share all suggestions but one."""
+    seeds = [trial_seed(Search(6, {}, seed=seed), count) for seed in range(50) for count in range(50)]
+    assert len(set(seeds)) == len(seeds)
+    assert 0 <= min(seeds) and max(seeds) < 2**32
+
+
+def test_a_search_that_is_over_says_that_nothing_is_left_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a search whose trials have all failed, too: nothing would be trained, without a word."""
+
+    class Over:
+        jobs: ClassVar[list[Any]] = []
+        is_open, study = False, None
+
+        def __init__(self, *arguments: Any) -> None: ...
+
+        def look(self) -> None: ...
+
+        def progress(self) -> str:
+            return "2 of 2 trials over"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "StudySource", Over)
+    monkeypatch.setattr(sweep, "format_study", lambda spec, study: "trials: 2 fail")
+    Path("spec.yaml").write_text(yaml.safe_dump({**GOOD, "search": SEARCH}))
+    assert sweep.main(["spec.yaml"]) == 0
+    assert "nothing left to do: 2 of 2 trials over; failed trials are not tried again" in capsys.readouterr().out

@@ -59,6 +59,16 @@ def test_a_grid_is_groups_of_runs_and_is_trained_once(capsys: pytest.CaptureFixt
     assert "4 of 4 runs were complete" in capsys.readouterr().out
     assert before == {file: file.stat().st_mtime_ns for file in Path("grid").rglob("final.zip")}
 
+    # a damaged evaluation is named and made anew; the other runs stay as they are
+    (groups[0] / "s1" / "eval.json").write_text("")
+    assert sweep.main(["grid.yaml"]) == 0
+    out, error = capsys.readouterr()
+    assert "s1/eval.json is damaged" in error
+    assert "3 of 4 runs were complete" in out
+    assert is_complete(groups[0] / "s1")
+    others = [file for file in before if file.parent != groups[0] / "s1"]
+    assert [before[file] for file in others] == [file.stat().st_mtime_ns for file in others]
+
     # the run of a sweep is that of a single command
     options = ["--config", str(groups[1] / "s1"), "--run-dir", "single"]
     assert train.main(options) == 0

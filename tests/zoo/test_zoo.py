@@ -19,7 +19,7 @@ from driftrl.zoo.presets import zoo_hyperparameters
 ROOT = Path(__file__).parents[2]
 needs_the_zoo = pytest.mark.skipif(importlib.util.find_spec("rl_zoo3") is None, reason="needs rl_zoo3")
 SMALL = {
-    "policyflow": ["n_envs:2", "n_steps:16", "batch_size:16", "n_epochs:1", "actor_hidden:[8,8]", "clip_range:0.1"],
+    "policyflow": ["n_envs:2", "n_steps:16", "batch_size:16", "n_epochs:2", "actor_hidden:[8,8]", "clip_range:0.1"],
     "mbpo": [
         "n_envs:1", "learning_starts:20", "model_epochs:1", "model_hidden:[8]", "model_rollouts:2", "gradient_steps:1",
     ],
