@@ -27,9 +27,9 @@ files and 689 lines, 13 and 836 with the simulator; LipschitzMBPO 10 and 440, 12
 with the model, too; all of learn 15 and 962, 17 and 1,017; 36 hops in a minibatch of either; 21 files to resume.
 
 The redesign was to bring the walks to 8 files and 1,000 lines, with 4 in the algorithm's folder, and resume to 12
-files. PolicyFlow takes 9 files, 4 of them its own; LipschitzMBPO 10 with the model rollouts that go on between two
-fits, 3 its own. --resume takes 41, nearly all of them what a new run takes, too: the Config, networks, flow and
-environments are made, the run's folder, log and signals, the command. Beyond a new run it is 5 files and 228 lines.
+files. PolicyFlow takes 9 files, 4 of them its own; LipschitzMBPO 11 with the model rollouts that go on between two
+fits, 4 its own. --resume takes 46, nearly all of them what a new run takes, too: the Config, networks, flow and
+environments are made, the run's folder, log and signals, the command. Beyond a new run it is 7 files and 259 lines.
 Value gradients came after the redesign: every imagined step calls actor, model and termination rule, each in its file.
 """
 

@@ -31,9 +31,8 @@ from .policy import FlowPolicy
 from .posterior import posterior_noise
 from .ppo_arguments import ARGUMENTS, POLICY_FIELDS, implied_fields, own_policy_kwargs
 from .pretraining import imitation_loss
-from .ratios import Ratio, chord_point, draw_epoch, record_references
+from .ratios import Ratio, Samples, chord_point, draw_epoch, record_references
 from .regularizers import spread_loss, spread_rate, transport_cost
-from .samples import Samples
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> Tensor:

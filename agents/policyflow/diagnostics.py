@@ -7,8 +7,7 @@ import torch
 from .entropy import policy_entropy
 from .other_ratios import EndpointRatio
 from .policy import FlowActor
-from .ratios import Ratio, chord_point
-from .samples import Samples
+from .ratios import Ratio, Samples, chord_point
 
 SAMPLES = 256
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .policy import FlowActor, FlowNoise
 from .posterior import action_log_density
-from .samples import Samples
+from .ratios import Samples
 
 RATE, GAIN, WEIGHTS = 0.1, 2.0, (1e-4, 10.0)  # of the steered weight, per nat; bounds, lest it winds up
 GOLDEN = 0.6180339887498949

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..common.weights import Weights
 from .policy import FlowActor
-from .ratios import Ratio, RatioTerms, gaussian_terms
-from .samples import Samples
+from .ratios import Ratio, RatioTerms, Samples, gaussian_terms
 
 
 class SteeringRatio(Ratio):

@@ -14,8 +14,8 @@ from ..common.demonstrations import Demonstrations
 from ..common.weights import Weights
 from .fine_tuning import two_rates
 from .pretraining import Follow, Pretraining, PretrainResult, PretrainSettings, with_noise
+from .ratios import Samples
 from .rollout import FlowRollouts
-from .samples import Samples
 
 
 class Imitation(FlowRollouts):

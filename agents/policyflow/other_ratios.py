@@ -17,12 +17,12 @@ from .ratios import (
     InterpolationRatio,
     Ratio,
     RatioTerms,
+    Samples,
     clipped_surrogate,
     gaussian_kl,
     gaussian_log_prob,
     gaussian_terms,
 )
-from .samples import Samples
 
 ODE: dict[str, object] = {"langevin_eps": 0.0}
 INDEPENDENT: dict[str, object] = ODE | {"exploration_noise": "gaussian"}

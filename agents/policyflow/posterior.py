@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .policy import FlowActor
-from .ratios import gaussian_log_prob
-from .samples import Samples
+from .ratios import Samples, gaussian_log_prob
 
 LATENTS, OF_DRAWN = 16, 0.1  # of the posterior of the noise, and what the drawn latent's weight counts there
 FROM_TANGENT = 0.5

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from .policy import FlowActor
-from .ratios import chord_point
-from .samples import Samples
+from .ratios import Samples, chord_point
 
 
 def brownian_loss(velocity: Tensor, samples: Samples, form: str, steps: int) -> Tensor:

@@ -21,8 +21,8 @@ from ..common.observations import batch_of_one, blame, observation_vectors, to_b
 from .chunks import ChunkQueue, chunk_advantage, drawn_rows
 from .policy import FlowNoise, FlowSample
 from .ranked import Ranked
+from .ratios import PastNoise, Samples
 from .rollout_view import Collected, RolloutView
-from .samples import PastNoise, Samples
 
 
 class RolloutStorage(NamedTuple):
@@ -93,14 +93,15 @@ class FlowRollouts(Ranked):
     storage: RolloutStorage
     collected: Collected | None = None  # the last rollout, None while one is collected
     _act: Callable[[Tensor, Tensor], Tensor]  # FlowPolicy.act, perhaps compiled
+    _decision_steps: int  # from one decision to the next
     _exploration: StepNoise | None  # action noise with memory, which lasts from rollout to rollout
-    _remade = ("_expert_data", "samples", "_ratio", "_monitor", "_discounted_return", "_act", "_objective", "_gradient",
-               "_step", "_exploration", "storage", "collected", "steps_collected", "_ranks", "_before",
-               "_ended")  # fmt: skip
+    _remade = ("_expert_data", "_decision_steps", "samples", "_ratio", "_monitor", "_discounted_return", "_act",
+               "_objective", "_gradient", "_step", "_exploration", "storage", "collected", "steps_collected", "_ranks",
+               "_before", "_ended")  # fmt: skip
 
     def _setup_rollout(self) -> None:
         config, envs, size = self.config, self.n_envs, (self.n_envs, self.policy.action_dim)
-        self._exploration = None
+        self._exploration, self._decision_steps = None, config.decision_steps
         if (kind := config.exploration_noise) != "gaussian":
             self._exploration = step_noise(kind, config.noise_time, config.hurst, size, self.device)
         self.rollout_buffer = RolloutView(self)
@@ -154,7 +155,7 @@ class FlowRollouts(Ranked):
         reached: list[Tensor] = []  # raw features of truncated steps, in the order of np.nonzero(truncated)
         features[0] = self._features(self._last_obs)
         decided, due = np.ones(shape, bool), np.ones(env.num_envs, bool)
-        queue = ChunkQueue(env.num_envs, config.decision_steps) if config.chunk > 1 else None
+        queue = ChunkQueue(env.num_envs, self._decision_steps) if config.chunk > 1 else None
         chunk_shape = env.num_envs, config.chunk, *self._action_shape
         for step in range(n_rollout_steps):
             if self._exploration is not None:
@@ -295,7 +296,7 @@ class FlowRollouts(Ranked):
             scaled = torch.where(left_out, values, scaled)
         ends = terminated.float(), ended.float()
         decided = torch.as_tensor(steps.decided, device=self.device)
-        if config.decision_steps > 1:
+        if self._decision_steps > 1:
             over = *ends, decided.float()
             advantages = chunk_advantage(scaled, values, next_values, *over, self.gamma, self.gae_lambda)
         else:
@@ -313,7 +314,7 @@ class FlowRollouts(Ranked):
         )
         host_starts = starts.float().cpu().numpy()
         self.collected = Collected(self.samples, scaled, host_starts, steps.decided, policy.actor.norms())
-        if config.decision_steps > 1:
+        if self._decision_steps > 1:
             usable = (decided if left_out is None else decided & ~left_out).flatten()
             rows = drawn_rows(usable, config.decisions(self.n_envs), self._generator)
             self.samples = self.samples.rows(rows)

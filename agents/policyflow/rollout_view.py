@@ -14,8 +14,8 @@ from ..common.observations import split_vectors
 from .density import marginal_log_prob
 
 if TYPE_CHECKING:
+    from .ratios import Samples
     from .rollout import FlowRollouts
-    from .samples import Samples
 
 ROWS = 4096
 """Rows whose density is estimated at once: bounds the memory, and changes nothing else."""

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from driftrl.agents.policyflow.other_ratios import RATIOS
 from driftrl.agents.policyflow.policy import FlowActor, FlowNoise
-from driftrl.agents.policyflow.ratios import Ratio, draw_epoch, record_references
-from driftrl.agents.policyflow.samples import Samples
+from driftrl.agents.policyflow.ratios import Ratio, Samples, draw_epoch, record_references
 from driftrl.dynamics import VelocityField
 
 STEPS, BASE_STD, ACTION_STD, CHAIN_STD = 4, 0.5, 0.3, 0.2

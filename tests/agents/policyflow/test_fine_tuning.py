@@ -17,8 +17,7 @@ from driftrl.agents.common.demonstrations import Demonstrations
 from driftrl.agents.policyflow.fine_tuning import SteeringRatio, two_rates
 from driftrl.agents.policyflow.other_ratios import RATIOS
 from driftrl.agents.policyflow.policy import FlowNoise
-from driftrl.agents.policyflow.ratios import draw_epoch, record_references
-from driftrl.agents.policyflow.samples import Samples
+from driftrl.agents.policyflow.ratios import Samples, draw_epoch, record_references
 from driftrl.envs import make_vec
 
 SMALL: dict[str, Any] = {

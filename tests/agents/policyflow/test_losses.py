@@ -12,9 +12,15 @@ import torch
 from driftrl.agents.policyflow.algorithm import value_loss
 from driftrl.agents.policyflow.config import PolicyFlowConfig
 from driftrl.agents.policyflow.policy import FlowActor, FlowNoise
-from driftrl.agents.policyflow.ratios import chord_point, chord_velocities, clipped_surrogate, draw_chord
+from driftrl.agents.policyflow.ratios import (
+    Chord,
+    Samples,
+    chord_point,
+    chord_velocities,
+    clipped_surrogate,
+    draw_chord,
+)
 from driftrl.agents.policyflow.regularizers import brownian_loss, spread_rate
-from driftrl.agents.policyflow.samples import Chord, Samples
 from driftrl.dynamics.ode import SOLVERS, odeint
 
 

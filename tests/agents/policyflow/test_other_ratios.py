@@ -33,8 +33,16 @@ from driftrl.agents.policyflow.other_ratios import (
     RatioName,
 )
 from driftrl.agents.policyflow.policy import FlowActor, FlowNoise
-from driftrl.agents.policyflow.ratios import InterpolationRatio, Ratio, References, draw_epoch, record_references
-from driftrl.agents.policyflow.samples import Chord, PastNoise, Samples
+from driftrl.agents.policyflow.ratios import (
+    Chord,
+    InterpolationRatio,
+    PastNoise,
+    Ratio,
+    References,
+    Samples,
+    draw_epoch,
+    record_references,
+)
 
 RIVALS = [name for name in RATIOS if name not in ("interpolation", "endpoint")]
 OBS_DIM, ACTION_DIM, STEPS = 3, 2, 3

@@ -11,8 +11,16 @@ from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 from driftrl.agents.policyflow.other_ratios import EndpointRatio
 from driftrl.agents.policyflow.policy import FlowActor, FlowNoise, FlowSample
-from driftrl.agents.policyflow.ratios import InterpolationRatio, Ratio, draw_epoch, quadrature, record_references
-from driftrl.agents.policyflow.samples import Chord, PastNoise, Samples
+from driftrl.agents.policyflow.ratios import (
+    Chord,
+    InterpolationRatio,
+    PastNoise,
+    Ratio,
+    Samples,
+    draw_epoch,
+    quadrature,
+    record_references,
+)
 from driftrl.dynamics import VelocityField
 from driftrl.dynamics.fields import MLPField
 from driftrl.dynamics.special_fields import LinearField, ResidualField

@@ -17,8 +17,8 @@ from driftrl import PolicyFlow
 from driftrl.agents.policyflow.entropy import policy_entropy
 from driftrl.agents.policyflow.policy import FlowActor, FlowNoise
 from driftrl.agents.policyflow.posterior import posterior_noise
+from driftrl.agents.policyflow.ratios import Samples
 from driftrl.agents.policyflow.regularizers import score_loss, transport_cost
-from driftrl.agents.policyflow.samples import Samples
 
 
 @pytest.mark.parametrize("ratio", ["endpoint", "chain"])
