@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from numbers import Integral, Real
 from operator import attrgetter
@@ -181,7 +181,7 @@ class Configured(BaseAlgorithm):
 
     @staticmethod
     def _assign(name: str, agent: Configured, value: Any) -> None:
-        if isinstance(now := getattr(agent.config, name), tuple) and isinstance(value, list):
+        if isinstance(now := getattr(agent.config, name), tuple) and isinstance(value, Iterable):
             value = tuple(value)
         if value != now:
             agent.config = dataclasses.replace(agent.config, **{name: constant(name, value)})
