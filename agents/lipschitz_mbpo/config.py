@@ -54,11 +54,11 @@ class LipschitzMBPOConfig:
     normalize_observation: bool = False
     """Standardise what actor and critics see with running statistics kept in the policy."""
     n_critics: int = 2
-    """Critics, >= 1; of more than two a pair drawn at random makes the target."""
+    """Critics, >= 1; with more than two, two drawn at random make the target of each update."""
     critic_layer_norm: bool = False
     """Normalise the inputs of the critics' layers but the first."""
     value_gradient: int = 0
-    """Steps of rollouts that actor and critics learn from by differentiating through the model, >= 0; 0: by SAC."""
+    """Length of the rollouts that are differentiated through the model, >= 0; 0: actor and critics learn by SAC."""
     model: Literal["none", "deterministic", "probabilistic", "homoscedastic", "flow", "langevin"] = "probabilistic"
     """Transition model; none: SAC alone. homoscedastic: a Gaussian of the same noise everywhere."""
     members: int = 1
@@ -90,7 +90,7 @@ class LipschitzMBPOConfig:
     model_rollouts: int = 400
     """Model rollouts begun per environment step, >= 1 (all of an interval's at once)."""
     model_retain: int = 1000
-    """Environment steps whose model rollouts are kept, at least the interval."""
+    """Environment steps whose model rollouts are kept, at least the interval of rollouts."""
     rollout_min: int = 1
     """Length of model rollouts up to environment step rollout_start, >= 1."""
     rollout_max: int = 15
@@ -98,9 +98,9 @@ class LipschitzMBPOConfig:
     rollout_start: int = 20_000
     """Environment step at which the length begins to change, >= 0."""
     rollout_end: int = 150_000
-    """Environment step at which it has changed, >= rollout_start."""
+    """Environment step from which the length is rollout_max, >= rollout_start."""
     real_ratio: float = 0.05
-    """Share of real transitions in what is learned from, in [0, 1]; exact over updates, not only in the mean."""
+    """Share of real transitions in the minibatches, in [0, 1)."""
     termination: Literal["auto", "task", "learned", "never"] = "auto"
     """Ends of model rollouts: by the task's own rule, a learned one, never; auto: the task's where it is known."""
     regularizer: Literal["robust", "spectral", "none"] = "robust"

@@ -78,9 +78,9 @@ class PolicyFlowConfig:
     base_std: float = 0.1
     """(Initial) standard deviation of the base, >= 0, in units of half the action range; 0: Gaussian PPO."""
     action_std: float = 0.5
-    """Initial standard deviation of the action noise (of all steps of a chain), > 0, in half action ranges."""
+    """Initial standard deviation of the action noise, > 0, in half action ranges (chains: of all steps)."""
     action_std_min: float | None = None
-    """Floor of the action noise's standard deviation, > 0; None: as low as its logarithm is kept."""
+    """Floor of the action noise's standard deviation, > 0; None: exp(-5)."""
     exploration_noise: Literal["gaussian", "ou", "fractional"] = "gaussian"
     """Action noise over an episode: independent, Ornstein-Uhlenbeck, increments of fractional Brownian motion."""
     noise_time: float = 2.0
@@ -93,9 +93,9 @@ class PolicyFlowConfig:
     spread_coef: float = 0.0
     """(Initial) weight of it, w_b of the paper, >= 0; 0 switches it off."""
     target_entropy: tuple[float, float] | None = None
-    """Entropy of actions, in nats, that the weight is adapted to, at start and end of the run; None: a fixed weight."""
+    """Entropy of actions, in nats, at start and end of the run, to which spread_coef is adapted; None: it is fixed."""
     spread_std: float = 0.5
-    """spread consistent: standard deviation that the flow's samples are driven to, > 0, by the solver's own steps."""
+    """spread consistent: standard deviation that the flow's samples are driven to, > 0."""
     transport_coef: float = 0.0
     """Weight of the transport cost ``|x1 - z|^2``, >= 0: the flow moves z only as far as advantages ask for; 0: off."""
     jacobian_coef: float = 0.0
@@ -117,7 +117,7 @@ class PolicyFlowConfig:
     critic_hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of the critic; none: the value is linear."""
     critic_gain: float = 1.0
-    """Gain of the critic's last layer at the start, >= 0; 0: all values are 0, no state is preferred."""
+    """Gain of the critic's last layer at the start, >= 0; with 0 all values begin at 0."""
     activation: Literal["silu", "mish", "tanh", "elu", "relu"] = "silu"
     """Activation of all networks."""
     ema_decay: float = 0.0

@@ -20,13 +20,13 @@ class Arguments:
     n_envs: int
     """Parallel environments, >= 1."""
     preset: str = "standard"
-    """Which of the agent's presets to begin from."""
+    """Preset of the agent whose values are the defaults."""
     total_timesteps: int = 1_000_000
     """Environment steps to train for, >= 1, all environments together."""
     demonstrations: str | None = None
     """Data set to pretrain on, of Minari (folder, id or .hdf5) or robomimic (.hdf5)."""
     demonstration_keys: tuple[str, ...] = ()
-    """Where its observations have names and the environment's have none: which to take, in their order."""
+    """Names of the data set's observations to join, in this order, where the environment's has no names."""
     pretrain_steps: int = 0
     """Gradient updates of pretraining at most, >= 0; fewer where held-out episodes show no gain. With it
     total_timesteps may be 0."""
@@ -41,9 +41,9 @@ class Arguments:
     jobs: int = 1
     """With seeds: how many of the runs train at a time, >= 1."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where networks and rollouts live."""
+    """Device of networks and rollouts."""
     threads: int = 1
-    """CPU threads of PyTorch's updates, >= 1; more than one pay on an idle machine only: they wait for each other."""
+    """CPU threads of PyTorch's updates, >= 1. More than one helps on an idle machine only."""
     run_dir: Path = Path("runs")
     """Folder under which the run's folder is made."""
     checkpoint_interval: int = 100_000
