@@ -77,8 +77,11 @@ def make_vec(
     task = bare_task_of_id(id)  # what the id stands for may be another class than its name lets expect
     if backend == "auto":
         backend = "batched" if task in _BATCHED and env_kwargs.get("render_mode") != "human" else "sync"
-    options = (("worker_timeout", worker_timeout, 60.0), ("worker_restarts", worker_restarts, 10))
-    for name, value, default, of in (*((*each, "subproc") for each in options), ("device", device, "cpu", "tensor")):
+    options = (
+        ("worker_timeout", worker_timeout, 60.0, "subproc"), ("worker_restarts", worker_restarts, 10, "subproc"),
+        ("device", device, "cpu", "tensor"),
+    )  # fmt: skip
+    for name, value, default, of in options:
         if value != default and backend != of:
             raise ValueError(f"{name}: got {value}, which changes nothing without backend {of}, got {backend}")
     if backend == "tensor":

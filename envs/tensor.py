@@ -69,6 +69,10 @@ class _Ends(NamedTuple):
     success: Tensor
 
 
+_STATE = {"states": "state", "returns": "_returns", "lengths": "_lengths", "observation": "obs"}
+"""What `get_state` returns -> the attribute that holds it."""
+
+
 class TensorVecEnv(VecEnv):
     """N environments of a `TensorTask` on one device.
 
@@ -196,10 +200,8 @@ class TensorVecEnv(VecEnv):
 
     def get_state(self) -> dict[str, Any]:
         """All that determines the course of the environments, as arrays, for `set_state`; after the first reset."""
-        parts = {"states": self.state, "returns": self._returns, "lengths": self._lengths}
-        return {name: each.cpu().numpy().copy() for name, each in parts.items()} | {
-            "observation": self.obs.cpu().numpy().copy(), "generator": self._generator.get_state(),
-        }  # fmt: skip
+        parts = {name: getattr(self, mine).cpu().numpy().copy() for name, mine in _STATE.items()}
+        return parts | {"generator": self._generator.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> Array:
         """Go on where `get_state` was called; returns the observations. On another kind of device, other random starts.
@@ -209,8 +211,7 @@ class TensorVecEnv(VecEnv):
         """
         if state["states"].shape != self.state.shape:
             raise ValueError(f"state: got states of shape {state['states'].shape}, expected {tuple(self.state.shape)}")
-        names = {"states": "state", "returns": "_returns", "lengths": "_lengths", "observation": "obs"}
-        for name, mine in names.items():
+        for name, mine in _STATE.items():
             setattr(self, mine, torch.as_tensor(state[name].copy(), device=self.device))
         if state["generator"].numel() == self._generator.get_state().numel():
             self._generator.set_state(state["generator"])

@@ -8,7 +8,7 @@ k steps has the reward ``sum_{j<k} gamma^j r_{t+j}``, and what follows it counts
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,19 +23,18 @@ class ChunkQueue:
     """What N environments have still to do of their chunks.
 
     Args:
-        envs: N.
+        shape: of their chunks, (N, c, ...).
         execute: h, actions of a chunk that are done.
     """
 
-    def __init__(self, envs: int, execute: int) -> None:
+    def __init__(self, shape: tuple[int, ...], execute: int) -> None:
         self.execute = execute
-        self._chunks = np.zeros((envs, 0))
-        self._done = np.full(envs, execute)
+        self.chunks, self.done = np.zeros(shape, np.float32), np.full(shape[0], execute)
 
-    def due(self, starts: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Whose chunk is done, [N]; those of episodes that have ended (starts [N]) are."""
-        over: NDArray[np.bool_] = (self._done >= self.execute) | starts.astype(bool)
-        return over
+    def due(self, starts: NDArray[Any] | None) -> NDArray[np.bool_]:
+        """Whose chunk is done, [N]; those of episodes that begin (starts [N]; None: nowhere) are."""
+        over: NDArray[np.bool_] = self.done >= self.execute
+        return over if starts is None else over | np.asarray(starts, bool)
 
     def next(self, chunks: NDArray[np.float32], due: NDArray[np.bool_]) -> NDArray[np.float32]:
         """The actions [N, ...] to do now.
@@ -44,18 +43,16 @@ class ChunkQueue:
             chunks: new ones, [N, c, ...], of which those of the environments due count.
             due: [N].
         """
-        if self._chunks.shape != chunks.shape:
-            self._chunks = np.zeros_like(chunks)
-        self._chunks[due], self._done[due] = chunks[due], 0
-        actions: NDArray[np.float32] = self._chunks[np.arange(len(due)), self._done]
-        self._done += 1
+        self.chunks[due], self.done[due] = chunks[due], 0
+        actions: NDArray[np.float32] = self.chunks[np.arange(len(due)), self.done]
+        self.done += 1
         return actions
 
 
 def predict_next(
-    policy: FlowPolicy, chunks: NDArray[np.float32], state: tuple[NDArray[np.float32], ...] | None,
+    policy: FlowPolicy, chunks: NDArray[np.float32], state: tuple[NDArray[Any], ...] | None,
     episode_start: NDArray[np.bool_] | None,
-) -> tuple[NDArray[np.float32], tuple[NDArray[np.float32], ...]]:  # fmt: skip
+) -> tuple[NDArray[np.float32], tuple[NDArray[Any], ...]]:  # fmt: skip
     """The next actions [N, ...] of `predict` and its next state.
 
     Args:
@@ -64,19 +61,15 @@ def predict_next(
         state: what the last call returned: the chunks, and how many of their actions are done, [N]; None: none.
         episode_start: whether an episode begins, [N], a new chunk then; None: nowhere.
     """
-    rows = len(chunks)
-    if state is None:
-        return chunks[:, 0].copy(), (chunks, np.ones(rows, np.float32))
-    held, done = state[0].copy(), state[1].copy()
-    if held.shape != chunks.shape or done.shape != (rows,):
-        expected = f"{list(chunks.shape)} and [{rows}]"
-        raise ValueError(f"state: got shapes {list(held.shape)} and {list(done.shape)}, expected {expected}")
-    due = done >= policy.execute
-    if episode_start is not None:
-        due |= np.asarray(episode_start, bool)
-    held[due], done[due] = chunks[due], 0
-    actions = held[np.arange(rows), done.astype(np.int64)]
-    return actions, (held, done + 1)
+    queue = ChunkQueue(chunks.shape, policy.execute)
+    if state is not None:
+        held, done = state
+        if held.shape != chunks.shape or done.shape != queue.done.shape:
+            expected = f"{list(chunks.shape)} and [{len(chunks)}]"
+            raise ValueError(f"state: got shapes {list(held.shape)} and {list(done.shape)}, expected {expected}")
+        queue.chunks, queue.done = held.copy(), done.copy()
+    actions = queue.next(chunks, queue.due(episode_start))
+    return actions, (queue.chunks, queue.done)
 
 
 def chunk_advantage(
@@ -109,17 +102,3 @@ def chunk_advantage(
         carry = torch.where(last[t], carried[t] * following, gamma * carry)
         following = advantages[t] = gain - values[t] + carry
     return advantages
-
-
-def drawn_rows(usable: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """So many of the usable rows, bool [B], at random and without repetition as far as they last, in their order.
-
-    Raises:
-        ValueError: if no row is usable.
-    """
-    rows = usable.nonzero().squeeze(1)
-    if not len(rows):
-        raise ValueError("non-finite rollout: got no transition of finite numbers; check the environment")
-    order = torch.randperm(len(rows), generator=generator, device=rows.device)[:count]
-    more = torch.randint(len(rows), (count - len(order),), generator=generator, device=rows.device)
-    return rows[torch.cat([order, more])].sort().values

@@ -18,7 +18,7 @@ from ...dynamics.noise import StepNoise, step_noise
 from ...envs.tensor import OnDemand, TensorVecEnv
 from ..common.networks import lazy_zeros
 from ..common.observations import batch_of_one, blame, observation_vectors, to_box
-from .chunks import ChunkQueue, chunk_advantage, drawn_rows
+from .chunks import ChunkQueue, chunk_advantage
 from .policy import FlowNoise, FlowSample
 from .ranked import Ranked
 from .ratios import PastNoise, Samples
@@ -155,14 +155,14 @@ class FlowRollouts(Ranked):
         reached: list[Tensor] = []  # raw features of truncated steps, in the order of np.nonzero(truncated)
         features[0] = self._features(self._last_obs)
         decided, due = np.ones(shape, bool), np.ones(env.num_envs, bool)
-        queue = ChunkQueue(env.num_envs, self._decision_steps) if config.chunk > 1 else None
         chunk_shape = env.num_envs, config.chunk, *self._action_shape
+        queue = ChunkQueue(chunk_shape, self._decision_steps) if config.chunk > 1 else None
         for step in range(n_rollout_steps):
             if self._exploration is not None:
                 start = torch.as_tensor(self._last_episode_starts, dtype=torch.bool, device=self.device)
                 moments.append(self._remember(noise[step], further[step], start))
             if queue is not None:
-                decided[step] = due = queue.due(np.asarray(self._last_episode_starts))
+                decided[step] = due = queue.due(self._last_episode_starts)
             if due.any():
                 drawn[:, step] = self._act(features[step], noise[step])
                 chunks = FlowSample(*drawn[:, step]).action.cpu().numpy().reshape(chunk_shape)
@@ -295,8 +295,8 @@ class FlowRollouts(Ranked):
         if left_out is not None:  # advantage 0 there: those before see V(s_t) and nothing of what follows
             scaled = torch.where(left_out, values, scaled)
         ends = terminated.float(), ended.float()
-        decided = torch.as_tensor(steps.decided, device=self.device)
         if self._decision_steps > 1:
+            decided = torch.as_tensor(steps.decided, device=self.device)
             over = *ends, decided.float()
             advantages = chunk_advantage(scaled, values, next_values, *over, self.gamma, self.gae_lambda)
         else:
@@ -343,14 +343,28 @@ def _to_host(tensor: Tensor) -> np.ndarray:
     return array
 
 
-def _replacements(left_out: Tensor, generator: torch.Generator) -> Tensor:
-    """Rows to take, [B], where those left out, [B], are replaced by others drawn at random: the number is the same.
+def _rows(usable: Tensor) -> Tensor:
+    """The rows that are usable, bool [B].
 
     Raises:
-        ValueError: if every row is left out.
+        ValueError: if none is.
     """
-    kept = (~left_out).nonzero().squeeze(1)
-    if not len(kept):
+    rows = usable.nonzero().squeeze(1)
+    if not len(rows):
         raise ValueError("non-finite rollout: got no transition of finite numbers; check the environment")
+    return rows
+
+
+def _replacements(left_out: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows to take, [B], where those left out, [B], are replaced by others drawn at random: the number is the same."""
+    kept = _rows(~left_out)
     drawn = kept[torch.randint(len(kept), (len(left_out),), generator=generator, device=kept.device)]
     return torch.where(left_out, drawn, torch.arange(len(left_out), device=kept.device))
+
+
+def drawn_rows(usable: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """So many of the usable rows, bool [B], at random and without repetition as far as they last, in their order."""
+    rows = _rows(usable)
+    order = torch.randperm(len(rows), generator=generator, device=rows.device)[:count]
+    more = torch.randint(len(rows), (count - len(order),), generator=generator, device=rows.device)
+    return rows[torch.cat([order, more])].sort().values

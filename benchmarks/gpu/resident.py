@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 from gpu.part import Report, synchronize
-from paired import spread
+from gpu.training import is_finite, speeds
 from stable_baselines3.common.callbacks import BaseCallback
 
 ENV_ID = "driftrl/MultiGoal-v0"
 FULL = {"n_envs": 4096, "n_steps": 32, "batch_size": 32_768, "timesteps": 12_000_000}
 SMALL = {"n_envs": 16, "n_steps": 8, "batch_size": 64, "timesteps": 1024}
-WARM_UP = 3
-"""Iterations that do not count for the speed: compilation falls into the first."""
 
 
 class Watch(BaseCallback):
@@ -58,13 +56,11 @@ def one(report: Report, device: str, backend: str, seconds: float) -> dict[str, 
     watch = Watch(device, seconds)
     agent.learn(size["timesteps"], watch)
     iteration = size["n_envs"] * size["n_steps"]
-    speeds = (iteration / np.diff(watch.began)[WARM_UP if len(watch.began) > WARM_UP + 2 else 0 :]).tolist()
-    if not speeds:
+    if len(watch.began) < 2:
         raise ValueError(f"{backend} on {device}: no iteration was finished in {seconds:.0f} s")
-    finite = all(bool(each.isfinite().all()) for each in agent.policy.state_dict().values() if each.is_floating_point())
     return {
-        **size, "device": device, "backend": backend, "done": agent.num_timesteps, "finite": finite,
-        "steps_per_second": list(spread(speeds)) if len(speeds) > 1 else speeds, "returns": watch.returns,
+        **size, "device": device, "backend": backend, "done": agent.num_timesteps, "finite": is_finite(agent),
+        "steps_per_second": speeds(watch.began, iteration), "returns": watch.returns,
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ Written without a GPU at hand: on CUDA it has never run.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,17 @@ class Watch(BaseCallback):
             self.losses.append(float(loss))
 
 
+def speeds(began: Sequence[float], iteration: int) -> list[float]:
+    """Steps per second [quartiles] of iterations of so many steps, by when each began; without the warm-up."""
+    found = (iteration / np.diff(began)[WARM_UP if len(began) > WARM_UP + 2 else 0 :]).tolist()
+    return list(spread(found)) if len(found) > 1 else found
+
+
+def is_finite(agent: Any) -> bool:
+    """Whether all weights and statistics are."""
+    return all(bool(each.isfinite().all()) for each in agent.policy.state_dict().values() if each.is_floating_point())
+
+
 def one(report: Report, device: str, seconds: float) -> dict[str, Any]:
     """Train on a device; the figures."""
     from learning_arms import preset
@@ -72,17 +84,15 @@ def one(report: Report, device: str, seconds: float) -> dict[str, Any]:
     if not watch.rewards:
         raise ValueError(f"{device}: no rollout was finished in {seconds:.0f} s; compile={compile}")
     iteration = size["n_envs"] * size["n_steps"]
-    speeds = (iteration / np.diff(watch.began)[WARM_UP if len(watch.began) > WARM_UP + 2 else 0 :]).tolist()
-    finite = all(bool(each.isfinite().all()) for each in agent.policy.state_dict().values() if each.is_floating_point())
     edge = max(1, min(4, len(watch.rewards) // 3))
     first, last = (float(np.mean(each)) for each in (watch.rewards[:edge], watch.rewards[-edge:]))
     return {
         **size, "device": device, "threads": torch.get_num_threads(), "compile": compile,
         "done": agent.num_timesteps, "first_iteration_s": watch.began[1] - watch.began[0],
-        "steps_per_second": list(spread(speeds)) if len(speeds) > 1 else speeds,
+        "steps_per_second": speeds(watch.began, iteration),
         "reward_per_step": {"first": first, "last": last},
         "rewards": watch.rewards, "losses": watch.losses,
-        "finite": finite and bool(np.isfinite(watch.losses).all()) and bool(watch.losses),
+        "finite": is_finite(agent) and bool(np.isfinite(watch.losses).all()) and bool(watch.losses),
     }  # fmt: skip
 
 
