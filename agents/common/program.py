@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -188,10 +188,29 @@ def _load(package: Path) -> Any:
 def _key(graph: fx.GraphModule, described: list[Any]) -> str:
     about = (
         graph.code, described, torch.__version__, torch.__config__.show(), torch.get_num_threads(),
-        torch.backends.cpu.get_cpu_capability(), platform.processor(), os.environ.get("CXX"), sys.version_info[:2],
-        Path(torch.__file__).parent,
+        torch.backends.cpu.get_cpu_capability(), platform.processor(), onednn_is_faster(), os.environ.get("CXX"),
+        sys.version_info[:2], Path(torch.__file__).parent,
     )  # fmt: skip
     return hashlib.sha256(repr(about).encode()).hexdigest()[:40]
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN multiplies matrices faster than MKL, which PyTorch calls.
+
+    On AMD's processors with AVX-512 it takes half of MKL's time (docs/performance.md).
+    """
+    has_both = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    return has_both and torch.backends.cpu.get_cpu_capability() == "AVX512" and "AMD" in _vendor()
+
+
+def _vendor() -> str:
+    """Who made the processor, such as AuthenticAMD; empty if that is not known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line for line in lines if line.startswith("vendor_id")), "")
 
 
 def folder() -> Path:
@@ -217,7 +236,7 @@ def _compile(graph: fx.GraphModule, described: list[Any], package: Path) -> None
     """Compile a graph in a process of its own; the package appears as a whole or not at all."""
     with tempfile.TemporaryDirectory(prefix="driftrl-compile-") as place:
         source, made = Path(place) / "graph.pt", Path(place) / "program.pt2"
-        torch.save((graph, described, torch.get_num_threads()), source)
+        torch.save((graph, described, torch.get_num_threads(), onednn_is_faster()), source)
         command = [sys.executable, str(Path(__file__).with_name("aot.py")), str(source), str(made)]
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(place) / "inductor")}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,56 @@ def test_a_program_is_found_on_disk_and_a_damaged_one_is_made_anew(
             assert named["sum"] == 5
     assert len(compiled) == 2
     assert [each.suffix for each in (tmp_path / "a folder" / "driftrl" / "programs").iterdir()] == [".pt2"]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+def test_matrices_that_onednn_multiplies_are_those_of_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(program, "onednn_is_faster", lambda: True)
+    a, b, bias, flat = torch.randn(40, 50), torch.randn(50, 60), torch.randn(60), torch.randn(40 * 50)
+    many, others = torch.randn(3, 40, 50), torch.randn(3, 60, 50)
+
+    def function(a: Tensor, b: Tensor, bias: Tensor, flat: Tensor, many: Tensor, others: Tensor) -> dict[str, Tensor]:
+        part = flat.view(50, 40)
+        ahead = a @ b
+        return {
+            "mm": ahead, "first transposed": part.t() @ b, "second transposed": ahead @ b.t(),
+            "both transposed": ahead.t() @ part.t(), "bias": torch.addmm(bias, a, b), "sum": a @ b + ahead.sin(),
+            "scaled": torch.addmm(bias, a, b, beta=2.0, alpha=0.5), "few columns": a @ b[:, :3],
+            "bmm": torch.bmm(many, others.transpose(1, 2)),
+            "baddbmm": torch.baddbmm(bias.expand(3, 1, 60), many, others.transpose(1, 2)),
+            "bmm of one": torch.bmm(many[:1], others[1:2].transpose(1, 2)).sin(),
+            "one bias for each": torch.baddbmm(bias[:3].view(3, 1, 1), many, others.transpose(1, 2)),
+            "float64": a.double() @ b.double(),
+        }  # fmt: skip
+
+    given = (a, b, bias, flat, many, others)
+    expected = function(*given)
+    found = Program(function)(*given)
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-5, atol=3e-5), name
+    (package,) = (tmp_path / "driftrl" / "programs").iterdir()
+    with zipfile.ZipFile(package) as archive:
+        code = b"".join(archive.read(each) for each in archive.namelist() if each.endswith(".cpp"))
+    assert code.count(b"linear_pointwise(") > 15
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "expected"),
+    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
+)
+def test_onednn_multiplies_where_mkl_is_slow(
+    vendor: str, capability: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for library in ("mkldnn", "mkl"):
+        monkeypatch.setattr(getattr(torch.backends, library), "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(program, "_vendor", lambda: f"vendor_id\t: {vendor}")
+    program.onednn_is_faster.cache_clear()
+    try:
+        assert program.onednn_is_faster() == expected
+    finally:
+        program.onednn_is_faster.cache_clear()
 
 
 def test_a_network_that_was_changed_is_traced_anew_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
