@@ -135,7 +135,7 @@ def _flops(function: Callable[..., Any], *arguments: Any) -> int:
 
 
 def matrix_rate(rows: int = 256, width: int = 128) -> float:
-    """Floating-point operations per second of a product [rows, width] x [width, width], by the library that is faster."""
+    """Floating-point operations per second of a product [rows, width] x [width, width], by the faster library."""
     a, b = torch.randn(rows, width), torch.randn(width, width)
     product: Callable[[], Any] = partial(torch.mm, a, b)
     if onednn_is_faster():
