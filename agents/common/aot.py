@@ -30,9 +30,30 @@ def compile_graph(source: Path, package: Path) -> None:
     torch.set_num_threads(threads)
     examples = tuple(torch.empty_strided(shape, strides, dtype=dtype).zero_() for shape, strides, dtype in inputs)
     program: Any = torch.export.export(graph, examples)
+    compute_scalars_once()
     if onednn:
         multiply_by_onednn()
     torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+
+
+def compute_scalars_once() -> None:
+    """Let the compiler keep what roots, powers and quotients of scalars come to.
+
+    It would compute them anew for each element that they are broadcast to: Adam's powers of beta for all the weights.
+    """
+    import torch
+    from torch._inductor import lowering
+
+    aten, rules = torch.ops.aten, lowering.lowerings
+    for name in (aten.pow.Tensor_Tensor, aten.sqrt.default, aten.div.Tensor, aten.reciprocal.default, aten.exp.default):
+
+        def kept(*arguments: Any, rule: Any = rules[name], **named: Any) -> Any:
+            result = rule(*arguments, **named)
+            if all(size == 1 for size in result.get_size()):
+                result.realize()
+            return result
+
+        rules[name] = kept
 
 
 def multiply_by_onednn() -> None:
