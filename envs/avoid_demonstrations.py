@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from .avoid import Avoid
-from .episodes import Array, Episode
+from .episodes import Array, Episode, check_script, good_episodes
 
 
 def avoid_demonstrations(episodes: int, seed: int, *, success: float = 1.0, noise: float = 0.1) -> list[Episode]:
@@ -25,16 +25,9 @@ def avoid_demonstrations(episodes: int, seed: int, *, success: float = 1.0, nois
     Raises:
         ValueError: if an argument is outside its range.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes: got {episodes}, expected an integer of at least 1")
-    if not 0 <= success <= 1:
-        raise ValueError(f"success: got {success}, expected a number in [0, 1]")
-    if not noise >= 0:
-        raise ValueError(f"noise: got {noise}, expected a number of at least 0")
+    check_script(episodes, success, noise)
     task, rng = Avoid(), np.random.default_rng(seed)
-    # Spread evenly over the rounds of six, so that each route has its share of failures.
-    rounds = np.arange(episodes) // task.n_routes
-    good = np.floor((rounds + 1) * success) > np.floor(rounds * success)
+    good = good_episodes(episodes, success, task.n_routes)  # each route has its share of failures
     return [_episode(task, i % task.n_routes, bool(good[i]), noise, rng) for i in range(episodes)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[Any]
@@ -18,3 +19,20 @@ class Episode(NamedTuple):
     rewards: Array  # [T]
     terminated: Array  # bool, [T]
     truncated: Array  # bool, [T]
+
+
+def check_script(episodes: int, success: float, noise: float) -> None:
+    """Raise ValueError unless scripted demonstrations can be made with these arguments."""
+    if episodes < 1:
+        raise ValueError(f"episodes: got {episodes}, expected an integer of at least 1")
+    if not 0 <= success <= 1:
+        raise ValueError(f"success: got {success}, expected a number in [0, 1]")
+    if not noise >= 0:
+        raise ValueError(f"noise: got {noise}, expected a number of at least 0")
+
+
+def good_episodes(episodes: int, success: float, rounds_of: int = 1) -> Array:
+    """Which episodes shall succeed, bool [episodes]: a share of them, spread evenly over rounds of so many episodes."""
+    rounds = np.arange(episodes) // rounds_of
+    good: Array = np.floor((rounds + 1) * success) > np.floor(rounds * success)
+    return good

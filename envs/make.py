@@ -37,7 +37,7 @@ _BATCHED: dict[str, Callable[..., BatchVecEnv]] = {
     **dict.fromkeys(GOAL_TASKS, GoalVecEnv),
     AVOID: AvoidVecEnv,
 }
-_REGISTERED_BY = {"PointMaze_": "gymnasium_robotics", "driftrl/": "driftrl"}
+_REGISTERED_BY = {"PointMaze_": "gymnasium_robotics", "Fetch": "gymnasium_robotics", "driftrl/": "driftrl"}
 """Beginnings of ids -> the module whose import registers them, also in the processes of "subproc"."""
 _ENVIRONMENT, _PROCESS = 4000, 30_000_000
 """Bytes that an environment takes at least: a point mass in a batch, a process with nothing but its imports."""
@@ -97,7 +97,7 @@ def make_vec(
     if backend == "subproc":
         kind = functools.partial(SupervisedVecEnv, timeout=worker_timeout, max_restarts=worker_restarts)
     # Given the id itself, make_vec_env would ask for a render mode.
-    maker = functools.partial(gym.make, _with_module(id))
+    maker = functools.partial(gym.make, with_module(id))
     return make_vec_env(maker, n_envs=n_envs, seed=seed, vec_env_cls=kind, env_kwargs=env_kwargs)
 
 
@@ -118,7 +118,7 @@ def _tensor_env(
     return env
 
 
-def _with_module(id: str) -> str:
+def with_module(id: str) -> str:
     """The id with the module that registers it, if we know one: "module:id"."""
     modules = (module for beginning, module in _REGISTERED_BY.items() if id.startswith(beginning))
     return ":".join([*modules, id])
@@ -135,7 +135,7 @@ def check_env(id: str, **env_kwargs: Any) -> None:
             stepped with its arguments.
     """
     try:
-        env: gym.Env[Any, Any] = gym.make(_with_module(id), **env_kwargs)
+        env: gym.Env[Any, Any] = gym.make(with_module(id), **env_kwargs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         what = f": {error}"
         if "gymnasium_robotics" in str(error):

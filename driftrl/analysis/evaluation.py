@@ -26,11 +26,20 @@ MAX_STEPS = 10_000
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Returns and lengths of the episodes of one evaluation, and how many more were left out (`_SoundEpisodes`)."""
+    """Returns and lengths of the episodes of one evaluation, and how many more were left out (`_SoundEpisodes`).
+
+    `successes` tells of each episode whether it ended in success; it is empty where the task does not say.
+    """
 
     returns: list[float]
     lengths: list[int]
     left_out: int
+    successes: list[bool]
+
+    @property
+    def success_rate(self) -> float | None:
+        """Share of the episodes that ended in success, by the last `info["is_success"]`; None if the task has none."""
+        return float(np.mean(self.successes)) if self.successes else None
 
     def summary(self) -> dict[str, float]:
         """Statistics of the returns, with a 95 % bootstrap interval of the IQM, and of the episode lengths."""
@@ -183,11 +192,15 @@ def play(
         sample: sample the actions; otherwise the deterministic ones.
         each_step: called after each step of each environment; may raise.
     """
+    successes = list[bool]()
 
     def check_return(progress: dict[str, Any], _: dict[str, Any]) -> None:
         """Called by evaluate_policy with its local variables, after each step of each environment."""
         each_step()
-        value = progress["info"]["episode"]["r"] if "episode" in progress["info"] else 0.0
+        info = progress["info"]
+        value = info["episode"]["r"] if "episode" in info else 0.0
+        if "episode" in info and "is_success" in info:
+            successes.append(bool(info["is_success"]))
         if not np.isfinite(value):
             number = len(progress["episode_rewards"]) + 1
             raise ValueError(
@@ -202,7 +215,7 @@ def play(
     )
     returns, lengths = cast(tuple[list[float], list[int]], results)
     left_out = sound.left_out if sound else 0
-    return Evaluation([float(value) for value in returns], [int(length) for length in lengths], left_out)
+    return Evaluation([float(value) for value in returns], [int(length) for length in lengths], left_out, successes)
 
 
 def leaves_out(agent: BaseAlgorithm) -> bool:
@@ -227,6 +240,8 @@ def evaluate_modes(
         report[mode] = {**result.summary(), "returns": result.returns, "lengths": result.lengths}
         if not has_time_limit(env_id, env_kwargs):
             report[mode]["cut_off"] = sum(length >= max_steps for length in result.lengths)
+        if result.success_rate is not None:
+            report[mode]["success_rate"] = result.success_rate
         if leaves_out(agent):
             report[mode]["left_out"] = result.left_out
         if has_several_solutions(env_id):
@@ -247,6 +262,9 @@ def format_table(report: dict[str, Any]) -> str:
         numbers = "".join(f"{row[key]:10.1f}" for key in ("mean", "std", "median", "iqm"))
         length = f"{row['length_mean']:.0f} ({row['length_min']} to {row['length_max']})"
         lines.append(f"{mode:14}{numbers}{interval:>22}  {length}")
+    for mode in modes:
+        if "success_rate" in report[mode]:
+            lines.append(f"{mode}: {report[mode]['success_rate']:.1%} of {report['episodes']} episodes succeeded")
     for mode in modes:
         if cut_off := report[mode].get("cut_off"):
             lines.append(f"{mode}: {cut_off} of {report['episodes']} episodes had no end and were cut off")

@@ -17,9 +17,14 @@ from ..agents.storage.datasets import check_target, write_minari
 from ..envs.avoid import AVOID
 from ..envs.avoid_demonstrations import avoid_demonstrations
 from ..envs.episodes import Episode
+from ..envs.fetch_demonstrations import FETCH, fetch_demonstrations
+from ..envs.make import check_env, with_module
 from .errors import Parser, fail, output_closed, until_output_closes, whole_number
 
-SCRIPTS: dict[str, Callable[..., list[Episode]]] = {AVOID: avoid_demonstrations}
+SCRIPTS: dict[str, Callable[..., list[Episode]]] = {
+    AVOID: avoid_demonstrations,
+    **{env_id: partial(fetch_demonstrations, env_id) for env_id in FETCH},
+}
 """Tasks with a script -> (episodes, seed, success=, noise=) -> episodes."""
 
 
@@ -56,8 +61,9 @@ def _write(args: argparse.Namespace) -> int:
     if args.seed < 0:
         raise ValueError(f"seed: got {args.seed}, expected an integer of at least 0")
     check_target(args.dataset)
+    check_env(args.env)
     episodes = SCRIPTS[args.env](args.episodes, args.seed, success=args.success, noise=args.noise)
-    env = gymnasium.make(args.env)
+    env = gymnasium.make(with_module(args.env))
     spec = None if env.spec is None else env.spec.to_json()
     write_minari(args.dataset, episodes, env.observation_space, env.action_space, env_spec=spec, algorithm="script")
     steps, mean = sum(len(each.actions) for each in episodes), sum(each.rewards.sum() for each in episodes)

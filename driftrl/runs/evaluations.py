@@ -39,7 +39,7 @@ class Evaluations:
         return interval is not None and steps // interval > evaluated_at // interval
 
     def evaluate(self, agent: Checkpointed) -> float | None:
-        """Log the mean and standard deviation of the returns and the mean length under eval/.
+        """Log mean and standard deviation of the returns, mean length and, where known, share of successes: eval/.
 
         Returns:
             The mean return; None where a signal came before all episodes were over.
@@ -55,6 +55,8 @@ class Evaluations:
             "eval/std_return": float(returns.std()),
             "eval/mean_length": float(lengths.mean()),
         }
+        if result.success_rate is not None:
+            row["eval/success_rate"] = result.success_rate
         write_row(agent.logger, row, agent.num_timesteps)
         return mean
 
