@@ -33,12 +33,12 @@ class Counted(gymnasium.Env[Any, Any]):
         return np.zeros(2, dtype=np.float32), 1.0, self.steps == 2, False, info
 
 
-gymnasium.register("tests/Counted-v0", Counted, max_episode_steps=10)
+gymnasium.register("tests/Counted-v0", lambda **kwargs: Counted(**kwargs), max_episode_steps=10)
 
 
 @pytest.mark.parametrize(("says", "expected"), [(True, 0.25), (False, None)])
 def test_success_is_that_of_the_last_step(says: bool, expected: float | None) -> None:
-    env_kwargs = {"says": says}
+    env_kwargs: dict[str, Any] = {"says": says}
     env = make_vec("tests/Counted-v0", 1, 0, **env_kwargs)
     agent = PolicyFlow("MlpPolicy", env, n_steps=4, batch_size=4, actor_hidden=(8,), critic_hidden=(8,), device="cpu")
     report = evaluate_modes(agent, "tests/Counted-v0", env_kwargs, 40, 0, ["deterministic", "sampled"])
