@@ -4,7 +4,7 @@ A path joins a source sample x0 to a data sample x1 (stochastic interpolants, Al
 
     x_t = a(t) x0 + b(t) x1 + g(t) z,    z ~ N(0, I),    a(0) = b(1) = 1,    a(1) = b(0) = g(0) = g(1) = 0
 
-Two regressions on x_t determine the flow and its score. Both have bounded targets, whatever the path:
+Two regressions on x_t determine the flow and its score. The variance of their targets is bounded, whatever the path:
 
     v(t, x) = E[a' x0 + b' x1 | x_t = x]        the velocity without the noise term: `flow_matching_loss`
     e(t, x) = E[z | x_t = x]                    the denoiser, on a path with noise: `denoising_loss`

@@ -20,6 +20,8 @@ MODEL_STEPS = {1: "model/rollout_error_1", 5: "model/rollout_error", 20: "model/
 """Steps of the model after which its error is logged, and its name."""
 EIGENVALUES = 32
 """States of which they are computed."""
+STRETCHES = 16
+"""Of states, along which growth is followed; fewer of long observations, whose Jacobians are large."""
 GRADIENTS = 4
 """Minibatches whose gradients are compared."""
 
@@ -96,7 +98,7 @@ def model_diagnostics(model: TransitionModel, policy: SACPolicy, real: Transitio
             mean, in running standard deviations.
         model/spectral_radius: mean over these states of the largest absolute eigenvalue of d next_obs / d obs; above 1
             errors of the state grow along a rollout.
-        model/growth: `growth`, at most over the same 20 steps; left out like the errors.
+        model/growth: `growth` over 20 steps; left out like the errors.
         model/koopman_radius, model/koopman_radius_real: `koopman_radius` of the model and of what was seen.
     """
     generator = torch.Generator(real.rows.device).manual_seed(0)
@@ -130,7 +132,7 @@ def model_diagnostics(model: TransitionModel, policy: SACPolicy, real: Transitio
             misses = ((state - next_obs[step * stride :]) * policy.obs_norm.scale)[whole]
             found[name] = misses.square().mean().sqrt().item()
     gain = (promised - real_reward)[whole] / max(MODEL_STEPS)
-    first = whole.nonzero()[:EIGENVALUES, 0]  # of the stretches
+    first = whole.nonzero()[: max(2, min(STRETCHES, 1000 // obs.shape[1])), 0]  # of each stretch
     places = first + stride * torch.arange(max(MODEL_STEPS), device=first.device)[:, None]
     grown = growth(model, obs[places], action[places], policy.obs_norm.scale)
     return found | {"model/exploitation": gain.mean().item(), "model/growth": grown.item()}
@@ -167,8 +169,8 @@ def growth(model: TransitionModel, obs: Tensor, action: Tensor, scale: Tensor) -
         action: actions taken there, [T, B, A].
         scale: 1 / standard deviation of each observation, [O].
     """
-    jacobians = step_jacobians(model, obs.flatten(0, 1), action.flatten(0, 1)) * scale[:, None] / scale
-    return lyapunov_exponents(jacobians.unflatten(0, obs.shape[:2]))[:, 0].mean().exp()
+    jacobians = torch.stack([step_jacobians(model, *each) for each in zip(obs, action, strict=True)])
+    return lyapunov_exponents(jacobians * scale[:, None] / scale)[:, 0].mean().exp()
 
 
 def koopman_radius(batch: Transitions, next_obs: Tensor) -> Tensor:
