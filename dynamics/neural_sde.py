@@ -86,24 +86,32 @@ class _InterpolantSDE(SDE):
         return self.eps(t) if callable(self.eps) else self.eps
 
     def bind(self, cond: Tensor | None, times: Sequence[float] = ()) -> Drift:
-        velocity, noise_schedule = bind(self.field, cond, times), self.path.g
-        if self.denoiser is None or noise_schedule is None:
-            if any(t >= 1 and self._level(t) for t in times):
-                raise ValueError("the score is singular at t = 1; use a solver without a stage there or t1 below 1")
-        else:
-            if any(not 0 < t < 1 for t in times):
-                raise ValueError(
-                    f"the score of a path with noise is singular at t = 0 and t = 1, got stages at {sorted(times)}; "
-                    "use t0=1e-3 and a solver without a stage at the end"
-                )
-            noise = bind(self.denoiser, cond, times)
+        velocity = bind(self.field, cond, times)
+        if self.denoiser is not None:
+            return self._with_denoiser(velocity, self.denoiser, cond, times)
+        if any(t >= 1 and self._level(t) for t in times):
+            raise ValueError("the score is singular at t = 1; use a solver without a stage there or t1 below 1")
 
         def drift(t: Time, x: Tensor) -> Tensor:
             v, eps = velocity(t, x), self._level(float(t))
-            if noise_schedule is None:
-                return torch.add(v, score_from_velocity(self.path, t, x, v), alpha=eps) if eps else v
-            g, dg = noise_schedule(time_column(t, x))
-            return torch.addcmul(v, dg - eps / g, noise(t, x))
+            return torch.add(v, score_from_velocity(self.path, t, x, v), alpha=eps) if eps else v
+
+        return drift
+
+    def _with_denoiser(
+        self, velocity: Drift, denoiser: FieldLike, cond: Tensor | None, times: Sequence[float]
+    ) -> Drift:
+        schedule, noise = self.path.g, bind(denoiser, cond, times)
+        assert schedule is not None
+        if any(not 0 < t < 1 for t in times):
+            raise ValueError(
+                f"the score of a path with noise is singular at t = 0 and t = 1, got stages at {sorted(times)}; "
+                "use t0=1e-3 and a solver without a stage at the end"
+            )
+
+        def drift(t: Time, x: Tensor) -> Tensor:
+            g, dg = schedule(time_column(t, x))
+            return torch.addcmul(velocity(t, x), dg - self._level(float(t)) / g, noise(t, x))
 
         return drift
 
