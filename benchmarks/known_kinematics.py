@@ -37,11 +37,11 @@ class Data(NamedTuple):
     starts: Tensor  # whether an episode begins, bool [N]
 
 
-def collect(env_id: str, rows: int) -> Data:
-    """Transitions of a policy that has learned for 150,000 steps, sampled."""
+def collect(env_id: str, rows: int, learned: int = 150_000) -> Data:
+    """Transitions of a policy that has learned for so many steps, sampled."""
     torch.manual_seed(0)
     agent = PolicyFlow("MlpPolicy", make_vec(env_id, 16, 0), n_steps=64, batch_size=128, seed=0, device="cpu")
-    agent.learn(150_000)
+    agent.learn(learned)
     env, seen = gym.make(env_id), list[tuple[Any, ...]]()
     obs, start = env.reset(seed=1)[0], True
     while len(seen) < rows:

@@ -32,7 +32,7 @@ NAVIGATION = {
         "docs/gpu", "docs/sweep", "docs/sb3",
     ],
     "Agents": ["docs/policyflow", "docs/flow_ratios", "docs/lipschitz_mbpo", "docs/multimodal"],
-    "Below the agents": ["docs/dynamics", "docs/checkpoints", "docs/performance"],
+    "Below the agents": ["docs/dynamics", "docs/recipes", "docs/checkpoints", "docs/performance"],
     "Reference": ["docs/reference/agents", "docs/reference/envs", "docs/reference/dynamics"],
     "Project": ["CHANGELOG", "CONTRIBUTING"],
     "Notes on trials": [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def overdamped(
     Raises:
         ValueError: if step or temperature is not positive or a shape differs.
     """
-    _check(x, noise, step, temperature, preconditioner)
+    check_steps(x, noise, step, temperature, preconditioner)
     step, velocity = fixed_time("step", step), bind(force, cond, (0.0,))
     spread = (2 * step * temperature) ** 0.5
     root = None if preconditioner is None else preconditioner.sqrt()
@@ -95,9 +95,27 @@ def mala(
     Raises:
         ValueError: as ``overdamped``, or if uniform is not [steps, B] or the energy not [B].
     """
-    _check(x, noise, step, temperature, preconditioner)
-    if uniform.shape != noise.shape[:2]:
-        raise ValueError(f"uniform must have shape {list(noise.shape[:2])}, got {list(uniform.shape)}")
+    check_steps(x, noise, step, temperature, preconditioner)
+    check_uniform(uniform, noise)
+    m = torch.ones_like(x[:1]) if preconditioner is None else preconditioner
+    value, probabilities = gradient_and_energy(energy, cond), []
+    state = Chains(x, *value(x))
+    for z, level in zip(noise.unbind(), uniform.unbind(), strict=True):
+        state, probability = adjusted_step(value, state, z, level, step, temperature, lambda v, p: m**p * v)
+        probabilities.append(probability)
+    return state.x, torch.stack(probabilities)
+
+
+class Chains(NamedTuple):
+    """Positions x [B, D] with gradient [B, D] and value [B] of the potential there."""
+
+    x: Tensor
+    gradient: Tensor
+    energy: Tensor
+
+
+def gradient_and_energy(energy: Energy, cond: Tensor | None) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """``x [B, D] -> (gradient [B, D], U [B])``; raises ValueError if the energy is not [B]."""
 
     def total(y: Tensor) -> tuple[Tensor, Tensor]:
         u = energy(y, cond)
@@ -105,24 +123,53 @@ def mala(
             raise ValueError(f"energy must return shape [{y.shape[0]}], got {list(u.shape)}; squeeze it")
         return u.sum(), u
 
-    gradient_and_energy: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.func.grad(total, has_aux=True)
-    m = torch.ones_like(x[:1]) if preconditioner is None else preconditioner
-    spread = (2 * step * temperature * m).sqrt()
-    probabilities = []
-    gradient, u = gradient_and_energy(x)
-    for z, level in zip(noise.unbind(), uniform.unbind(), strict=True):
-        proposal = x - step * m * gradient + spread * z
-        gradient_there, u_there = gradient_and_energy(proposal)
-        z_back = (x - proposal + step * m * gradient_there) / spread  # the noise that would lead back
-        log_ratio = (u - u_there) / temperature + 0.5 * (z.square() - z_back.square()).sum(-1)
-        # A proposal of infinite energy may give nan: inf - inf. It is refused.
-        probability = torch.exp(log_ratio.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).clamp(max=0))
-        accepted = level < probability
-        x = torch.where(accepted.unsqueeze(-1), proposal, x)
-        gradient = torch.where(accepted.unsqueeze(-1), gradient_there, gradient)
-        u = torch.where(accepted, u_there, u)
-        probabilities.append(probability)
-    return x, torch.stack(probabilities)
+    value: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.func.grad(total, has_aux=True)
+    return value
+
+
+def adjusted_step(
+    value: Callable[[Tensor], tuple[Tensor, Tensor]],
+    here: Chains,
+    z: Tensor,
+    level: Tensor,
+    step: float,
+    temperature: float,
+    metric: Callable[[Tensor, float], Tensor],
+) -> tuple[Chains, Tensor]:
+    """One Langevin step in the metric M, which is given, with Metropolis' adjustment row by row.
+
+    Args:
+        value: `gradient_and_energy`.
+        here: the chains.
+        z: standard normal, [B, D].
+        level: uniform in [0, 1), [B].
+        step: step size.
+        temperature: positive.
+        metric: ``(v [B, D], p) -> M^p v``.
+
+    Returns:
+        The chains, and the probabilities [B] with which proposals are accepted.
+    """
+    spread = (2 * step * temperature) ** 0.5
+    proposal = here.x - step * metric(here.gradient, 1.0) + spread * metric(z, 0.5)
+    there = Chains(proposal, *value(proposal))
+    back = metric(here.x - proposal + step * metric(there.gradient, 1.0), -0.5) / spread  # the noise that leads back
+    log_ratio = (here.energy - there.energy) / temperature + 0.5 * (z.square() - back.square()).sum(-1)
+    # A proposal of infinite energy may give nan: inf - inf. It is refused.
+    probability = torch.exp(log_ratio.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).clamp(max=0))
+    accepted = level < probability
+    column = accepted.unsqueeze(-1)
+    return Chains(
+        torch.where(column, there.x, here.x),
+        torch.where(column, there.gradient, here.gradient),
+        torch.where(accepted, there.energy, here.energy),
+    ), probability
+
+
+def check_uniform(uniform: Tensor, noise: Tensor) -> None:
+    """Raise ValueError unless uniform is [steps, B]."""
+    if uniform.shape != noise.shape[:2]:
+        raise ValueError(f"uniform must have shape {list(noise.shape[:2])}, got {list(uniform.shape)}")
 
 
 def kinetic(
@@ -169,7 +216,7 @@ def kinetic(
     """
     if scheme not in ("baoab", "obabo"):
         raise ValueError(f"scheme must be 'baoab' or 'obabo', got {scheme!r}")
-    _check(position, noise, step, temperature, None)
+    check_steps(position, noise, step, temperature, None)
     if velocity.shape != position.shape or (scheme == "obabo" and noise.shape[0] % 2):
         raise ValueError(
             f"velocity must have the shape of position, {list(position.shape)}, and noise an even first axis for "
@@ -198,7 +245,8 @@ def kinetic(
     return x, p
 
 
-def _check(x: Tensor, noise: Tensor, step: float, temperature: float, preconditioner: Tensor | None) -> None:
+def check_steps(x: Tensor, noise: Tensor, step: float, temperature: float, preconditioner: Tensor | None) -> None:
+    """Raise ValueError if what all samplers take is out of range or of another shape."""
     check_batch(x)
     for name, value in (("step", step), ("temperature", temperature)):
         if not value > 0:

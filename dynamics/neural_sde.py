@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .fields import Time
 from .ode import FieldLike, bind
-from .paths import LINEAR, Path, score_from_velocity
+from .paths import LINEAR, Path, score_from_velocity, time_column
 from .sde import SDE, Drift
 
 Scale: TypeAlias = float | Tensor | Callable[[float], float | Tensor]
@@ -76,17 +76,21 @@ class GeometricSDE(LinearNoiseSDE):
 class _InterpolantSDE(SDE):
     additive = True
 
-    def __init__(self, field: FieldLike, eps: float | Callable[[float], float], path: Path) -> None:
+    def __init__(
+        self, field: FieldLike, eps: float | Callable[[float], float], path: Path, denoiser: FieldLike | None
+    ) -> None:
         super().__init__()
-        self.field, self.eps, self.path = field, eps, path
+        self.field, self.eps, self.path, self.denoiser = field, eps, path, denoiser
 
     def _level(self, t: float) -> float:
         return self.eps(t) if callable(self.eps) else self.eps
 
     def bind(self, cond: Tensor | None, times: Sequence[float] = ()) -> Drift:
+        velocity = bind(self.field, cond, times)
+        if self.denoiser is not None:
+            return self._with_denoiser(velocity, self.denoiser, cond, times)
         if any(t >= 1 and self._level(t) for t in times):
             raise ValueError("the score is singular at t = 1; use a solver without a stage there or t1 below 1")
-        velocity = bind(self.field, cond, times)
 
         def drift(t: Time, x: Tensor) -> Tensor:
             v, eps = velocity(t, x), self._level(float(t))
@@ -94,24 +98,57 @@ class _InterpolantSDE(SDE):
 
         return drift
 
+    def _with_denoiser(
+        self, velocity: Drift, denoiser: FieldLike, cond: Tensor | None, times: Sequence[float]
+    ) -> Drift:
+        schedule, noise = self.path.g, bind(denoiser, cond, times)
+        assert schedule is not None
+        if any(not 0 < t < 1 for t in times):
+            raise ValueError(
+                f"the score of a path with noise is singular at t = 0 and t = 1, got stages at {sorted(times)}; "
+                "use t0=1e-3 and a solver without a stage at the end"
+            )
+
+        def drift(t: Time, x: Tensor) -> Tensor:
+            g, dg = schedule(time_column(t, x))
+            return torch.addcmul(velocity(t, x), dg - self._level(float(t)) / g, noise(t, x))
+
+        return drift
+
     def diffusion(self, t: float, x: Tensor) -> float:
         return math.sqrt(2 * self._level(t))
 
 
-def interpolant_sde(field: FieldLike, eps: float | Callable[[float], float], path: Path = LINEAR) -> SDE:
-    """``dx = (v + eps s) dt + sqrt(2 eps) dW``: the flow's marginals at every t, whatever eps (arXiv 2303.08797).
+def interpolant_sde(
+    field: FieldLike,
+    eps: float | Callable[[float], float],
+    path: Path = LINEAR,
+    denoiser: FieldLike | None = None,
+) -> SDE:
+    """``dx = (b + eps s) dt + sqrt(2 eps) dW``: the flow's marginals at every t, whatever eps (arXiv 2303.08797).
 
-    s is the score that follows from the velocity, for a source N(0, I). It is singular at t = 1: solve with
-    "euler_maruyama" or "sra1", or end earlier.
+    b is the velocity of the flow, s the score of its marginals:
+
+        path without noise  ``b = v`` and s follows from v, for a source N(0, I). It is singular at t = 1: solve with
+                            "euler_maruyama" or "sra1", or end earlier
+        path with noise     ``b = v + g' e`` and ``s = -e / g`` by the denoiser e, for any two ends. It is singular at
+                            t = 0, too: begin at t0 = 1e-3, say
 
     Args:
-        field: the flow's marginal velocity ``(t, x, cond) -> v``, such as a trained field.
+        field: v, fitted by `flow_matching_loss`.
         eps: noise level in units of x^2 / time, at least 0 (0: the flow itself), or a function of time.
-        path: a path without noise term.
+        path: the path of the fit.
+        denoiser: e, fitted by `denoising_loss`, exactly for the paths with a noise term.
 
     Raises:
-        ValueError: if eps is negative.
+        ValueError: if eps is negative, or the denoiser missing or superfluous.
     """
     if not callable(eps) and not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
-    return _InterpolantSDE(field, eps, path)
+    if (denoiser is None) != (path.g is None):
+        raise ValueError(
+            f"path {path.name!r} has no noise term, got a denoiser; leave it out"
+            if path.g is None
+            else f"path {path.name!r} has a noise term, got denoiser=None; fit one by denoising_loss"
+        )
+    return _InterpolantSDE(field, eps, path, denoiser)

@@ -3,6 +3,15 @@
 A path joins a source sample x0 to a data sample x1 (stochastic interpolants, Albergo et al., arXiv 2303.08797):
 
     x_t = a(t) x0 + b(t) x1 + g(t) z,    z ~ N(0, I),    a(0) = b(1) = 1,    a(1) = b(0) = g(0) = g(1) = 0
+
+Two regressions on x_t determine the flow and its score. The variance of their targets is bounded, whatever the path:
+
+    v(t, x) = E[a' x0 + b' x1 | x_t = x]        the velocity without the noise term: `flow_matching_loss`
+    e(t, x) = E[z | x_t = x]                    the denoiser, on a path with noise: `denoising_loss`
+    dx/dt = v + g' e,    score = -e / g
+
+Where x0 ~ N(0, I) is independent of x1, a path without noise needs no denoiser: `score_from_velocity`. The pairs
+(x0, x1) may be drawn independently or from any coupling, such as that of `coupling`.
 """
 
 from __future__ import annotations
@@ -25,7 +34,7 @@ Schedule: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Path:
-    """``x_t = a(t) x0 + b(t) x1 + g(t) z`` and its velocity ``dx_t/dt``.
+    """``x_t = a(t) x0 + b(t) x1 + g(t) z`` and the velocity of its first two terms.
 
     Attributes:
         name: for configurations and messages.
@@ -51,31 +60,38 @@ class Path:
         Raises:
             ValueError: if shapes differ, or z is missing or superfluous.
         """
-        return self._mix(0, t, x0, x1, z)
-
-    def velocity(self, t: Time, x0: Tensor, x1: Tensor, z: Tensor | None = None) -> Tensor:
-        """The velocity ``dx_t/dt``, [B, D]; arguments and errors as in ``sample``.
-
-        For a Brownian bridge it is infinite at t = 0 and t = 1: draw t inside.
-        """
-        return self._mix(1, t, x0, x1, z)
-
-    def _mix(self, derivative: int, t: Time, x0: Tensor, x1: Tensor, z: Tensor | None) -> Tensor:
-        """The combination of x0, x1 and z with the coefficients (derivative = 0) or their derivatives (1)."""
-        if x0.ndim != 2 or x0.shape != x1.shape or (z is not None and z.shape != x0.shape):
-            shapes = [list(x.shape) for x in (x0, x1, z) if x is not None]
-            raise ValueError(f"x0, x1 and z must have the same shape [B, D], got {shapes}")
         if (z is None) != (self.g is None):
             raise ValueError(
                 f"path {self.name!r} has no noise term, got z; leave it out"
                 if self.g is None
                 else f"path {self.name!r} has a noise term, got z=None; pass torch.randn(x0.shape, generator=...)"
             )
+        point = self._mix(0, t, x0, x1)
+        if self.g is None or z is None:
+            return point
+        _same_shape(x0=x0, z=z)
+        return point + self.g(time_column(t, x0))[0] * z
+
+    def velocity(self, t: Time, x0: Tensor, x1: Tensor) -> Tensor:
+        """The velocity ``a' x0 + b' x1``, [B, D], without that of the noise, ``g' z``; arguments as in ``sample``.
+
+        Raises:
+            ValueError: if shapes differ.
+        """
+        return self._mix(1, t, x0, x1)
+
+    def _mix(self, derivative: int, t: Time, x0: Tensor, x1: Tensor) -> Tensor:
+        """The combination of x0 and x1 with the coefficients (derivative = 0) or their derivatives (1)."""
+        _same_shape(x0=x0, x1=x1)
         column = time_column(t, x0)
-        point = self.a(column)[derivative] * x0 + self.b(column)[derivative] * x1
-        if self.g is not None and z is not None:
-            point = point + self.g(column)[derivative] * z
-        return point
+        return self.a(column)[derivative] * x0 + self.b(column)[derivative] * x1
+
+
+def _same_shape(**tensors: Tensor) -> None:
+    shapes = [list(x.shape) for x in tensors.values()]
+    if len(shapes[0]) != 2 or any(shape != shapes[0] for shape in shapes):
+        names, got = " and ".join(tensors), " and ".join(map(str, shapes))
+        raise ValueError(f"{names} must have the same shape [B, D], got {got}")
 
 
 def time_column(t: Time, x: Tensor) -> Tensor:
@@ -154,12 +170,9 @@ def score_from_velocity(path: Path, t: Time, x: Tensor, velocity: Tensor) -> Ten
     """
     if path.g is not None:
         raise ValueError(
-            f"path {path.name!r} has a noise term, its velocity does not determine the score; use LINEAR or TRIG"
+            f"path {path.name!r} has a noise term, its velocity does not determine the score; train a denoiser"
         )
-    if x.ndim != 2 or x.shape != velocity.shape:
-        raise ValueError(
-            f"x and velocity must have the same shape [B, D], got {list(x.shape)} and {list(velocity.shape)}"
-        )
+    _same_shape(x=x, velocity=velocity)
     column = time_column(t, x)
     (a, da), (b, db) = path.a(column), path.b(column)
     return (b * velocity - db * x) / (a * (a * db - da * b))
@@ -174,9 +187,10 @@ def flow_matching_loss(
     cond: Tensor | None = None,
     z: Tensor | None = None,
 ) -> Tensor:
-    """Conditional flow matching: ``|v(t, x_t, cond) - dx_t/dt|^2``, summed over the D dimensions.
+    """Conditional flow matching: ``|v(t, x_t, cond) - (a' x0 + b' x1)|^2``, summed over the D dimensions.
 
-    Its expectation is minimal at the marginal velocity ``E[dx_t/dt | x_t]`` (Lipman et al., arXiv 2210.02747).
+    Its expectation is minimal at ``E[a' x0 + b' x1 | x_t]``: the marginal velocity (Lipman et al., arXiv 2210.02747)
+    but for the noise's part, ``g' E[z | x_t]``, which `denoising_loss` finds.
 
     Args:
         field: velocity field or callable ``(t, x, cond) -> v``.
@@ -193,5 +207,32 @@ def flow_matching_loss(
     Raises:
         ValueError: if shapes do not fit, or z is missing or superfluous.
     """
-    error = field(t, path.sample(t, x0, x1, z), cond) - path.velocity(t, x0, x1, z)
+    error = field(t, path.sample(t, x0, x1, z), cond) - path.velocity(t, x0, x1)
+    return error.square().sum(-1)
+
+
+def denoising_loss(
+    denoiser: FieldLike, path: Path, x0: Tensor, x1: Tensor, t: Time, z: Tensor, cond: Tensor | None = None
+) -> Tensor:
+    """``|e(t, x_t, cond) - z|^2``, summed over the D dimensions: minimal at ``E[z | x_t]``, which is ``-g score``.
+
+    The score's objective of stochastic interpolants (arXiv 2303.08797). Its target has unit variance at
+    all times, while the score itself grows as 1 / g at both ends.
+
+    Args:
+        denoiser: field or callable ``(t, x, cond) -> e``.
+        path: a path with a noise term.
+        x0: source samples, [B, D].
+        x1: data samples, [B, D].
+        t: times, a float or [B].
+        z: standard normal noise, [B, D], that of ``flow_matching_loss`` or another.
+        cond: conditioning, [B, C], or None.
+
+    Returns:
+        Loss per row, [B].
+
+    Raises:
+        ValueError: if the path has no noise term or shapes do not fit.
+    """
+    error = denoiser(t, path.sample(t, x0, x1, z), cond) - z
     return error.square().sum(-1)

@@ -34,6 +34,7 @@ QUICKER = [
         "docs/compare.md",
         "docs/dynamics.md",
         "docs/export.md",
+        "docs/recipes.md",
         "docs/sb3.md",
         "docs/howto/environment.md",
         "docs/howto/network.md",

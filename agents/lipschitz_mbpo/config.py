@@ -119,6 +119,8 @@ class LipschitzMBPOConfig:
     """Actions compared, (at the changed state, at the state): (pi, a), (a, a) or (pi, pi)."""
     spectral_bound: float = 4.0
     """Largest spectral norm of each hidden layer of the critics, > 0 (spectral); the last layer is free."""
+    spectral_layers: Literal["all", "last"] = "all"
+    """Hidden layers of the critics that are bounded: all, or the last alone (Gogianu et al., arXiv 2105.05246)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the update; auto: where the run is long enough and a C++ compiler is found."""
     nonfinite: Literal["raise", "skip", "rollback"] = "raise"
@@ -204,8 +206,10 @@ class LipschitzMBPOConfig:
             off["adversary_steps"] = "adversary pgd or langevin"
         if self.adversary != "langevin":
             off["adversary_temperature"] = "adversary langevin"
+        if len(self.critic_hidden) < 2:
+            off["spectral_layers"] = "two hidden layers of the critics"
         if self.regularizer != "spectral":
-            off["spectral_bound"] = "regularizer spectral"
+            off |= dict.fromkeys(("spectral_bound", "spectral_layers"), "regularizer spectral")
         return off
 
 
@@ -233,7 +237,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "critic regularizer": (
         "regularizer", "robust_coef", "robust_radius", "robust_actions", "adversary", "adversary_steps",
-        "adversary_temperature", "spectral_bound",
+        "adversary_temperature", "spectral_bound", "spectral_layers",
     ),
     "exploration": ("temperature", "learn_temperature", "target_entropy"),
     "numerics": ("compile", "nonfinite", "diagnostics_interval"),

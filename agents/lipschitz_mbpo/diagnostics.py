@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ...dynamics.koopman import koopman_matrix, lyapunov_exponents
 from ...dynamics.lipschitz import spectral_norms
 from ...dynamics.transition_base import TransitionModel
 from .critic_regularizers import adversary, value_gap
@@ -19,6 +20,8 @@ MODEL_STEPS = {1: "model/rollout_error_1", 5: "model/rollout_error", 20: "model/
 """Steps of the model after which its error is logged, and its name."""
 EIGENVALUES = 32
 """States of which they are computed."""
+STRETCHES = 16
+"""Of states, along which growth is followed; fewer of long observations, whose Jacobians are large."""
 GRADIENTS = 4
 """Minibatches whose gradients are compared."""
 
@@ -95,6 +98,8 @@ def model_diagnostics(model: TransitionModel, policy: SACPolicy, real: Transitio
             mean, in running standard deviations.
         model/spectral_radius: mean over these states of the largest absolute eigenvalue of d next_obs / d obs; above 1
             errors of the state grow along a rollout.
+        model/growth: `growth` over 20 steps; left out like the errors.
+        model/koopman_radius, model/koopman_radius_real: `koopman_radius` of the model and of what was seen.
     """
     generator = torch.Generator(real.rows.device).manual_seed(0)
     batch = real.unpack(real.newest(SAMPLES * stride))
@@ -103,6 +108,10 @@ def model_diagnostics(model: TransitionModel, policy: SACPolicy, real: Transitio
     error = (policy.value(value) - policy.value(there)).square().mean()
 
     found = {"model/value_error": error.item(), "model/spectral_radius": spectral_radius(model, batch).item()}
+    if len(batch.obs) > 2 * (batch.obs.shape[1] + batch.action.shape[1]):
+        expected, _ = model.predict(batch.obs, batch.action)
+        found["model/koopman_radius"] = koopman_radius(batch, expected).item()
+        found["model/koopman_radius_real"] = koopman_radius(batch, batch.next_obs).item()
     deviations = model.disagreement(batch.obs, batch.action)
     if len(deviations) > 1:  # members of an ensemble, or snapshots
         spread = deviations * policy.obs_norm.scale
@@ -123,20 +132,51 @@ def model_diagnostics(model: TransitionModel, policy: SACPolicy, real: Transitio
             misses = ((state - next_obs[step * stride :]) * policy.obs_norm.scale)[whole]
             found[name] = misses.square().mean().sqrt().item()
     gain = (promised - real_reward)[whole] / max(MODEL_STEPS)
-    return found | {"model/exploitation": gain.mean().item()}
+    first = whole.nonzero()[: max(2, min(STRETCHES, 1000 // obs.shape[1])), 0]  # of each stretch
+    places = first + stride * torch.arange(max(MODEL_STEPS), device=first.device)[:, None]
+    grown = growth(model, obs[places], action[places], policy.obs_norm.scale)
+    return found | {"model/exploitation": gain.mean().item(), "model/growth": grown.item()}
 
 
-def spectral_radius(model: TransitionModel, batch: Transitions) -> Tensor:
-    """Mean largest absolute eigenvalue of d next_obs / d obs of the model's samples, noise held at 0, a scalar."""
-    obs, action = batch.obs[:EIGENVALUES], batch.action[:EIGENVALUES]
+def step_jacobians(model: TransitionModel, obs: Tensor, action: Tensor) -> Tensor:
+    """Jacobians d next_obs / d obs [B, O, O] of the model's samples, noise held at 0."""
     drawn = model.draw(len(obs), torch.Generator(obs.device).manual_seed(0))
     noise = tuple(torch.zeros_like(each) if each.is_floating_point() else each for each in drawn)
 
     def total(state: Tensor) -> Tensor:
         return model.step(state, action, noise)[0].sum(0)  # rows do not depend on each other
 
-    jacobian = torch.autograd.functional.jacobian(total, obs, vectorize=True)  # [O, B, O]
-    radius: Tensor = torch.linalg.eigvals(jacobian.transpose(0, 1)).abs().amax(1).mean()
+    jacobian: Tensor = torch.autograd.functional.jacobian(total, obs, vectorize=True)  # [O, B, O]
+    return jacobian.transpose(0, 1)
+
+
+def spectral_radius(model: TransitionModel, batch: Transitions) -> Tensor:
+    """Mean largest absolute eigenvalue of d next_obs / d obs, a scalar."""
+    jacobians = step_jacobians(model, batch.obs[:EIGENVALUES], batch.action[:EIGENVALUES])
+    radius: Tensor = torch.linalg.eigvals(jacobians).abs().amax(1).mean()
+    return radius
+
+
+def growth(model: TransitionModel, obs: Tensor, action: Tensor, scale: Tensor) -> Tensor:
+    """By what factor a small difference of states grows per step of the model along real states and actions, a scalar.
+
+    Geometric mean over stretches of the largest growth, in running standard deviations (`lyapunov_exponents`). One step
+    that amplifies does no harm where the next ones do not: this sees the product, `spectral_radius` each step alone.
+
+    Args:
+        model: the transition model.
+        obs: states of whole stretches, [T, B, O].
+        action: actions taken there, [T, B, A].
+        scale: 1 / standard deviation of each observation, [O].
+    """
+    jacobians = torch.stack([step_jacobians(model, *each) for each in zip(obs, action, strict=True)])
+    return lyapunov_exponents(jacobians * scale[:, None] / scale)[:, 0].mean().exp()
+
+
+def koopman_radius(batch: Transitions, next_obs: Tensor) -> Tensor:
+    """Largest absolute eigenvalue of the best linear step to next_obs, a scalar: how stable the whole of it is."""
+    matrix = koopman_matrix(batch.obs.double(), next_obs.double(), batch.action.double())
+    radius: Tensor = torch.linalg.eigvals(matrix).abs().amax()
     return radius
 
 

@@ -124,7 +124,9 @@ class Critics(nn.Module):
         activation: a key of `ACTIVATIONS`.
         number: C, of networks.
         layer_norm: normalise the inputs of all layers but the first, without weights.
-        spectral_bound: of the hidden layers (`StackedLinear`). The last layer is free: returns can be large.
+        spectral_bound: of hidden layers (`StackedLinear`). The output layer is free: returns can be large.
+        spectral_layers: "all" hidden layers have that bound, or the "last" of them alone (Gogianu et al. 2021, arXiv
+            2105.05246).
         bounded: values are ``center + half_width * network``, where the last layer starts at 0.
     """
 
@@ -133,16 +135,17 @@ class Critics(nn.Module):
 
     def __init__(
         self, inputs: int, hidden: tuple[int, ...], activation: str, number: int = 2, layer_norm: bool = False,
-        spectral_bound: float | None = None, bounded: bool = False,
+        spectral_bound: float | None = None, bounded: bool = False, spectral_layers: str = "all",
     ) -> None:  # fmt: skip
         super().__init__()
+        first, output = 0 if spectral_layers == "all" else len(hidden) - 1, len(hidden)
         layers: list[nn.Module] = []
         for i, (fan_in, fan_out) in enumerate(pairwise((inputs, *hidden, 1))):
             if i:
                 layers.append(ACTIVATIONS[activation]())
             if i and layer_norm:
                 layers.append(nn.LayerNorm(fan_in, elementwise_affine=False))
-            layers.append(StackedLinear(number, fan_in, fan_out, None if i == len(hidden) else spectral_bound))
+            layers.append(StackedLinear(number, fan_in, fan_out, spectral_bound if first <= i < output else None))
         self.layers, self.number, self.bounded = nn.Sequential(*layers), number, bounded
         if bounded:
             self.register_buffer("center", torch.zeros(()))
@@ -187,6 +190,7 @@ class SACPolicy(BoxPolicy):
         n_critics: number of critics.
         critic_layer_norm: see `Critics`.
         spectral_bound: see `Critics`.
+        spectral_layers: see `Critics`.
         bounded_values: see `Critics`; `move_value_range` tells the range.
         tau: weight of the critics in their slow copy, per update.
         ema_decay: of the average of the actor's weights that acts deterministically, per update; 0: no average.
@@ -207,8 +211,8 @@ class SACPolicy(BoxPolicy):
         self, observation_space: spaces.Space, action_space: spaces.Space,  # type: ignore[type-arg]
         lr_schedule: Schedule, *, net_arch: list[int] | dict[str, list[int]] | None = None,
         activation_fn: str | type[nn.Module] = "relu", n_critics: int = 2, critic_layer_norm: bool = False,
-        spectral_bound: float | None = None, bounded_values: bool = False, tau: float = 0.005, ema_decay: float = 0.0,
-        temperature: float = 1.0,
+        spectral_bound: float | None = None, spectral_layers: str = "all", bounded_values: bool = False,
+        tau: float = 0.005, ema_decay: float = 0.0, temperature: float = 1.0,
         learn_temperature: bool = True, normalize_observation: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
@@ -220,7 +224,8 @@ class SACPolicy(BoxPolicy):
         activation = activation_name(activation_fn)
         self._arguments = {
             "net_arch": net_arch, "activation_fn": activation, "n_critics": n_critics,
-            "critic_layer_norm": critic_layer_norm, "spectral_bound": spectral_bound, "bounded_values": bounded_values,
+            "critic_layer_norm": critic_layer_norm, "spectral_bound": spectral_bound,
+            "spectral_layers": spectral_layers, "bounded_values": bounded_values,
             "tau": tau, "ema_decay": ema_decay, "temperature": temperature, "learn_temperature": learn_temperature,
             "normalize_observation": normalize_observation, "optimizer_class": optimizer_class,
             "optimizer_kwargs": optimizer_kwargs,
@@ -229,7 +234,7 @@ class SACPolicy(BoxPolicy):
         self.actor = SquashedActor(self.obs_dim, self.action_dim, tuple(net_arch["pi"]), activation)
         self.critic = Critics(
             self.obs_dim + self.action_dim, tuple(net_arch["qf"]), activation, n_critics, critic_layer_norm,
-            spectral_bound, bounded_values,
+            spectral_bound, bounded_values, spectral_layers,
         )  # fmt: skip
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.averaged_actor = copy.deepcopy(self.actor).requires_grad_(False) if ema_decay else None

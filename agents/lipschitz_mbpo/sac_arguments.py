@@ -46,7 +46,8 @@ POLICY_ARGUMENTS: Neutral = {
 """Of the policy of SAC."""
 
 POLICY_FIELDS = (
-    "n_critics", "critic_layer_norm", "tau", "ema_decay", "temperature", "learn_temperature", "normalize_observation"
+    "n_critics", "critic_layer_norm", "spectral_layers", "tau", "ema_decay", "temperature", "learn_temperature",
+    "normalize_observation",
 )  # fmt: skip
 """Fields of the Config that are arguments of `SACPolicy` under the same name."""
 

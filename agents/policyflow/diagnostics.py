@@ -28,6 +28,7 @@ def flow_diagnostics(actor: FlowActor, ratio: Ratio, samples: Samples, clip_rang
         flow/ratio_error: root mean square of that difference over the root mean square of log(exact).
         flow/exact_clip_fraction: share of samples whose exact ratio lies outside the clip range.
         flow/jacobian_norm: mean Frobenius norm of dv/dx halfway between z and x1, at t = 1/2.
+        flow/sde_gap: see `sde_gap`, halfway likewise; of a flow that is an SDE while sampling.
         flow/entropy: see `policy_entropy`, in nats.
     """
     # Evenly spaced rows: no random numbers, so that measuring does not change training.
@@ -36,8 +37,9 @@ def flow_diagnostics(actor: FlowActor, ratio: Ratio, samples: Samples, clip_rang
     used = ratio.terms(actor, part).log_ratio.view(len(part.obs), -1).mean(1)
     exact = EndpointRatio().terms(actor, part).log_ratio
     half = torch.full_like(used, 0.5)
-    jacobian = actor.field.jacobian(half, chord_point(part, half), part.obs)[1]
-    return {
+    middle = chord_point(part, half)
+    jacobian = actor.field.jacobian(half, middle, part.obs)[1]
+    found = {
         "flow/ratio_correlation": torch.corrcoef(torch.stack([used, exact]))[0, 1].item(),
         "flow/ratio_bias": (used - exact).mean().item(),
         "flow/ratio_error": ((used - exact).square().mean() / exact.square().mean()).sqrt().item(),
@@ -45,3 +47,8 @@ def flow_diagnostics(actor: FlowActor, ratio: Ratio, samples: Samples, clip_rang
         "flow/jacobian_norm": jacobian.square().sum((-2, -1)).sqrt().mean().item(),
         "flow/entropy": policy_entropy(actor, samples.obs).item(),
     }
+    if actor.langevin_eps:
+        from .noisy_flows import sde_gap  # else its solvers need not be loaded
+
+        found["flow/sde_gap"] = sde_gap(actor.field, half, middle, part.obs, *actor.base(part.obs)).item()
+    return found

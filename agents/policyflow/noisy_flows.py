@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ...dynamics.brownian import BrownianGrid
+from ...dynamics.fields import Time, VelocityField
+from ...dynamics.fokker_planck import fokker_planck_residual
 from ...dynamics.neural_sde import LangevinSDE, interpolant_sde
 from ...dynamics.ode import FieldLike, bind, time_grid
 from ...dynamics.sde import sdeint, sdeint_path
@@ -35,6 +37,39 @@ def langevin_flow(
     sde = interpolant_sde(lambda t, x, cond: velocity(t, mean + std * x) / std, eps)
     noise = BrownianGrid(step, path * math.sqrt(step))
     return mean + std * sdeint(sde, (z - mean) / std, steps=len(path), noise=noise)
+
+
+class _InUnitsOfBase(VelocityField):
+    """The field as one of ``y = (x - m) / s``, whose base is N(0, I)."""
+
+    def __init__(self, field: VelocityField, mean: Tensor, log_std: Tensor) -> None:
+        super().__init__(field.dim, field.cond_dim)
+        self.field, self.mean, self.std = field, mean, log_std.exp()
+
+    def forward(self, t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        return self.field(t, self.mean + self.std * x, cond) / self.std
+
+    def divergence_embedded(self, t: Time, x: Tensor, embedded: Tensor | None) -> tuple[Tensor, Tensor]:
+        v, divergence = self.field.divergence(t, self.mean + self.std * x, embedded)
+        return v / self.std, divergence
+
+
+def sde_gap(field: VelocityField, t: Tensor, x: Tensor, obs: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Root mean square of ``(1 - t)^2 s r``, a scalar: r is `fokker_planck_residual`, s the base's deviation.
+
+    0 where the actions of the ODE and those of `langevin_flow` have the same distribution, 1 for a field that is 0.
+
+    Args:
+        field: v, conditioned on obs.
+        t: flow times, [B].
+        x: states, [B, D].
+        obs: normalised observations, [B, O].
+        mean: m of the base, [B, D].
+        log_std: log s, [B, D].
+    """
+    scaled = _InUnitsOfBase(field, mean, log_std)
+    residual = fokker_planck_residual(scaled, t, (x - mean) / scaled.std, obs)
+    return ((1 - t.unsqueeze(-1)).square() * residual).square().mean().sqrt()
 
 
 def gaussian_chain(field: FieldLike, z: Tensor, obs: Tensor, path: Tensor, log_std: Tensor) -> Tensor:

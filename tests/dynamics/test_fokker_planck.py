@@ -1,15 +1,13 @@
 import math
-from functools import partial
-from itertools import product
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from driftrl.dynamics.fields import MLPField, Time, VelocityField
 from driftrl.dynamics.fokker_planck import fokker_planck_residual
-from driftrl.dynamics.special_fields import LinearField
+from driftrl.dynamics.likelihood import flow_log_prob, standard_normal_log_prob
+from driftrl.dynamics.paths import LINEAR, TRIG, Path, brownian_bridge, score_from_velocity
 
 F64 = torch.float64
 
@@ -24,116 +22,130 @@ def mlp(hidden: tuple[int, ...] = (8, 8)) -> MLPField:
         return MLPField(3, 2, hidden, last_layer_scale=1.0).double()
 
 
-class Schedule(VelocityField):
-    """VP drift ``-beta(t) x / 2``, beta = 0.1 + 3 t."""
+CENTRES, DEVIATION = torch.tensor([[1.5, 0.0], [-1.0, 1.0], [0.0, -2.0]], dtype=F64), 0.4
+
+
+class MixtureField(VelocityField):
+    """``E[a' x0 + b' x1 | x_t]`` for x0 ~ N(0, I) and x1 of three Gaussians of equal weight, in closed form."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(2)
+        self.path = path
 
     def forward(self, t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        beta: Tensor = 0.1 + 3 * torch.as_tensor(t, dtype=x.dtype)
-        return torch.mul(-0.5 * beta.reshape(-1, 1), x)
+        column = torch.as_tensor(t, dtype=x.dtype).reshape(-1, 1, 1)
+        (a, da), (b, db) = self.path.a(column), self.path.b(column)
+        variance, off = a**2 + (b * DEVIATION) ** 2, x.unsqueeze(1) - b * CENTRES
+        weight = torch.softmax(-0.5 * off.square().sum(-1, keepdim=True) / variance, 1)
+        mean: Tensor = (weight * (db * CENTRES + (a * da + b * db * DEVIATION**2) / variance * off)).sum(1)
+        return mean
 
 
-MEAN, VARIANCE = torch.tensor([1.0, -2.0], dtype=F64), 0.3
+@pytest.mark.parametrize("path", [LINEAR, TRIG], ids=lambda p: p.name)
+def test_residual_of_the_marginal_velocity_is_zero(path: Path) -> None:
+    t, x = torch.linspace(0, 0.9, 40, dtype=F64), 1.5 * rand(40, 2)
+    residual = fokker_planck_residual(MixtureField(path), t, x, path=path)
+    torch.testing.assert_close(residual, torch.zeros_like(x), rtol=0, atol=1e-10)
+    one = fokker_planck_residual(MixtureField(path), 0.5, x, path=path)
+    torch.testing.assert_close(one, torch.zeros_like(x), rtol=0, atol=1e-11)
+    other = TRIG if path is LINEAR else LINEAR
+    wrong = fokker_planck_residual(MixtureField(path), t, x, path=other)
+    assert wrong.norm(dim=1).median() > 0.1
 
 
-def vp_log_density(t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
-    """Of the VP process from N(MEAN, VARIANCE I): mean alpha MEAN, variance alpha^2 VARIANCE + 1 - alpha^2."""
-    assert isinstance(t, Tensor)
-    alpha = torch.exp(-0.5 * (0.1 * t + 1.5 * t**2))
-    variance = alpha**2 * VARIANCE + 1 - alpha**2
-    square = (x - alpha[:, None] * MEAN).square().sum(-1)
-    log_density: Tensor = -0.5 * square / variance - torch.log(2 * math.pi * variance)
-    return log_density
+def test_residual_of_a_constant_velocity_in_closed_form() -> None:
+    """v = c moves N(0, I) to N(c t, I), whose score is c t - x; that of v is (c t - x) / (1 - t)."""
+
+    class Constant(VelocityField):
+        def forward(self, t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
+            return torch.tensor([2.0, -1.0], dtype=x.dtype).expand_as(x) + 0 * x
+
+    t, x, c = torch.linspace(0, 0.9, 7, dtype=F64)[:, None], rand(7, 2), torch.tensor([2.0, -1.0], dtype=F64)
+    rate = c / (1 - t) + (c * t - x) / (1 - t) ** 2
+    residual = fokker_planck_residual(Constant(2), t[:, 0], x)
+    torch.testing.assert_close(residual, rate - c / (1 - t), rtol=1e-12, atol=1e-12)
 
 
-def test_fokker_planck_residual_of_a_vp_gaussian_is_zero() -> None:
-    t, x = torch.linspace(0, 1, 50, dtype=F64), 2 * rand(50, 2)
-    diffusion = torch.sqrt(0.1 + 3 * t)
-    residual = fokker_planck_residual(vp_log_density, Schedule(2), diffusion, t, x)
-    torch.testing.assert_close(residual, torch.zeros_like(t), rtol=0, atol=1e-12)
-    wrong = fokker_planck_residual(vp_log_density, Schedule(2), 0.5 * diffusion, t, x)
-    assert wrong.abs().median() > 0.5
-    one = fokker_planck_residual(vp_log_density, Schedule(2), diffusion[7].item(), t[7].item(), x)
-    torch.testing.assert_close(one, torch.zeros_like(t), rtol=0, atol=1e-12)
+class Shortened(VelocityField):
+    """The flow up to time `end`, in unit time."""
+
+    def __init__(self, field: VelocityField, end: float) -> None:
+        super().__init__(field.dim, field.cond_dim)
+        self.field, self.end = field, end
+
+    def forward(self, t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        return self.end * self.field(self.end * t, x, cond)
 
 
-def test_fokker_planck_residual_of_a_linear_flow_is_zero() -> None:
-    # dx/dt = A x carries N(0, I) to N(0, M M^T), M = exp(t A): no noise, a drift that is not a gradient.
-    matrix = rand(2, 2)
+def test_residual_is_the_rate_at_which_the_score_of_a_field_leaves_that_of_its_flow() -> None:
+    field, x, cond = mlp(), rand(5, 3), rand(5, 2, seed=1)
+    residual = fokker_planck_residual(field, 0.0, x, cond)
+    assert residual.norm(dim=1).min() > 1
 
-    def log_density(t: Time, x: Tensor, cond: Tensor | None) -> Tensor:
-        assert isinstance(t, Tensor)
-        back: Tensor = (torch.linalg.matrix_exp(-t[:, None, None] * matrix) @ x.unsqueeze(-1)).squeeze(-1)
-        return -0.5 * back.square().sum(-1) - t * matrix.trace()
+    def miss(h: float) -> float:
+        """By how much ``h r`` misses the difference at time h of the score of v and that of the flow's density."""
 
-    t, x = torch.linspace(0, 1, 20, dtype=F64), rand(20, 2)
-    residual = fokker_planck_residual(log_density, LinearField(matrix), 0.0, t, x)
-    torch.testing.assert_close(residual, torch.zeros_like(t), rtol=0, atol=1e-12)
+        def log_density(y: Tensor) -> Tensor:
+            flow = Shortened(field, h)
+            density: Tensor = flow_log_prob(flow, y, base_log_prob=standard_normal_log_prob, steps=8, cond=cond)
+            return density.sum()
 
+        true: Tensor = torch.func.grad(log_density)(x)
+        gap = score_from_velocity(LINEAR, h, x, field(h, x, cond)) - true
+        difference: float = (gap - h * residual).norm().item()
+        return difference
 
-def normal_log_density(t: Time, x: Tensor, cond: Tensor | None) -> Tensor:
-    return -0.5 * x.square().sum(-1) + 0 * t
-
-
-# N(0, I) at rest under dX = -theta x dt + g dW fails the equation by (g^2 / 2 - theta) (|x|^2 - D).
-THETA, NOISE = 0.8, 0.6
-
-
-def drifting() -> LinearField:
-    return LinearField(-THETA * torch.eye(2, dtype=F64))
+    misses = [miss(h) for h in (0.02, 0.01)]
+    assert misses[0] / misses[1] == pytest.approx(4, rel=0.15)  # of second order in h
+    assert misses[1] < 0.1 * 0.01 * residual.norm().item()
 
 
-def test_strong_residual_in_closed_form() -> None:
-    x = rand(9, 2)
-    residual = fokker_planck_residual(normal_log_density, drifting(), NOISE, 0.3, x)
-    torch.testing.assert_close(residual, (0.5 * NOISE**2 - THETA) * (x.square().sum(1) - 2), rtol=0, atol=1e-13)
+@pytest.mark.parametrize("hidden", [(4,), (4, 4), (4, 4, 4)])
+def test_residual_has_right_gradients(hidden: tuple[int, ...]) -> None:
+    """Through closed forms of the divergence, and through the default one."""
+    field, t = mlp(hidden), torch.tensor([0.1, 0.7], dtype=F64)
+    inputs = (0.5 * rand(2, 3)).requires_grad_(), rand(2, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, cond: fokker_planck_residual(field, t, x, cond), inputs)
+    (weight,) = (each for name, each in field.named_parameters() if name == "output.weight")
+    penalty = fokker_planck_residual(field, t, *inputs).square().sum()
+    slope, h = torch.autograd.grad(penalty, weight)[0][0, 0].item(), 1e-6
+    changed = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight[0, 0] += sign * h
+            changed.append(fokker_planck_residual(field, t, *inputs).square().sum().item())
+            weight[0, 0] -= sign * h
+    assert slope == pytest.approx((changed[0] - changed[1]) / (2 * h), rel=1e-5)
 
 
-def test_weak_residual_and_its_two_probe_product_are_unbiased() -> None:
-    # The residual is a polynomial of degree 2 in each entry of the probe: three Gauss-Hermite nodes per dimension
-    # integrate its square exactly. Averaged over N(x, w^2 I), |x|^2 becomes |x|^2 + 2 w^2.
-    nodes, weights = np.polynomial.hermite_e.hermegauss(4)
-    probes = torch.tensor(list(product(nodes, nodes)), dtype=F64)
-    mass = torch.tensor([a * b / (2 * math.pi) for a, b in product(weights, weights)], dtype=F64)
-    x, width = rand(1, 2), 0.4
-    mean = ((0.5 * NOISE**2 - THETA) * (x.square().sum() + 2 * width**2 - 2)).item()
-    weak = fokker_planck_residual(
-        normal_log_density, drifting(), NOISE, 0.3, x.expand(16, 2), probe=probes, width=width
-    )
-    assert (mass @ weak).item() == pytest.approx(mean, abs=1e-12)
-    pairs = mass @ (weak[:, None] * weak[None, :]) @ mass
-    assert pairs.item() == pytest.approx(mean**2, abs=1e-12)
-    assert (mass @ weak.square()).item() > mean**2 + 0.1  # the square of one probe's residual is biased
+def test_a_penalty_on_the_residual_closes_the_gap() -> None:
+    field, x, cond = mlp(), rand(64, 3), rand(64, 2, seed=1)
+    optimizer, t = torch.optim.Adam(field.parameters(), lr=3e-3), torch.linspace(0, 0.9, 64, dtype=F64)
+    sizes = []
+    for _ in range(200):
+        residual = (1 - t[:, None]).square() * fokker_planck_residual(field, t, x, cond)
+        sizes.append(residual.square().mean())
+        optimizer.zero_grad()
+        sizes[-1].backward()
+        optimizer.step()
+    assert sizes[-1] < 0.1 * sizes[0]
 
 
-def test_weak_residual_of_a_vp_gaussian_averages_to_zero() -> None:
-    x = 2 * rand(20000, 2)
-    t, probe = torch.rand(20000, generator=torch.Generator().manual_seed(1), dtype=F64), rand(20000, 2, seed=2)
-    diffusion = torch.sqrt(0.1 + 3 * t)
-    weak = fokker_planck_residual(vp_log_density, Schedule(2), diffusion, t, x, probe=probe)
-    assert weak.std() > 0.1
-    assert weak.mean().abs() < 4 * weak.std() / 20000**0.5
+def test_residual_in_single_precision_without_gradients_and_compiled() -> None:
+    field, x, cond = mlp(), rand(5, 3), rand(5, 2, seed=1)
+    exact = fokker_planck_residual(field, 0.4, x, cond)
+    with torch.no_grad():
+        found = fokker_planck_residual(field.float(), 0.4, x.float(), cond.float())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(fokker_planck_residual, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(field, 0.4, x.float(), cond.float()), found, rtol=1e-5, atol=1e-5)
 
 
-def test_fokker_planck_residual_with_conditioning_has_right_gradients() -> None:
-    drift, probe = mlp((4,)), rand(2, 3, seed=7)
-
-    def run(form: Tensor | None, x: Tensor, cond: Tensor, scale: Tensor) -> Tensor:
-        def log_density(t: Time, y: Tensor, c: Tensor | None) -> Tensor:
-            assert c is not None
-            return -scale * (y - torch.cat([c, c[:, :1]], 1)).pow(4).sum(-1) * (1 + t)
-
-        return fokker_planck_residual(log_density, drift, 0.7, 0.3, x, cond, probe=form, width=0.2)
-
-    inputs = (0.5 * rand(2, 3)).requires_grad_(), rand(2, 2).requires_grad_(), rand(1)[0].abs().requires_grad_()
-    for form in (None, probe):
-        assert torch.autograd.gradcheck(partial(run, form), inputs)
-
-
-def test_bad_arguments_of_the_residual_are_refused() -> None:
-    field, x = LinearField(torch.eye(2)), torch.zeros(4, 2)
-    with pytest.raises(ValueError, match=r"probe must have the shape of x, \[4, 2\], got \[2\]"):
-        fokker_planck_residual(normal_log_density, field, 1.0, 0.0, x, probe=torch.zeros(2))
-    with pytest.raises(ValueError, match="width must be positive, got 0"):
-        fokker_planck_residual(normal_log_density, field, 1.0, 0.0, x, width=0.0)
-    with pytest.raises(ValueError, match=r"x must have shape \[B, 2\], got \[4, 3\]"):
-        fokker_planck_residual(normal_log_density, field, 1.0, 0.0, torch.zeros(4, 3))
+def test_bad_arguments_are_refused() -> None:
+    field = mlp()
+    with pytest.raises(ValueError, match=r"x must have shape \[B, 3\], got \[4, 2\]"):
+        fokker_planck_residual(field, 0.5, torch.zeros(4, 2), torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="path 'brownian_bridge' has a noise term"):
+        fokker_planck_residual(field, 0.5, rand(4, 3), rand(4, 2), path=brownian_bridge())
+    assert math.isfinite(fokker_planck_residual(field, 0.0, rand(1, 3), rand(1, 2)).sum().item())

@@ -14,6 +14,7 @@ from driftrl.dynamics.paths import (
     TRIG,
     Path,
     brownian_bridge,
+    denoising_loss,
     flow_matching_loss,
     score_from_velocity,
 )
@@ -57,7 +58,8 @@ def test_velocity_is_the_time_derivative(path: Path, times: list[float]) -> None
     x0, x1 = rand(n, 3), rand(n, 3, seed=1)
     z = noise_for(path, n, 3)
     difference = (path.sample(t + h, x0, x1, z) - path.sample(t - h, x0, x1, z)) / (2 * h)
-    torch.testing.assert_close(path.velocity(t, x0, x1, z), difference, rtol=1e-6, atol=1e-7)
+    of_noise = 0 if path.g is None or z is None else path.g(t[:, None])[1] * z
+    torch.testing.assert_close(path.velocity(t, x0, x1) + of_noise, difference, rtol=1e-6, atol=1e-7)
 
 
 def test_float_time_equals_one_time_per_row() -> None:
@@ -135,16 +137,35 @@ def test_loss_is_minimal_at_the_marginal_velocity_which_carries_the_source_to_th
     torch.testing.assert_close(ends, s * x0[:5], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_denoising_loss_is_minimal_at_minus_g_times_the_score(dtype: torch.dtype) -> None:
+    """N(1, 0.6^2) to N(-1, 0.3^2) by the bridge of scale 0.8: the marginal is Gaussian, its score linear."""
+    t, n, path = 0.3, 200_000, brownian_bridge(0.8)
+    x0, x1, z = 1 + 0.6 * rand(n, 1).to(dtype), -1 + 0.3 * rand(n, 1, seed=1).to(dtype), rand(n, 1, seed=2).to(dtype)
+    g = 0.8 * math.sqrt(t * (1 - t))
+    mean, variance = 0.7 - 0.3, (0.7 * 0.6) ** 2 + (0.3 * 0.3) ** 2 + g**2
+    slope = torch.tensor(g / variance, dtype=dtype, requires_grad=True)
+    shift = torch.zeros((), dtype=dtype, requires_grad=True)
+    loss = denoising_loss(lambda t, x, cond: slope * (x - mean) + shift, path, x0, x1, t, z)
+    assert loss.shape == (n,)
+    assert loss.dtype == dtype
+    assert loss.mean().item() == pytest.approx(1 - g**2 / variance, abs=0.01)  # what x_t tells of z
+    for gradient in torch.autograd.grad(loss.mean(), (slope, shift)):
+        assert abs(gradient.item()) < 0.02  # standard error about 0.004; at slope 0 it is -0.8
+
+
 def test_bad_arguments_are_refused() -> None:
     x = torch.zeros(4, 2)
     for method in (LINEAR.sample, LINEAR.velocity):
-        with pytest.raises(ValueError, match=r"same shape \[B, D\], got \[\[4, 2\], \[4, 3\]\]"):
+        with pytest.raises(ValueError, match=r"x0 and x1 must have the same shape .*got \[4, 2\] and \[4, 3\]"):
             method(0.5, x, torch.zeros(4, 3))
         with pytest.raises(ValueError, match=r"t must be a float or have shape \[4\], got \[3\]"):
             method(torch.zeros(3), x, x)
-        with pytest.raises(ValueError, match="path 'linear' has no noise term, got z"):
-            method(0.5, x, x, x)
-    with pytest.raises(ValueError, match=r"same shape \[B, D\], got \[\[4, 2\], \[4, 2\], \[1, 2\]\]"):
+    with pytest.raises(ValueError, match="path 'linear' has no noise term, got z"):
+        LINEAR.sample(0.5, x, x, x)
+    with pytest.raises(ValueError, match="path 'linear' has no noise term, got z"):
+        denoising_loss(lambda t, x, cond: x, LINEAR, x, x, 0.5, x)
+    with pytest.raises(ValueError, match=r"x0 and z must have the same shape .*got \[4, 2\] and \[1, 2\]"):
         brownian_bridge().sample(0.5, x, x, torch.zeros(1, 2))
     with pytest.raises(ValueError, match="path 'brownian_bridge' has a noise term, got z=None"):
         brownian_bridge().sample(0.5, x, x)
@@ -152,5 +173,5 @@ def test_bad_arguments_are_refused() -> None:
         brownian_bridge(0.0)
     with pytest.raises(ValueError, match="path 'brownian_bridge' has a noise term"):
         score_from_velocity(brownian_bridge(), 0.5, x, x)
-    with pytest.raises(ValueError, match=r"same shape \[B, D\], got \[4, 2\] and \[4, 1\]"):
+    with pytest.raises(ValueError, match=r"x and velocity must have the same shape .*got \[4, 2\] and \[4, 1\]"):
         score_from_velocity(LINEAR, 0.5, x, x[:, :1])

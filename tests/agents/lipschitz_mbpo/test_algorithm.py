@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from driftrl import LipschitzMBPO, LipschitzMBPOConfig
 from driftrl.agents.lipschitz_mbpo.critic_regularizers import adversary, value_gap
-from driftrl.agents.lipschitz_mbpo.diagnostics import model_diagnostics, value_diagnostics
+from driftrl.agents.lipschitz_mbpo.diagnostics import model_diagnostics, spectral_product, value_diagnostics
 from driftrl.agents.lipschitz_mbpo.replay import Minibatch, Search
 from driftrl.agents.lipschitz_mbpo.sac import StackedLinear
 from driftrl.agents.registry import AGENTS
@@ -131,6 +131,22 @@ def test_hidden_layers_of_critics_keep_their_spectral_bound_and_the_last_is_free
         assert last.spectral_bound is None
 
 
+def test_the_last_hidden_layer_can_be_the_only_one_that_is_bounded() -> None:
+    fields: dict[str, Any] = {
+        "regularizer": "spectral",
+        "spectral_bound": 0.2,
+        "model": "none",
+        "critic_hidden": (8, 8, 8),
+    }
+    learner = agent(**fields, spectral_layers="last").learn(40)
+    for critics in (learner.policy.critic, learner.policy.target_critic):
+        layers = [layer for layer in critics.layers if isinstance(layer, StackedLinear)]
+        assert [layer.spectral_bound for layer in layers] == [None, None, 0.2, None]
+        norms = [torch.linalg.matrix_norm(layer.weight, 2).tolist() for layer in layers]
+        norms[2] = [min(norm, 0.2) for norm in norms[2]]
+        torch.testing.assert_close(spectral_product(critics), torch.tensor(norms).prod(0))
+
+
 @pytest.mark.parametrize(("model", "termination"), [("none", "auto"), *product(MODELS, ("auto", "learned"))])
 def test_every_model_trains_and_its_rollouts_do_not_count(model: str, termination: str) -> None:
     learner = agent(model=model, termination=termination).learn(
@@ -212,6 +228,7 @@ def test_diagnostics_of_a_perfect_model_and_a_linear_value() -> None:
     )  # fmt: skip
     found = model_diagnostics(perfect, learner.policy, real, 1)
     assert found.pop("model/spectral_radius") == pytest.approx(0.5)
+    assert found.pop("model/koopman_radius") == found.pop("model/koopman_radius_real") > 0.5
     assert found.keys() >= {"model/value_error", "model/rollout_error_1", "model/rollout_error"}
     assert set(found.values()) == {0.0}
     critic = Linear(4).float()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from driftrl import LipschitzMBPO
 from driftrl.agents.lipschitz_mbpo.config import LipschitzMBPOConfig
-from driftrl.agents.lipschitz_mbpo.diagnostics import spectral_radius
+from driftrl.agents.lipschitz_mbpo.diagnostics import growth, koopman_radius, spectral_radius
 from driftrl.agents.lipschitz_mbpo.replay import Transitions
 from driftrl.agents.lipschitz_mbpo.sac import SACPolicy
 from driftrl.agents.lipschitz_mbpo.value_gradients import Start, value_gradient_losses, value_range
@@ -209,18 +209,29 @@ def test_diagnostics_change_nothing_and_tell_the_model_from_the_truth() -> None:
     assert np.isfinite(logged["model/exploitation"])
 
 
-def test_spectral_radius_is_that_of_a_linear_system() -> None:
-    matrix = torch.tensor([[0.9, 0.4], [-0.4, 0.9]])  # a rotation that shrinks: |eigenvalue|^2 = 0.81 + 0.16
+class LinearModel:
+    """Rotates and shrinks, |eigenvalue|^2 = 0.81 + 0.16, in units of which the second is a tenth of the first."""
 
-    class Linear:
-        def draw(self, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-            return (torch.randn(rows, 2, generator=generator),)
+    matrix = torch.tensor([[0.9, 4.0], [-0.04, 0.9]])
 
-        def step(self, obs: Tensor, action: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-            return obs @ matrix.T + noise[0], action[:, 0]
+    def draw(self, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return (torch.randn(rows, 2, generator=generator),)
 
-    rows = Transitions(torch.randn(50, 2), torch.zeros(50, 1), torch.zeros(50, 2), torch.zeros(50), torch.zeros(50))
-    assert spectral_radius(Linear(), rows).item() == pytest.approx(0.97**0.5, rel=1e-5)  # type: ignore[arg-type]
+    def step(self, obs: Tensor, action: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return obs @ self.matrix.T + action + noise[0], action[:, 0]
+
+
+def test_stability_of_a_linear_system() -> None:
+    model: Any = LinearModel()
+    obs, action = torch.randn(50, 2), torch.randn(50, 1)
+    next_obs = model.step(obs, action, (torch.zeros(()),))[0]
+    rows = Transitions(obs, action, next_obs, torch.zeros(50), torch.zeros(50))
+    assert spectral_radius(model, rows).item() == pytest.approx(0.97**0.5, rel=1e-5)
+    assert koopman_radius(rows, next_obs).item() == pytest.approx(0.97**0.5, rel=1e-5)
+    stretch = torch.randn(20, 7, 2), torch.randn(20, 7, 1)
+    grown = growth(model, *stretch, torch.tensor([0.1, 1.0])).item()  # in these units a rotation, not a shear
+    assert grown == pytest.approx(0.97**0.5, rel=1e-5)
+    assert growth(model, *stretch, torch.ones(2)).item() > 1.02 * grown  # the shear counts in the first steps
 
 
 def test_snapshots_disagree_in_the_log() -> None:

@@ -213,6 +213,7 @@ def test_log_holds_the_documented_names(tmp_path: Path) -> None:
         "transport_coef": 1e-3,
         "jacobian_coef": 1e-3,
         "solver_error_coef": 1e-3,
+        "langevin_eps": 0.1,
     }
     agent = PolicyFlow("MlpPolicy", pendulum(), diagnostics_interval=1, **regularizers, **SMALL)
     agent.set_logger(configure(str(tmp_path), ["csv"]))
@@ -223,7 +224,7 @@ def test_log_holds_the_documented_names(tmp_path: Path) -> None:
     names = set(header.split(","))
     assert {"rollout/ep_rew_mean", "train/approx_kl", "train/clip_fraction", "train/explained_variance", "time/fps",
             "flow/ratio_correlation", "flow/ratio_bias", "flow/exact_clip_fraction", "flow/jacobian_norm",
-            "flow/entropy", "flow/target_entropy", "flow/spread_coef",
+            "flow/sde_gap", "flow/entropy", "flow/target_entropy", "flow/spread_coef",
             "collapse/return_fall"} <= names  # fmt: skip
     assert [name for name in sorted(names) if f"`{name}`" not in glossary] == []
 

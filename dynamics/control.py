@@ -1,0 +1,67 @@
+"""Control paths: irregular observations with gaps as a function of time, which drives a neural SDE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .fields import Time, VelocityField
+from .ode import FieldLike
+
+
+class ControlPath:
+    """Straight lines between the values that were observed, each channel of each row by itself.
+
+    Before its first value a channel is that value, after its last that one; a channel that is never observed is 0. The
+    path of Stable Neural SDEs (arXiv 2402.14989), which takes splines, and of neural CDEs (arXiv 2005.08926).
+
+    Args:
+        times: at which something was observed, rising, at least two: the union of all rows' own.
+        values: [B, N, C]; nan where a channel was not observed.
+
+    Raises:
+        ValueError: if times do not rise or values are not [B, N, C].
+    """
+
+    def __init__(self, times: Sequence[float], values: Tensor) -> None:
+        self.times = [float(t) for t in times]
+        if len(self.times) < 2 or not all(a < b for a, b in pairwise(self.times)):
+            raise ValueError(f"times must rise and be at least two, got {self.times}")
+        if values.ndim != 3 or values.shape[1] != len(self.times):
+            raise ValueError(f"values must have shape [B, {len(self.times)}, C], got {list(values.shape)}")
+        self.values = _without_gaps(torch.tensor(self.times, dtype=values.dtype, device=values.device), values)
+
+    def at(self, t: float) -> Tensor:
+        """Values at a time, [B, C]; those of the nearest end outside of the times."""
+        k = min(max(sum(t >= each for each in self.times) - 1, 0), len(self.times) - 2)
+        share = (t - self.times[k]) / (self.times[k + 1] - self.times[k])
+        return torch.lerp(self.values[:, k], self.values[:, k + 1], min(max(share, 0.0), 1.0))
+
+    def drive(self, field: VelocityField) -> FieldLike:
+        """The drift ``(t, z) -> field(t, z, X(t))`` of a controlled equation, for t a number.
+
+        With `LangevinSDE`, `LinearNoiseSDE` or `GeometricSDE` this is a stable neural SDE with its control path.
+        """
+
+        def drift(t: Time, z: Tensor, cond: Tensor | None) -> Tensor:
+            return field(t, z, self.at(float(t)))
+
+        return drift
+
+
+def _without_gaps(times: Tensor, values: Tensor) -> Tensor:
+    """Values [B, N, C] with nan replaced by interpolation along N."""
+    seen = ~values.isnan()
+    place = torch.arange(len(times), device=values.device).view(1, -1, 1).expand_as(values)
+    before = torch.where(seen, place, -1).cummax(1).values
+    after = torch.where(seen, place, len(times)).flip(1).cummin(1).values.flip(1)
+    # A gap at an end has an edge on one side only; a channel never observed has none.
+    left = torch.where(before < 0, after, before).clamp(max=len(times) - 1)
+    right = torch.where(after == len(times), before, after).clamp(min=0)
+    known = values.nan_to_num()
+    gap = (times[right] - times[left]).clamp(min=torch.finfo(values.dtype).tiny)
+    share = ((times[place] - times[left]) / gap).clamp(0, 1)
+    return torch.lerp(known.gather(1, left), known.gather(1, right), share)
