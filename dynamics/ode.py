@@ -206,6 +206,11 @@ def least_growth(solver: Tableau | str) -> float:
     return stability(solver, torch.linspace(-4, 0, 4001, dtype=torch.float64)).abs().min().item()
 
 
+def column(t: Time) -> Time:
+    """A time or step size that broadcasts with [B, D]: a number as it is, one per row as [B, 1]."""
+    return t.unsqueeze(-1) if isinstance(t, Tensor) and t.ndim else t
+
+
 def error_estimate(tableau: Tableau, h: Time, slopes: list[Tensor]) -> Tensor:
     """``h sum_i error_i k_i``, [B, D], from the slopes of the stages and, for an error of s + 1 weights, of the end."""
     return combine(torch.zeros_like(slopes[0]), h, tableau.error, slopes[: len(tableau.error)])

@@ -35,6 +35,7 @@ QUICKER = [
         "docs/dynamics.md",
         "docs/export.md",
         "docs/sb3.md",
+        "docs/solvers.md",
         "docs/howto/environment.md",
         "docs/howto/network.md",
     ],
