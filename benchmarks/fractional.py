@@ -142,9 +142,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(
-    hursts: tuple[float, ...] = (0.35, 0.5, 0.7, 0.9),
+    hursts: tuple[float, ...] = (0.7, 0.5, 0.9),
     seeds: tuple[int, ...] = (0,),
-    updates: int = 600,
+    updates: int = 250,
     output: Path | None = None,
 ) -> None:
     """Print and write the table.
