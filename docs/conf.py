@@ -32,7 +32,7 @@ NAVIGATION = {
         "docs/gpu", "docs/sweep", "docs/sb3",
     ],
     "Agents": ["docs/policyflow", "docs/flow_ratios", "docs/lipschitz_mbpo", "docs/multimodal"],
-    "Below the agents": ["docs/dynamics", "docs/recipes", "docs/checkpoints", "docs/performance"],
+    "Below the agents": ["docs/dynamics", "docs/solvers", "docs/recipes", "docs/checkpoints", "docs/performance"],
     "Reference": ["docs/reference/agents", "docs/reference/envs", "docs/reference/dynamics"],
     "Project": ["CHANGELOG", "CONTRIBUTING"],
     "Notes on trials": [
@@ -60,7 +60,7 @@ default_role = "literal"  # what docstrings put between single backticks
 nitpick_ignore_regex = [
     # Other libraries: their pages would have to be fetched to be linked.
     ("py:.*", r"(abc|collections|gymnasium|io|numpy|os|pathlib|stable_baselines3|torch|typing)\..*"),
-    ("py:class", r"driftrl\..*\.(_\w+|BoxPolicy|Pretraining|Self)"),  # ours, of the inner parts
+    ("py:class", r"driftrl\..*\.(_\w+|Bound|BoxPolicy|Pretraining|Self)"),  # ours, of the inner parts
     # Names that a module imports for its annotations only: autodoc sees their text.
     ("py:exc", "RankError"),  # likewise
     ("py:class", r"Array|BasePolicy|FlowPolicy|GymEnv|KnownStep|MaybeCallback|Rule"),

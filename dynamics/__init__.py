@@ -17,6 +17,7 @@ __all__ = [
     "LINEAR",
     "SDE",
     "BrownianGrid",
+    "BrownianTree",
     "GaussianTransition",
     "LangevinSDE",
     "MLPField",
@@ -37,7 +38,9 @@ __all__ = [
     "odeint_reversible",
     "overdamped",
     "sdeint",
+    "sdeint_adaptive",
     "sdeint_path",
+    "sdeint_reversible",
     "spectral_norms",
     "standard_normal_log_prob",
     "step_noise",
@@ -45,7 +48,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .adaptive import odeint_adaptive
+    from .adaptive_sde import sdeint_adaptive
     from .brownian import BrownianGrid
+    from .brownian_tree import BrownianTree
     from .fields import MLPField, VelocityField
     from .langevin import kinetic, mala, overdamped
     from .likelihood import flow_log_prob, standard_normal_log_prob
@@ -56,13 +61,16 @@ if TYPE_CHECKING:
     from .paths import LINEAR, Path, flow_matching_loss
     from .regularize import jacobian_penalty, local_error_penalty
     from .reversible import odeint_reversible
+    from .reversible_sde import sdeint_reversible
     from .sde import SDE, sdeint, sdeint_path
     from .transition import GaussianTransition
     from .transition_settings import TransitionSettings
 else:  # out of a type checker's sight, for which a module-level __getattr__ would make every name valid
     _NAMES = {
         "adaptive": ("odeint_adaptive",),
+        "adaptive_sde": ("sdeint_adaptive",),
         "brownian": ("BrownianGrid",),
+        "brownian_tree": ("BrownianTree",),
         "fields": ("MLPField", "VelocityField"),
         "langevin": ("kinetic", "mala", "overdamped"),
         "likelihood": ("flow_log_prob", "standard_normal_log_prob"),
@@ -73,6 +81,7 @@ else:  # out of a type checker's sight, for which a module-level __getattr__ wou
         "paths": ("LINEAR", "Path", "flow_matching_loss"),
         "regularize": ("jacobian_penalty", "local_error_penalty"),
         "reversible": ("odeint_reversible",),
+        "reversible_sde": ("sdeint_reversible",),
         "sde": ("SDE", "sdeint", "sdeint_path"),
         "transition": ("GaussianTransition",),
         "transition_settings": ("TransitionSettings",),

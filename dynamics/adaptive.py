@@ -1,82 +1,31 @@
-"""Integration of ``dx/dt = v(t, x, cond)`` to a tolerance, every row with step sizes of its own.
-
-Other libraries share one step size in a batch: the hardest row sets the cost of all, and a norm over the batch hides
-its error. Here a row's result does not depend on the rest of its batch.
-"""
+"""Integration of ``dx/dt = v(t, x, cond)`` to a tolerance, every row with step sizes of its own."""
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .dense import Event, Events, Readout, at_event
 from .fields import Time
-from .ode import DOPRI5, FieldLike, Tableau, advance, bind, check_batch, combine, error_estimate, fixed_time
-
-_SAFETY = 0.9
-_FACTORS = (0.2, 10.0)
-"""Least and greatest change of the step size at once."""
-
-_LEAST_ERROR = 1e-4
-"""Floor of the previous error in the controller, as in Hairer's DOPRI5."""
-
-
-class Status(enum.IntEnum):
-    """Why a row stopped; ``str()`` says it in a sentence."""
-
-    DONE = 0
-    MAX_STEPS = 1
-    STEP_TOO_SMALL = 2
-    NOT_FINITE = 3
-
-    def __str__(self) -> str:
-        return _SENTENCES[self]
-
-
-_SENTENCES = {
-    Status.DONE: "The end time was reached within the tolerance.",
-    Status.MAX_STEPS: "The steps ran out before the end time: raise max_steps, or loosen rtol and atol.",
-    Status.STEP_TOO_SMALL: "The tolerance needs steps below the resolution of the time: loosen rtol and atol, use "
-    "float64, or look for a jump or a pole of the field.",
-    Status.NOT_FINITE: "The state or the field was not finite however small the step: look for a pole of the solution, "
-    "or for nan in x, cond or the parameters.",
-}
-
-
-@dataclass(frozen=True)
-class AdaptiveResult:
-    """What ``odeint_adaptive`` returns; one entry per row in each tensor.
-
-    Attributes:
-        x: state at time ``t``, [B, D]; differentiable.
-        t: time reached, [B]; exactly t1 where ``status`` is DONE.
-        status: a ``Status``, [B], int64.
-        accepted: accepted steps, [B], int64.
-        rejected: rejected steps, [B], int64.
-        calls: field evaluations of the search for steps, [B], int64.
-    """
-
-    x: Tensor
-    t: Tensor
-    status: Tensor
-    accepted: Tensor
-    rejected: Tensor
-    calls: Tensor
-
-    def checked(self) -> Tensor:
-        """The state x, [B, D], of a batch that reached the end time.
-
-        Raises:
-            RuntimeError: if a row did not, with the reasons.
-        """
-        reasons = [Status(code) for code in self.status.unique().tolist() if code != Status.DONE]
-        if reasons:
-            counts = [f"{int((self.status == reason).sum())} of {len(self.x)} rows: {reason}" for reason in reasons]
-            raise RuntimeError(" ".join(counts))
-        return self.x
+from .ode import DOPRI5, FieldLike, Tableau, bind, check_batch, combine, error_estimate
+from .step_control import (
+    AdaptiveResult,
+    Carry,
+    Problem,
+    Span,
+    Status,
+    Step,
+    Trial,
+    check_problem,
+    coarse,
+    retrace,
+    search,
+    select,
+)
 
 
 def odeint_adaptive(
@@ -87,8 +36,10 @@ def odeint_adaptive(
     atol: float = 1e-6,
     solver: Tableau = DOPRI5,
     cond: Tensor | None = None,
-    t0: float = 0.0,
-    t1: float = 1.0,
+    t0: Time = 0.0,
+    t1: Time = 1.0,
+    at: Sequence[float] | Tensor = (),
+    event: Event | None = None,
     max_steps: int = 1000,
 ) -> AdaptiveResult:
     """Integrate each row from t0 to t1, the estimated error of every step within the tolerance.
@@ -98,7 +49,12 @@ def odeint_adaptive(
     step ends at t1 exactly. Rows that are done leave the batch whenever they are half of it.
 
     The gradient is that of the map of the accepted steps, their sizes constant. The steps are found without it. If one
-    is wanted, the accepted ones are then taken once more: rejected steps cost no memory and cannot spoil it.
+    is wanted, the accepted ones are then taken once more: rejected steps cost no memory and cannot spoil it. Gradients
+    in times are those of the exact flow, first ones only.
+
+    States within a step are those of the solver's interpolant, for which no further step is made: it adds ``O(h^5)`` to
+    the error with DOPRI5 and ``O(h^4)`` with HEUN. The event is located on it to the last bit of the time. The gradient
+    of its time is that of the implicit function theorem.
 
     Waits for the device once per step, and is not for ``torch.compile``. ``solver`` calls in a step: its number of
     stages; two more for the first.
@@ -112,6 +68,10 @@ def odeint_adaptive(
         cond: conditioning, [B, C] or [1, C], or None.
         t0: start time.
         t1: end time; below t0 to integrate backwards.
+        at: times between t0 and t1, in any order, at which the states are wanted, [T].
+        event: a function ``(t [B], x [B, D], cond) -> [B]`` of each row alone. A row ends where its sign changes, at
+            the latest at t1. Not seen are a sign that changes twice within a step, and a row that starts at 0 and is
+            back there within its first step.
         max_steps: most steps of a row, accepted and rejected together.
 
     Returns:
@@ -119,125 +79,94 @@ def odeint_adaptive(
 
     Raises:
         ValueError: if x is not [B, D], a tolerance or ``max_steps`` out of range, the solver without error estimate, a
-            time not finite or in need of a gradient, x of another type than float32 and float64, or the field's result
-            not of the shape of x.
+            time not finite or not between t0 and t1, x of another type than float32 and float64, the field's result not
+            of the shape of x, or the event's not [B].
     """
     check_batch(x)
-    if not (rtol >= 0 and atol > 0):
-        raise ValueError(f"rtol must be at least 0 and atol positive, got {rtol} and {atol}")
-    if not x.shape[1]:
-        raise ValueError(f"x must have a dimension at least, got {list(x.shape)}")
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    check_problem(x, rtol, atol, max_steps)
     if not solver.error:
         raise ValueError(f"solver must have an error estimate, as DOPRI5 and HEUN have, got {solver.name!r}")
-    t0, t1 = fixed_time("t0", t0), fixed_time("t1", t1)
-    if x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x must be float32 or float64, got {x.dtype}, which does not resolve errors of single steps")
-    if not x.new_tensor(atol) > 0:
-        raise ValueError(f"atol must be positive in the type of x, got {atol} in {x.dtype}")
-    if t0 != t1 and x.new_tensor(t0) == x.new_tensor(t1):
-        raise ValueError(f"t0 and t1 must differ in the type of x, got {t0} and {t1} in {x.dtype}")
-    slope = bind(field, cond)(x.new_full(x.shape[:1], t0), x)
+    span, times = _times(x, t0, t1, at)
+    velocity, starts = bind(field, cond), x.new_full(x.shape[:1], span[0])
+    slope = velocity(starts, x)
     if slope.shape != x.shape:
         raise ValueError(
             f"field must return shape {list(x.shape)}, got {list(slope.shape)}; it is called with t of shape [B]"
         )
+    forwards, within = span[1] >= span[0], len(times) > 0 or event is not None
+    readout = Readout(times.detach(), forwards) if len(times) else None
     with torch.no_grad():
-        result, course = _search(field, x.detach(), slope.detach(), cond, (rtol, atol), solver, (t0, t1), max_steps)
-    if not (torch.is_grad_enabled() and (x.requires_grad or slope.requires_grad)):
+        first = _first_step(velocity, x, slope, (rtol, atol), solver.order, span)
+        problem = Problem(
+            lambda rows: _step(field, solver, select(cond, rows), dense=within),
+            x.detach(), (slope.detach(),), first, span, (rtol, atol), solver.order, max_steps,
+        )  # fmt: skip
+        watch = readout if event is None else Events(event, cond, starts, x, readout)
+        result, course = search(problem, watch)
+        if readout is not None:
+            result = replace(result, states=_until(result.t, times, readout.states(x, slope, span[0]), forwards))
+    result = replace(result, calls=len(solver.c) * (result.accepted + result.rejected) + 2)
+    learns = any(isinstance(each, Tensor) and each.requires_grad for each in (x, slope, t0, t1, times))
+    if not (torch.is_grad_enabled() and learns):
         return result
-    end = _retrace(field, x, cond, solver, course, result)
-    return AdaptiveResult(end, result.t, result.status, result.accepted, result.rejected, result.calls)
+
+    if isinstance(t0, Tensor) and t0.requires_grad:  # a later start is one from further back
+        x = x - slope.detach() * (t0 - t0.detach())
+        slope = velocity(starts, x)
+    happened = result.status == Status.EVENT
+    readout = Readout(torch.cat([times, torch.where(happened, result.t, torch.nan).unsqueeze(0)]), forwards)
+    end, (last,), error = retrace(replace(problem, x=x, carry=(slope,)), course, result.accepted, readout)
+    states, t = readout.states(x, slope, span[0]), result.t
+    if isinstance(t1, Tensor) and t1.requires_grad:
+        end = end + torch.where((result.status == Status.DONE).unsqueeze(-1), last.detach(), 0.0) * (t1 - t1.detach())
+    (rows,) = happened.nonzero(as_tuple=True)
+    if event is not None and len(rows):
+        found, there = t[rows], select(cond, rows)
+        last = bind(field, there)(found, states[-1, rows])
+        found, state = at_event(event, found, states[-1, rows], last, there)
+        t, end = t.index_put((rows,), found), end.index_put((rows,), state)
+    past = _until(result.t, times, states[:-1], forwards) if len(times) else None
+    return replace(result, x=end, t=t, error=error, states=past)
 
 
-_Course = list[tuple[Tensor, Tensor, Tensor, Tensor]]
-"""Accepted steps, by attempt: rows, how many steps they had made before, start times, sizes."""
+def _times(x: Tensor, t0: Time, t1: Time, at: Sequence[float] | Tensor) -> tuple[tuple[float, float], Tensor]:
+    """Start and end time, and the times between them, of each row, [T, B] in the type of x."""
+    start, end = (float(time.detach()) if isinstance(time, Tensor) else float(time) for time in (t0, t1))
+    span = start, end
+    for name, time in zip(("t0", "t1"), span, strict=True):
+        if not math.isfinite(time):
+            raise ValueError(f"{name} must be finite, got {time}")
+    if t0 != t1 and x.new_tensor(span[0]) == x.new_tensor(span[1]):
+        raise ValueError(f"t0 and t1 must differ in the type of x, got {span[0]} and {span[1]} in {x.dtype}")
+    times = torch.as_tensor(at, dtype=x.dtype, device=x.device)
+    if times.ndim != 1:
+        raise ValueError(f"at must have shape [T], got {list(times.shape)}")
+    low, high = x.new_tensor(sorted(span))
+    if not ((low <= times) & (times <= high)).all():
+        raise ValueError(f"at must lie between t0 = {span[0]} and t1 = {span[1]}, got {times.tolist()}")
+    return span, times.unsqueeze(-1).expand(-1, len(x))
 
 
-def _search(
-    field: FieldLike,
-    x: Tensor,
-    slope: Tensor,
-    cond: Tensor | None,
-    tolerances: tuple[float, float],
-    solver: Tableau,
-    span: tuple[float, float],
-    max_steps: int,
-) -> tuple[AdaptiveResult, _Course]:
-    (rtol, atol), (t0, t1) = tolerances, span
-    least_step = 8 * torch.finfo(x.dtype).eps * max(abs(t0), abs(t1))
+def _until(t: Tensor, times: Tensor, states: Tensor, forwards: bool) -> Tensor:
+    """The states [T, B, D], nan after the end [B] of each row."""
+    beyond = times > t if forwards else times < t
+    return states.masked_fill(beyond.unsqueeze(-1), torch.nan)
+
+
+def _step(field: FieldLike, solver: Tableau, cond: Tensor | None, *, dense: bool) -> Step:
+    """The step of a tableau; it carries the slope at the start, which is that at the end of the step before."""
     velocity = bind(field, cond)
-    count = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    t = x.new_full(x.shape[:1], t0)
-    h = _first_step(velocity, x, slope, tolerances, solver.order, span)
-    status = torch.full_like(count, Status.DONE if t0 == t1 else Status.MAX_STEPS)
-    status[~(x.isfinite() & slope.isfinite()).all(-1)] = Status.NOT_FINITE
-    # What is held of every row that is still in the batch, and of all rows at the end.
-    held = {"row": torch.arange(len(x), device=x.device), "x": x, "t": t, "h": h, "slope": slope, "status": status}
-    held |= {
-        "accepted": count,
-        "rejected": count,
-        "previous": torch.ones_like(t),
-        "cap": torch.full_like(t, _FACTORS[1]),
-    }
-    final = {name: value.clone() for name, value in held.items()}
-    course: _Course = []
 
-    for _ in range(max_steps):
-        live = held["status"] == Status.MAX_STEPS
-        rows = int(live.sum())
-        if 2 * rows <= len(live):
-            for name, value in final.items():
-                value[held["row"]] = held[name]
-            if rows == 0:
-                break
-            held, live = {name: value[live] for name, value in held.items()}, live[live]
-            velocity = bind(field, _select(cond, held["row"]))
-        x, t, h, slope = (held[name] for name in ("x", "t", "h", "slope"))
-        # A rest of a hundredth of a step is not worth one more.
-        last = (t1 - t).abs() <= 1.01 * h.abs()
-        h = torch.where(last, t1 - t, h)
-
-        slopes = [slope]
+    def step(span: Span, x: Tensor, carry: Carry) -> Trial:
+        slopes = [*carry]
         for weights, c in zip(solver.a[1:], solver.c[1:], strict=True):
-            slopes.append(velocity(t + c * h, combine(x, h, weights, slopes)))
-        end = combine(x, h, solver.b, slopes)
-        t_end = torch.where(last, t1, t + h)
-        slopes.append(velocity(t_end, end))
-        scale = atol + rtol * torch.maximum(x.abs(), end.abs())
-        error = (error_estimate(solver, h, slopes) / scale).square().mean(-1).sqrt()
-        finite = error.isfinite() & (end.isfinite() & slopes[-1].isfinite()).all(-1)
-        error = torch.where(finite, error, torch.inf)
+            slopes.append(velocity(span.t + c * span.h, combine(x, span.h, weights, slopes)))
+        end = combine(x, span.h, solver.b, slopes)
+        slopes.append(velocity(span.end, end))
+        bend = combine(torch.zeros_like(x), span.h, solver.dense, slopes) if dense and solver.dense else None
+        return Trial(end, error_estimate(solver, span.h, slopes), (slopes[-1],), bend)
 
-        stuck = ~last & ~((t + h - t).abs() > 0)  # a step of nothing, or nan
-        accept = live & (error <= 1) & ~stuck
-        power = 1 / solver.order
-        grow = error ** (-0.85 * power) * held["previous"] ** (0.2 * power)
-        factor = _SAFETY * torch.where(accept, grow, error**-power)
-        factor = torch.minimum(factor.clamp(*_FACTORS), held["cap"])
-        if accept.any():
-            course.append((held["row"][accept], held["accepted"][accept], t[accept], h[accept]))
-        failed = live & ~accept & (stuck | ((factor * h).abs() < least_step))
-        status = torch.where(accept & last, Status.DONE, held["status"])
-        status = torch.where(failed, torch.where(finite, Status.STEP_TOO_SMALL, Status.NOT_FINITE), status)
-        column = accept.unsqueeze(-1)
-        held |= {
-            "x": torch.where(column, end, x),
-            "slope": torch.where(column, slopes[-1], slope),
-            "t": torch.where(accept, t_end, t),
-            "h": _coarse(factor * h),
-            "status": status,
-            "accepted": held["accepted"] + accept,
-            "rejected": held["rejected"] + (live & ~accept),
-            "previous": torch.where(accept, error.clamp(min=_LEAST_ERROR), held["previous"]),
-            "cap": torch.where(accept, _FACTORS[1], 1.0).to(t),  # no growth right after a rejection
-        }
-    for name, value in final.items():
-        value[held["row"]] = held[name]
-    accepted, rejected = final["accepted"], final["rejected"]
-    calls = len(solver.c) * (accepted + rejected) + 2
-    return AdaptiveResult(final["x"], final["t"], final["status"], accepted, rejected, calls), course
+    return step
 
 
 def _first_step(
@@ -258,34 +187,4 @@ def _first_step(
     most = torch.maximum(speed, bend)
     fitting = torch.where(most <= 1e-15, (1e-3 * guess).clamp(min=1e-6), (0.01 / most) ** (1 / order))
     usable = fitting.isfinite() & (fitting > 0)  # 0 where the slope's square overflows
-    return sign * _coarse(torch.where(usable, torch.minimum(100 * guess, fitting), guess)).clamp(max=length)
-
-
-def _coarse(h: Tensor) -> Tensor:
-    """Size h to ten binary digits (Veltkamp's splitting): last bits, which depend on the batch, get no say."""
-    split = h * (1 / (512 * torch.finfo(h.dtype).eps) + 1)
-    return split - (split - h)
-
-
-def _retrace(
-    field: FieldLike, x: Tensor, cond: Tensor | None, solver: Tableau, course: _Course, result: AdaptiveResult
-) -> Tensor:
-    """The state [B, D] after the accepted steps, differentiable. Rows that have made theirs are not evaluated again."""
-    # Sorted by their number of steps, so that the rows of each turn are the first ones.
-    order = result.accepted.argsort(descending=True)
-    turns = int(result.accepted.max()) if len(x) else 0
-    starts, sizes = x.new_zeros(turns, len(x)), x.new_zeros(turns, len(x))
-    for row, turn, t, h in course:
-        starts[turn, row], sizes[turn, row] = t, h
-    y, finished, velocity = x[order], [x[:0]], bind(field, _select(cond, order))
-    counts = (sizes != 0).sum(1).tolist()
-    for t, h, rows in zip(starts[:, order], sizes[:, order], counts, strict=True):
-        if rows < len(y):
-            finished.append(y[rows:])
-            y, velocity = y[:rows], bind(field, _select(cond, order[:rows]))
-        y = advance(velocity, solver, t[:rows], h[:rows], y)
-    return torch.cat([y, *reversed(finished)])[order.argsort()]
-
-
-def _select(cond: Tensor | None, rows: Tensor) -> Tensor | None:
-    return cond if cond is None or len(cond) == 1 else cond[rows]
+    return sign * coarse(torch.where(usable, torch.minimum(100 * guess, fitting), guess)).clamp(max=length)

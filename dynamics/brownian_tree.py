@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from .brownian import BrownianGrid, halve
+from .fields import Time
 from .ode import fixed_time, intervals
+
+State: TypeAlias = tuple[Tensor, Tensor]
 
 
 class BrownianTree:
@@ -23,7 +29,7 @@ class BrownianTree:
     1/8, up to 53 at 0.1; it holds about 200 float64 numbers per element while it runs, and nothing afterwards.
 
     Computed in float64: the same values to rounding on every device and in every batch size (a row's path depends on
-    its index and D only).
+    its index and D only). A time is a number, or a tensor [B] of one time per row.
 
     Args:
         seed: any integer; taken modulo 2^64.
@@ -53,28 +59,59 @@ class BrownianTree:
         if min(shape) < 1:
             raise ValueError(f"shape must be (B, D), each at least 1, got {tuple(shape)}")
         self.t0, self.t1 = t0, t1
-        self._shape = tuple(shape)
         self._dtype = dtype or torch.get_default_dtype()
         count = torch.arange(2 * math.prod(shape), device=device).view(*shape, 2).movedim(-1, 0)
         self._counter = count * _GOLDEN
         self._seed = _hash(torch.tensor(_signed(operator.index(seed)), device=device))
 
-    def __call__(self, t: float) -> Tensor:
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, D)."""
+        return self._counter.shape[1], self._counter.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the results."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the results."""
+        return self._counter.device
+
+    def rows(self, rows: Tensor) -> BrownianTree:
+        """The paths of these rows, int64 [R], as a tree of R rows."""
+        tree = copy.copy(self)
+        tree._counter = self._counter[:, rows]
+        return tree
+
+    def __call__(self, t: Time) -> Tensor:
         """``W_t``, [B, D].
 
         Raises:
-            ValueError: if t lies outside [t0, t1].
+            ValueError: if t lies outside [t0, t1], or is a tensor and not [B].
         """
-        return self._state(t)[0].to(self._dtype)
+        return self.state(self._fraction(t))[0].to(self._dtype)
 
-    def increment(self, start: float, end: float) -> tuple[Tensor, Tensor]:
+    def increment(self, start: Time, end: Time) -> tuple[Tensor, Tensor]:
         """Increment and space-time Levy area (w, h) from start to end, each [B, D].
 
         Raises:
-            ValueError: unless ``t0 <= start < end <= t1``.
+            ValueError: unless ``t0 <= start < end <= t1`` in each row, or if a tensor is not [B].
         """
-        w, h = self._between([start, end])
-        return w[0], h[0]
+        if not (self._fraction(start) < self._fraction(end)).all():
+            raise ValueError(f"times must increase, got {start} before {end}")
+        return next(self.walk([start, end]))
+
+    def walk(self, times: Iterable[Time]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(w, h) between consecutive times, each [B, D], one pair at a time, for one query per time.
+
+        The times may fall: w is then what leads back. Raises as a query at each of them.
+        """
+        places = map(self._fraction, times)
+        for (start, before), (end, after) in pairwise((place, self.state(place)) for place in places):
+            w, h = self.step(start, end, before, after)
+            yield w.to(self._dtype), h.to(self._dtype)
 
     def grid(self, steps: int, t0: float | None = None, t1: float | None = None) -> BrownianGrid:
         """The increments over equal steps from t0 to t1 (default: the whole interval), for ``sdeint``.
@@ -83,48 +120,60 @@ class BrownianTree:
             ValueError: if ``steps`` is below 1, or the times lie outside the tree's or are not in order.
         """
         t0, t1 = self.t0 if t0 is None else t0, self.t1 if t1 is None else t1
-        w, h = self._between([*(t for t, _ in intervals(steps, t0, t1)), t1])
-        return BrownianGrid((t1 - t0) / steps, w, h)
+        if not t0 < t1:
+            raise ValueError(f"t1 must be above t0, got t0={t0} and t1={t1}")
+        w, h = zip(*self.walk([*(t for t, _ in intervals(steps, t0, t1)), t1]), strict=True)
+        return BrownianGrid((t1 - t0) / steps, torch.stack(w), torch.stack(h))
 
-    def _between(self, times: list[float]) -> tuple[Tensor, Tensor]:
-        """(w, h) of the steps between consecutive times, each [steps, B, D]."""
-        if any(not a < b for a, b in pairwise(times)):
-            raise ValueError(f"times must increase, got {times[0]} before {times[-1]}")
-        value, integral = (torch.stack(part) for part in zip(*map(self._state, times), strict=True))
-        sizes = torch.tensor([b - a for a, b in pairwise(times)], dtype=value.dtype, device=value.device)
-        w = value.diff(dim=0)
-        h = integral.diff(dim=0) / sizes.view(-1, 1, 1) - value[:-1] - 0.5 * w
-        return w.to(self._dtype), h.to(self._dtype)
-
-    def _state(self, t: float) -> tuple[Tensor, Tensor]:
-        """``W_t`` and ``integral of W from t0 to t``, [B, D] each, float64."""
-        t = fixed_time("t", t)
-        if not self.t0 <= t <= self.t1:
+    def _fraction(self, t: Time) -> Tensor:
+        """The time as a fraction of the interval, [B] or [1], float64."""
+        if isinstance(t, Tensor) and t.ndim:
+            if t.shape != self.shape[:1]:
+                raise ValueError(f"t must be a number or have shape [{self.shape[0]}], got {list(t.shape)}")
+            times = t.detach().to(self.device, torch.float64)
+        else:
+            times = torch.tensor([fixed_time("t", t)], dtype=torch.float64, device=self.device)
+        if not ((self.t0 <= times) & (times <= self.t1)).all():
             raise ValueError(f"t must lie in [{self.t0}, {self.t1}], got {t}")
+        return (times - self.t0) / (self.t1 - self.t0)
+
+    def step(self, start: Tensor, end: Tensor, before: State, after: State) -> State:
+        """(w, h) between two fractions of the interval [..., B], whose states are given, [..., B, D] each, float64."""
+        size = ((end - start) * (self.t1 - self.t0)).unsqueeze(-1)
+        w = after[0] - before[0]
+        return w, (after[1] - before[1]) / size - before[0] - 0.5 * w
+
+    def state(self, fraction: Tensor) -> State:
+        """``W`` and its integral from t0, [..., B, D] each, float64, at fractions of the interval, float64 [..., B].
+
+        The last axis may be 1 for all rows. Fractions with few binary digits cost few levels.
+        """
+        index = (fraction * 2**_DEPTH).round().long()
+        lowest = index & -index
+        levels = max(_DEPTH + 1 - int(lowest[lowest > 0].min()).bit_length(), 0) if index.any() else 0
+        # Node 0 draws the whole interval; 2^l + i halves the i-th interval of level l. A row whose time has no further
+        # digits goes on in the left half, which changes nothing.
+        nodes = [torch.zeros_like(index), *((1 << level) + (index >> (_DEPTH - level)) for level in range(levels))]
+        z = self._normals(torch.stack(nodes))
         length = self.t1 - self.t0
-        index = round((t - self.t0) / length * 2**_DEPTH)
-        levels = _DEPTH - ((index & -index).bit_length() - 1) if index else 0
-        # Node 0 draws the whole interval; 2^l + i halves the i-th interval of level l.
-        z = self._normals([0] + [(1 << level) + (index >> (_DEPTH - level)) for level in range(levels)])
         w, h = math.sqrt(length) * z[0, 0], math.sqrt(length / 12) * z[0, 1]
-        if index == 2**_DEPTH:
-            return w, length * (0.5 * w + h)
+        last = (index == 2**_DEPTH).unsqueeze(-1)
+        end, end_integral = w, length * (0.5 * w + h)
         value, integral = torch.zeros_like(w), torch.zeros_like(w)
         for level in range(levels):
             w_left, h_left, w_right, h_right = halve(length, w, h, z[level + 1, 0], z[level + 1, 1])
             length *= 0.5
-            if index >> (_DEPTH - 1 - level) & 1:
-                integral = integral + length * (value + 0.5 * w_left + h_left)
-                value = value + w_left
-                w, h = w_right, h_right
-            else:
-                w, h = w_left, h_left
-        return value, integral
+            right = (index >> (_DEPTH - 1 - level) & 1).bool().unsqueeze(-1)
+            integral = torch.where(right, integral + length * (value + 0.5 * w_left + h_left), integral)
+            value = torch.where(right, value + w_left, value)
+            w, h = torch.where(right, w_right, w_left), torch.where(right, h_right, h_left)
+        return torch.where(last, end, value), torch.where(last, end_integral, integral)
 
-    def _normals(self, nodes: list[int]) -> Tensor:
-        """Two standard normals per node and element, [nodes, 2, B, D], by Box and Muller's transform."""
-        keys = _hash(self._seed + torch.tensor(nodes, device=self._counter.device) * _GOLDEN)
-        bits = _hash(keys.view(-1, 1, 1, 1) + self._counter)
+    def _normals(self, nodes: Tensor) -> Tensor:
+        """Two standard normals per node [N, ..., B] and element, [N, 2, ..., B, D], by Box and Muller's transform."""
+        keys = _hash(self._seed + nodes * _GOLDEN).unsqueeze(-1).unsqueeze(1)
+        count = self._counter.view(2, *([1] * (nodes.ndim - 2)), *self.shape)
+        bits = _hash(keys + count)
         uniform = ((bits >> 11 & (2**53 - 1)).double() + 0.5) * 2.0**-53
         radius, angle = torch.sqrt(-2 * torch.log(uniform[:, 0])), (2 * math.pi) * uniform[:, 1]
         return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], 1)

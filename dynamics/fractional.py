@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from .noise import StepNoise
+
+_ROUGHEST = 0.3
+_SERIES = 500
+"""Terms for rates up to 200: those beyond are below e^-100 of the largest."""
+
+Drift: TypeAlias = Callable[[float, Tensor], Tensor]
+Control: TypeAlias = Callable[[float, Tensor, Tensor], Tensor]
 
 
 class FractionalNoise(nn.Module):
@@ -26,27 +35,54 @@ class FractionalNoise(nn.Module):
         hurst: H, in [0.3, 1]; rougher noise is not approximated well (20 % at H = 0.1).
         horizon: time over which the approximation holds.
         terms: K, from 2 to 8; beyond, the weights' system is singular to rounding.
-        learnable: make the weights a parameter.
+        learnable: make H a parameter, through its logit within [0.3, 1]; the weights are then the optimal ones of the
+            H of the moment, and differentiable.
 
     Raises:
-        ValueError: on values out of range.
+        ValueError: on values out of range, or if a learnable H lies at an end of it.
     """
 
     rates: Tensor
-    weights: Tensor
+    _fixed: Tensor | None
 
     def __init__(self, hurst: float, *, horizon: float = 1.0, terms: int = 6, learnable: bool = False) -> None:
         super().__init__()
-        if not 0.3 <= hurst <= 1:
-            raise ValueError(f"hurst must lie in [0.3, 1], got {hurst}; the approximation fails for rougher noise")
+        if not _ROUGHEST <= hurst <= 1:
+            raise ValueError(
+                f"hurst must lie in [{_ROUGHEST}, 1], got {hurst}; the approximation fails for rougher noise"
+            )
         if not 2 <= terms <= 8:
             raise ValueError(f"terms must lie in [2, 8], got {terms}")
         if not horizon > 0:
             raise ValueError(f"horizon must be positive, got {horizon}")
+        if learnable and not _ROUGHEST < hurst < 1:
+            raise ValueError(f"hurst must lie within ({_ROUGHEST}, 1) to be learned, got {hurst}")
         rates = torch.logspace(math.log10(0.1), math.log10(200), terms, dtype=torch.float64, device="cpu")
-        weights = horizon ** (hurst - 0.5) * _fractional_weights(hurst, rates)
+        weights = _fractional_weights(torch.tensor(hurst, dtype=torch.float64), rates, horizon)
+        self.horizon = horizon
         self.register_buffer("rates", (rates / horizon).to(torch.get_default_dtype()))
-        self.weights = nn.Parameter(weights.to(self.rates), requires_grad=learnable)
+        self.register_buffer("_fixed", None if learnable else weights.to(self.rates))
+        logit = torch.tensor((hurst - _ROUGHEST) / (1 - _ROUGHEST), dtype=self.rates.dtype).logit()
+        self.logit = nn.Parameter(logit) if learnable else None
+
+    @property
+    def hurst(self) -> Tensor:
+        """The H that is learned, a scalar.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        if self.logit is None:
+            raise ValueError("hurst is a tensor where it is learned only; build the noise with learnable=True")
+        return _ROUGHEST + (1 - _ROUGHEST) * self.logit.sigmoid()
+
+    @property
+    def weights(self) -> Tensor:
+        """The w_k, [K]."""
+        if self._fixed is not None:
+            return self._fixed
+        rates = self.rates.double() * self.horizon
+        return _fractional_weights(self.hurst.double(), rates, self.horizon).to(self.rates)
 
     def initial(self, batch: int, dim: int) -> Tensor:
         """The state at t = 0, zeros [B, D, K]."""
@@ -132,16 +168,67 @@ class FractionalSteps(StepNoise):
         return value, self._process.value(before * self._change) / spread, self._innovation / spread
 
 
-def _fractional_weights(hurst: float, rates: Tensor) -> Tensor:
-    """The w that minimise ``integral_0^1 E (B_t - sum_k w_k Y_k(t))^2 dt``: ``A w = b``, [K].
+def fractional_sdeint(
+    noise: FractionalNoise,
+    drift: Drift,
+    x: Tensor,
+    normal: Tensor,
+    *,
+    dt: float,
+    scale: float | Tensor = 1.0,
+    control: Control | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``dx = drift dt + scale dB`` for fractional B, by Euler steps of the drift; B itself is exact in law.
 
-    ``A_ij = integral E[Y_i Y_j]`` and ``b_k = integral E[B Y_k]``, the latter with incomplete gamma functions P:
-    ``b_k = r^-a P(a, r) - a r^-(a + 1) P(a + 1, r)`` for ``a = H + 1/2``.
+    With a control u the Brownian motion beneath is ``dW + u dt``: the processes that B is made of go
+    ``dY_k = -r_k Y_k dt + u dt + dW``. The divergence to the equation without control is then ``E 1/2 integral |u|^2
+    dt``, whatever H (Girsanov). ``log p(observations | path) - divergence`` is in the mean a lower bound of the
+    evidence (Daems et al., arXiv 2310.12975), differentiable in H, the drift, the scale and the control.
+
+    Args:
+        noise: the fractional noise.
+        drift: ``(t, x [B, D]) -> [B, D]``.
+        x: state at t = 0, [B, D].
+        normal: standard normal noise, [steps, B, D, K].
+        dt: size of a step.
+        scale: noise level in units of x / time^H, that broadcasts with [B, D].
+        control: ``(t, x [B, D], y [B, D, K]) -> u [B, D]``, held over a step; None for none.
+
+    Returns:
+        States at the step boundaries, [steps + 1, B, D], the first of them x, and the divergence of each row, [B].
+
+    Raises:
+        ValueError: if the shapes differ or dt is not positive.
     """
-    a = torch.full_like(rates, hurst + 0.5)
+    y, weights = noise.initial(*x.shape), noise.weights
+    if normal.ndim != 4 or normal.shape[1:] != y.shape:
+        raise ValueError(f"normal must have shape [steps, *{list(y.shape)}], got {list(normal.shape)}")
+    decay, factor = noise.transition(dt)
+    reach = (1 - decay) / noise.rates  # of a control, held over the step, in each Y_k
+    states, divergence = [x], x.new_zeros(len(x))
+    for k, z in enumerate(normal.unbind()):
+        after = noise.step(y, z, (decay, factor))
+        if control is not None:
+            u = control(k * dt, x, y)
+            after = torch.addcmul(after, u.unsqueeze(-1), reach)
+            divergence = torch.add(divergence, u.square().sum(-1), alpha=0.5 * dt)
+        x = torch.add(x, drift(k * dt, x), alpha=dt) + scale * ((after - y) @ weights)
+        y = after
+        states.append(x)
+    return torch.stack(states), divergence
+
+
+def _fractional_weights(hurst: Tensor, rates: Tensor, horizon: float) -> Tensor:
+    """The w that minimise ``integral_0^1 E (B_t - sum_k w_k Y_k(t))^2 dt``: ``A w = b``, [K], for rates per horizon.
+
+    ``A_ij = integral E[Y_i Y_j]`` and ``b_k = integral E[B Y_k] = 1 / Gamma(a) integral_0^1 (1 - u) u^(a - 1) e^(-r u)
+    du`` with ``a = H + 1/2``, as the series ``e^-r sum_n (n + 1) r^n / Gamma(a + 2 + n)``: its terms are positive, and
+    it has a derivative in H, which the incomplete gamma function lacks here.
+    """
     pairs = rates[:, None] + rates
     gram = 1 / pairs + torch.expm1(-pairs) / pairs.square()
-    gamma = torch.special.gammainc
-    moments = rates**-a * (gamma(a, rates) - a / rates * gamma(a + 1, rates))
-    solution: Tensor = torch.linalg.solve(gram, moments)
+    n = torch.arange(_SERIES, dtype=rates.dtype, device=rates.device)
+    terms = torch.log1p(n) - torch.lgamma(hurst + 2.5 + n) + n * rates[:, None].log() - rates[:, None]
+    moments = terms.exp().sum(1)
+    solution: Tensor = horizon ** (hurst - 0.5) * torch.linalg.solve(gram, moments)
     return solution

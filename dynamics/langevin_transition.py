@@ -102,7 +102,7 @@ class LangevinTransition(TransitionModel):
 
     def _push(self, x: Tensor, noise: tuple[Tensor, ...]) -> Tensor:
         scale = self.log_scale[0].exp()
-        sde = LangevinSDE(self.field, lambda t: scale[round(t * self.steps)])
+        sde = LangevinSDE(self.field, lambda t: scale[round(float(t) * self.steps)])
         return sdeint(sde, self._start(x), steps=self.steps, noise=BrownianGrid(1 / self.steps, noise[0]), cond=x)
 
     def _log_density(self, x: Tensor, y: Tensor) -> Tensor:

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from .fields import Time
-from .ode import FieldLike, bind
+from .ode import FieldLike, bind, column
 from .paths import LINEAR, Path, score_from_velocity, time_column
 from .sde import SDE, Drift
 
-Scale: TypeAlias = float | Tensor | Callable[[float], float | Tensor]
-"""A noise level s(t): a constant or a function of time, in units of x / sqrt(time); a number or [D]."""
+Scale: TypeAlias = float | Tensor | Callable[[Time], float | Tensor]
+"""A noise level s(t): a constant or a function of time, in units of x / sqrt(time); a number or [D].
+
+`sdeint_adaptive` calls the function with times [B, 1], one per row."""
 
 
 class LangevinSDE(SDE):
@@ -39,9 +41,9 @@ class LangevinSDE(SDE):
         """The drift with cond embedded."""
         return bind(self.drift, cond, times)
 
-    def diffusion(self, t: float, x: Tensor) -> float | Tensor:
+    def diffusion(self, t: Time, x: Tensor) -> float | Tensor:
         """``s(t)``."""
-        return self.scale(t) if callable(self.scale) else self.scale
+        return self.scale(column(t)) if callable(self.scale) else self.scale
 
 
 class LinearNoiseSDE(LangevinSDE):
@@ -52,11 +54,11 @@ class LinearNoiseSDE(LangevinSDE):
 
     additive = False
 
-    def diffusion(self, t: float, x: Tensor) -> Tensor:
+    def diffusion(self, t: Time, x: Tensor) -> Tensor:
         """``s(t) x``, [B, D]."""
         return super().diffusion(t, x) * x
 
-    def correction(self, t: float, x: Tensor) -> Tensor:
+    def correction(self, t: Time, x: Tensor) -> Tensor:
         """``s(t)^2 x``, [B, D]."""
         return super().diffusion(t, x) ** 2 * x
 
@@ -115,8 +117,8 @@ class _InterpolantSDE(SDE):
 
         return drift
 
-    def diffusion(self, t: float, x: Tensor) -> float:
-        return math.sqrt(2 * self._level(t))
+    def diffusion(self, t: Time, x: Tensor) -> float:
+        return math.sqrt(2 * self._level(float(t)))
 
 
 def interpolant_sde(

@@ -38,6 +38,8 @@ class Tableau:
         c: s stage times as fractions of a step, in [0, 1], the first 0.
         error: weights of the slopes in the embedded error estimate ``h sum_i error_i k_i``, the step minus one of lower
             order; s weights, or s + 1 where the last belongs to the slope at the end of the step. Empty for none.
+        dense: s + 1 weights of the slopes in what the interpolant adds to the cubic of both ends, ``h sum_i dense_i
+            k_i``. Empty where the cubic is of the solver's order.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Tableau:
     b: tuple[float, ...]
     c: tuple[float, ...]
     error: tuple[float, ...] = ()
+    dense: tuple[float, ...] = ()
 
 
 EULER = Tableau("euler", 1, a=((),), b=(1.0,), c=(0.0,))
@@ -82,9 +85,19 @@ DOPRI5 = Tableau(
     b=(35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
     c=(0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0),
     error=(71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
+    dense=(
+        -12715105075 / 11282082432,
+        0.0,
+        87487479700 / 32700410799,
+        -10690763975 / 1880347072,
+        701980252875 / 199316789632,
+        -1453857185 / 822651844,
+        69997945 / 29380423,
+    ),
 )
 """Order 5, embedded order 4, six field calls per step (Dormand and Prince 1980). The seventh slope of the error
-estimate is the first of the next step. Not among ``SOLVERS``: a negative weight makes b no distribution of times."""
+estimate is the first of the next step. Interpolant of order 4 (Hairer, Norsett and Wanner 1993, II.6). Not among
+``SOLVERS``: a negative weight makes b no distribution of times."""
 
 SOLVERS: dict[str, Tableau] = {tableau.name: tableau for tableau in (EULER, MIDPOINT, HEUN, RK4)}
 """The named solvers, for configurations and command lines."""
@@ -204,6 +217,11 @@ def least_growth(solver: Tableau | str) -> float:
     By no rate does a step shrink x further.
     """
     return stability(solver, torch.linspace(-4, 0, 4001, dtype=torch.float64)).abs().min().item()
+
+
+def column(t: Time) -> Time:
+    """A time or step size that broadcasts with [B, D]: a number as it is, one per row as [B, 1]."""
+    return t.unsqueeze(-1) if isinstance(t, Tensor) and t.ndim else t
 
 
 def error_estimate(tableau: Tableau, h: Time, slopes: list[Tensor]) -> Tensor:

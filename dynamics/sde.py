@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .brownian import BrownianGrid
 from .fields import Time
-from .ode import check_batch, fixed_time, intervals
+from .ode import check_batch, column, combine, fixed_time, intervals
 
 Drift: TypeAlias = Callable[[Time, Tensor], Tensor]
 
@@ -40,77 +40,77 @@ class SDE(nn.Module, abc.ABC):
         """The drift ``(t, x [B, D]) -> f [B, D]`` for a conditioning, which is embedded here, once."""
 
     @abc.abstractmethod
-    def diffusion(self, t: float, x: Tensor) -> float | Tensor:
-        """The noise level g, broadcastable to [B, D]; ``g_i`` depends on ``x_i`` only."""
+    def diffusion(self, t: Time, x: Tensor) -> float | Tensor:
+        """The noise level g, broadcastable to [B, D]; ``g_i`` depends on ``x_i`` only; t a float or [B]."""
 
-    def correction(self, t: float, x: Tensor) -> Tensor:
+    def correction(self, t: Time, x: Tensor) -> Tensor:
         """``g_i dg_i/dx_i``, [B, D]: by a backward pass here, in closed form in the subclasses that have one."""
         g, pull_back, *_ = torch.func.vjp(lambda y: self.diffusion(t, y), x)
         product: Tensor = pull_back(g)[0]
         return product
 
 
-class _Bound(NamedTuple):
+class Bound(NamedTuple):
     """An equation for one conditioning, in the sense (Ito or Stratonovich) that the solver integrates."""
 
     drift: Drift
-    diffusion: Callable[[float, Tensor], float | Tensor]
-    correction: Callable[[float, Tensor], Tensor] | None  # None: additive noise
+    diffusion: Callable[[Time, Tensor], float | Tensor]
+    correction: Callable[[Time, Tensor], Tensor] | None  # None: additive noise
 
 
 _Carry: TypeAlias = tuple[Tensor, ...]  # the state x, then what a solver hands to its next step
 
 
-_Step: TypeAlias = Callable[[_Bound, float, float, _Carry, Tensor, Tensor | None], _Carry]
+_Step: TypeAlias = Callable[[Bound, Time, Time, _Carry, Tensor, Tensor | None], _Carry]
 
 
 def _add_noise(x: Tensor, g: float | Tensor, w: Tensor) -> Tensor:
     return torch.addcmul(x, g, w) if isinstance(g, Tensor) else torch.add(x, w, alpha=g)
 
 
-def _start(eq: _Bound, t: float, x: Tensor) -> _Carry:
+def _start(eq: Bound, t: float, x: Tensor) -> _Carry:
     return (x,)
 
 
-def _euler_step(eq: _Bound, t: float, h: float, carry: _Carry, w: Tensor, levy: Tensor | None) -> _Carry:
+def _euler_step(eq: Bound, t: Time, h: Time, carry: _Carry, w: Tensor, levy: Tensor | None) -> _Carry:
     (x,) = carry
-    return (_add_noise(torch.add(x, eq.drift(t, x), alpha=h), eq.diffusion(t, x), w),)
+    return (_add_noise(combine(x, h, (1.0,), [eq.drift(t, x)]), eq.diffusion(t, x), w),)
 
 
-def _milstein_step(eq: _Bound, t: float, h: float, carry: _Carry, w: Tensor, levy: Tensor | None) -> _Carry:
+def _milstein_step(eq: Bound, t: Time, h: Time, carry: _Carry, w: Tensor, levy: Tensor | None) -> _Carry:
     (x,) = _euler_step(eq, t, h, carry, w, levy)
-    return (x if eq.correction is None else torch.addcmul(x, eq.correction(t, carry[0]), w * w - h, value=0.5),)
+    return (x if eq.correction is None else torch.addcmul(x, eq.correction(t, carry[0]), w * w - column(h), value=0.5),)
 
 
-def _heun_step(eq: _Bound, t: float, h: float, carry: _Carry, w: Tensor, levy: Tensor | None) -> _Carry:
+def _heun_step(eq: Bound, t: Time, h: Time, carry: _Carry, w: Tensor, levy: Tensor | None) -> _Carry:
     (x,) = carry
     f, g = eq.drift(t, x), eq.diffusion(t, x)
-    guess = _add_noise(torch.add(x, f, alpha=h), g, w)
+    guess = _add_noise(combine(x, h, (1.0,), [f]), g, w)
     f, g = f + eq.drift(t + h, guess), g + eq.diffusion(t + h, guess)
-    return (_add_noise(torch.add(x, f, alpha=0.5 * h), 0.5 * g, w),)
+    return (_add_noise(combine(x, h, (0.5,), [f]), 0.5 * g, w),)
 
 
-def _reversible_start(eq: _Bound, t: float, x: Tensor) -> _Carry:
+def _reversible_start(eq: Bound, t: float, x: Tensor) -> _Carry:
     return x, x, eq.drift(t, x), torch.as_tensor(eq.diffusion(t, x), dtype=x.dtype, device=x.device)
 
 
-def _reversible_step(eq: _Bound, t: float, h: float, carry: _Carry, w: Tensor, levy: Tensor | None) -> _Carry:
+def _reversible_step(eq: Bound, t: Time, h: Time, carry: _Carry, w: Tensor, levy: Tensor | None) -> _Carry:
     x, twin, f, g = carry
-    twin = _add_noise(torch.add(2 * x - twin, f, alpha=h), g, w)
+    twin = _add_noise(combine(2 * x - twin, h, (1.0,), [f]), g, w)
     f_next = eq.drift(t + h, twin)
     g_next = torch.as_tensor(eq.diffusion(t + h, twin), dtype=x.dtype, device=x.device)
-    x = torch.addcmul(torch.add(x, f + f_next, alpha=0.5 * h), g + g_next, w, value=0.5)
+    x = torch.addcmul(combine(x, h, (0.5,), [f + f_next]), g + g_next, w, value=0.5)
     return x, twin, f_next, g_next
 
 
-def _sra1_step(eq: _Bound, t: float, h: float, carry: _Carry, w: Tensor, levy: Tensor | None) -> _Carry:
+def _sra1_step(eq: Bound, t: Time, h: Time, carry: _Carry, w: Tensor, levy: Tensor | None) -> _Carry:
     assert levy is not None
     (x,) = carry
     mean = torch.add(levy, w, alpha=0.5)  # of W - W_t over the step
     g, g_end = eq.diffusion(t, x), eq.diffusion(t + h, x)
     f = eq.drift(t, x)
-    f_late = eq.drift(t + 0.75 * h, _add_noise(torch.add(x, f, alpha=0.75 * h), 1.5 * g_end, mean))
-    x = torch.add(torch.add(x, f, alpha=h / 3), f_late, alpha=2 * h / 3)
+    f_late = eq.drift(t + 0.75 * h, _add_noise(combine(x, h, (0.75,), [f]), 1.5 * g_end, mean))
+    x = combine(x, h, (1 / 3, 2 / 3), [f, f_late])
     return (_add_noise(_add_noise(x, g_end, w), g - g_end, mean),)
 
 
@@ -133,10 +133,15 @@ class SDESolver:
     order: float
     c: tuple[float, ...]
     step: _Step
-    start: Callable[[_Bound, float, Tensor], _Carry] = _start
+    start: Callable[[Bound, float, Tensor], _Carry] = _start
     stratonovich: bool = False
     additive_only: bool = False
     levy: bool = False
+
+    @property
+    def pairs(self) -> bool:
+        """It carries more than the state from step to step."""
+        return self.start is not _start
 
 
 EULER_MARUYAMA = SDESolver("euler_maruyama", 0.5, (0.0,), _euler_step)
@@ -231,28 +236,13 @@ def _integrate(
     *,
     keep: bool,
 ) -> list[Tensor]:
-    if isinstance(solver, str):
-        if solver not in SDE_SOLVERS:
-            raise ValueError(f"solver must be one of {sorted(SDE_SOLVERS)} or an SDESolver, got {solver!r}")
-        solver = SDE_SOLVERS[solver]
     check_batch(x)
-    t0, t1 = fixed_time("t0", t0), fixed_time("t1", t1)
+    solver, t0, t1 = get_solver(solver, sde), fixed_time("t0", t0), fixed_time("t1", t1)
     course = intervals(steps, t0, t1)
-    if not t1 > t0:
-        raise ValueError(f"t1 must be above t0, got t0={t0} and t1={t1}; noise has no backward direction")
-    if solver.additive_only and not sde.additive:
-        raise ValueError(f"solver {solver.name!r} needs additive noise, got {type(sde).__name__}; use 'milstein'")
+    check_direction(t0, t1)
     noise = _noise(x, steps, (t1 - t0) / steps, solver, noise, generator)
 
-    drift = sde.bind(cond, tuple(dict.fromkeys(t + c * h for t, h in course for c in solver.c)))
-    correction = None if sde.additive else sde.correction
-    if solver.stratonovich and not sde.additive:
-        ito = drift
-
-        def drift(t: Time, y: Tensor) -> Tensor:
-            return torch.sub(ito(t, y), sde.correction(float(t), y), alpha=0.5)
-
-    equation = _Bound(drift, sde.diffusion, correction)
+    equation = bind_sde(sde, solver, cond, tuple(dict.fromkeys(t + c * h for t, h in course for c in solver.c)))
     areas = noise.h.unbind() if solver.levy and noise.h is not None else [None] * steps
     carry = solver.start(equation, t0, x)
     states = [x]
@@ -265,6 +255,37 @@ def _integrate(
     return states
 
 
+def get_solver(solver: SDESolver | str, sde: SDE) -> SDESolver:
+    """The scheme given by name or as itself.
+
+    Raises:
+        ValueError: if the name is not in ``SDE_SOLVERS``, or the scheme does not take the equation.
+    """
+    if isinstance(solver, str):
+        if solver not in SDE_SOLVERS:
+            raise ValueError(f"solver must be one of {sorted(SDE_SOLVERS)} or an SDESolver, got {solver!r}")
+        solver = SDE_SOLVERS[solver]
+    if solver.additive_only and not sde.additive:
+        raise ValueError(f"solver {solver.name!r} needs additive noise, got {type(sde).__name__}; use 'milstein'")
+    return solver
+
+
+def check_direction(t0: float, t1: float) -> None:
+    """Raise ValueError unless t1 is above t0."""
+    if not t1 > t0:
+        raise ValueError(f"t1 must be above t0, got t0={t0} and t1={t1}; noise has no backward direction")
+
+
+def bind_sde(sde: SDE, solver: SDESolver, cond: Tensor | None, times: Sequence[float] = ()) -> Bound:
+    """The equation in the solver's sense, with cond and the times to come embedded once, here."""
+    drift = sde.bind(cond, times)
+    if sde.additive:
+        return Bound(drift, sde.diffusion, None)
+    if not solver.stratonovich:
+        return Bound(drift, sde.diffusion, sde.correction)
+    return Bound(lambda t, y: torch.sub(drift(t, y), sde.correction(t, y), alpha=0.5), sde.diffusion, sde.correction)
+
+
 def _noise(
     x: Tensor, steps: int, dt: float, solver: SDESolver, noise: BrownianGrid | None, generator: torch.Generator | None
 ) -> BrownianGrid:
@@ -275,11 +296,16 @@ def _noise(
         batch, dim = x.shape
         noise = BrownianGrid.sample(steps, (batch, dim), dt=dt, generator=generator, levy=solver.levy, dtype=x.dtype)
     assert noise is not None
+    check_noise(noise, x, steps, dt)
+    if solver.levy and noise.h is None:
+        raise ValueError(f"solver {solver.name!r} needs the Levy area, got noise without h; sample it with levy=True")
+    return noise
+
+
+def check_noise(noise: BrownianGrid, x: Tensor, steps: int, dt: float) -> None:
+    """Raise ValueError unless the noise is for so many steps of x."""
     expected, got = ([steps, *x.shape], x.dtype, x.device), (list(noise.w.shape), noise.w.dtype, noise.w.device)
     if got != expected:
         raise ValueError(f"noise must be {expected}, got {got}")
     if not math.isclose(noise.dt, dt, rel_tol=1e-9):
         raise ValueError(f"noise must have dt = (t1 - t0) / steps = {dt}, got {noise.dt}")
-    if solver.levy and noise.h is None:
-        raise ValueError(f"solver {solver.name!r} needs the Levy area, got noise without h; sample it with levy=True")
-    return noise

@@ -36,6 +36,7 @@ QUICKER = [
         "docs/export.md",
         "docs/recipes.md",
         "docs/sb3.md",
+        "docs/solvers.md",
         "docs/howto/environment.md",
         "docs/howto/network.md",
     ],

@@ -3,10 +3,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from driftrl.dynamics.adaptive import AdaptiveResult, Status, odeint_adaptive
+from driftrl.dynamics.adaptive import odeint_adaptive
 from driftrl.dynamics.fields import MLPField, Time
 from driftrl.dynamics.ode import HEUN, RK4, odeint
 from driftrl.dynamics.special_fields import LinearField
+from driftrl.dynamics.step_control import AdaptiveResult, Status
 
 F64 = torch.float64
 
@@ -70,7 +71,7 @@ def test_row_alone_equals_row_in_a_batch_bit_for_bit() -> None:
     assert len(batch.accepted.unique()) > 5
     for b in range(0, 32, 5):
         alone = odeint_adaptive(riccati, STARTS[b : b + 1])
-        for name in AdaptiveResult.__dataclass_fields__:
+        for name in AdaptiveResult.__dataclass_fields__.keys() - {"states"}:
             assert torch.equal(getattr(alone, name), getattr(batch, name)[b : b + 1]), name
 
 

@@ -162,6 +162,18 @@ def test_tree_increments_add_up() -> None:
     assert tree.grid(4).dt == 0.75
 
 
+def test_tree_with_a_time_per_row_is_the_tree_at_each_of_the_times() -> None:
+    tree = BrownianTree(5, (4, 2), t0=1.0, t1=4.0, dtype=F64)
+    start, end = torch.tensor([1.0, 1.3, 2.5, 3.1], dtype=F64), torch.tensor([4.0, 1.4, 2.625, 3.1 + 1e-6], dtype=F64)
+    at, (w, h) = tree(start), tree.increment(start, end)
+    for b in range(4):
+        assert torch.equal(at[b], tree(start[b].item())[b])
+        w_row, h_row = tree.increment(start[b].item(), end[b].item())
+        torch.testing.assert_close(torch.stack([w[b], h[b]]), torch.stack([w_row[b], h_row[b]]), rtol=0, atol=1e-15)
+    assert torch.equal(tree.rows(torch.tensor([2, 0]))(start[[2, 0]]), at[[2, 0]])
+    assert tree.rows(torch.tensor([2, 0])).shape == (2, 2)
+
+
 def test_tree_results_have_the_requested_dtype() -> None:
     tree, precise = BrownianTree(5, (3, 2)), BrownianTree(5, (3, 2), dtype=F64)
     (w, h), (w64, h64) = tree.increment(0.3, 0.3001), precise.increment(0.3, 0.3001)
@@ -197,5 +209,9 @@ def test_bad_arguments_are_refused() -> None:
         tree(1.5)
     with pytest.raises(ValueError, match=r"times must increase, got 0\.5 before 0\.5"):
         tree.increment(0.5, 0.5)
+    with pytest.raises(ValueError, match=r"t must be a number or have shape \[3\], got \[2\]"):
+        tree(torch.zeros(2))
+    with pytest.raises(ValueError, match=r"t must lie in \[0\.0, 1\.0\], got tensor\(\[0\.0000, 0\.5000, 1\.5000"):
+        tree(torch.tensor([0.0, 0.5, 1.5]))
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         tree.grid(0)

@@ -62,7 +62,7 @@ class SineNoise(SDE):
     def bind(self, cond: Tensor | None, times: Sequence[float] = ()) -> Drift:
         return lambda t, x: -x
 
-    def diffusion(self, t: float, x: Tensor) -> Tensor:
+    def diffusion(self, t: Time, x: Tensor) -> Tensor:
         return torch.sin(x)
 
 

@@ -43,12 +43,13 @@ def test_fixed_steps_are_differentiated_with_respect_to_the_end(solve: Any) -> N
 
 
 @pytest.mark.parametrize("name", ["t0", "t1"])
-@pytest.mark.parametrize("solve", [odeint_adaptive, lambda *args, **kw: odeint_reversible(*args, steps=4, **kw)])
-def test_others_refuse_what_they_would_detach(solve: Any, name: str) -> None:
+def test_reversible_form_refuses_what_it_would_detach(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must not require a gradient, which this solver does not give"):
-        solve(Decay(1), X, **{name: end_time()})
-    with pytest.raises(ValueError, match=f"{name} must be finite, got nan"):
-        solve(Decay(1), X, **{name: math.nan})
+        odeint_reversible(Decay(1), X, steps=4, **{name: end_time()})
+    solvers: list[Any] = [odeint_adaptive, lambda *args, **kw: odeint_reversible(*args, steps=4, **kw)]
+    for solve in solvers:
+        with pytest.raises(ValueError, match=f"{name} must be finite, got nan"):
+            solve(Decay(1), X, **{name: math.nan})
 
 
 def numbers_in_need_of_a_gradient() -> dict[str, Any]:
@@ -87,7 +88,7 @@ def test_times_and_tolerances_that_say_nothing_are_refused() -> None:
 
 
 def test_adaptive_takes_a_time_that_is_a_tensor() -> None:
-    end = odeint_adaptive(Decay(1), X, t1=torch.tensor(0.5)).checked()  # type: ignore[arg-type]
+    end = odeint_adaptive(Decay(1), X, t1=torch.tensor(0.5)).checked()
     assert end.item() == pytest.approx(math.exp(-0.5), rel=1e-3)
 
 
