@@ -59,7 +59,7 @@ class PlainSDE(SDE):
     def bind(self, cond: Tensor | None, times: object = ()) -> Drift:
         return bind(self.drift, cond)
 
-    def diffusion(self, t: float, x: Tensor) -> Tensor:
+    def diffusion(self, t: float | Tensor, x: Tensor) -> Tensor:
         return F.softplus(self.spread(t, x))
 
 
