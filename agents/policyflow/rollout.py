@@ -144,6 +144,7 @@ class FlowRollouts(Ranked):
             steps = self._act_on_device(env, callback, noise, further)
             if steps is None:
                 return False
+            self._record_counts({"rollout/simulations_diverged": self._diverged})
             self._fill(steps, begins, noise)
             callback.on_rollout_end()
             return True
@@ -253,7 +254,8 @@ class FlowRollouts(Ranked):
             if not goes_on:
                 break
         self._last_obs, self._last_episode_starts = env.obs.cpu().numpy(), start.cpu().numpy()
-        episodes = env.episodes()
+        before, episodes = env.diverged, env.episodes()
+        self._diverged += env.diverged - before
         self._update_info_buffer(episodes, np.ones(len(episodes), bool))
         if not goes_on:
             return None

@@ -39,9 +39,9 @@ _FINAL_EPISODES = 10
 
 def make_env(settings: RunSettings, seed: int | None) -> VecEnv:
     """The environments of a run."""
-    names = ("backend", "worker_timeout", "worker_restarts")
+    names = ("backend", "worker_timeout", "worker_restarts", "warp_solver", "warp_contacts", "warp_constraints")
     how = {name: getattr(settings, name) for name in names}
-    if settings.backend == "tensor":
+    if settings.backend in ("tensor", "warp"):
         how["device"] = str(get_device(settings.device))
     env = make_vec(settings.env_id, settings.n_envs, seed, **how, **settings.env_kwargs)
     if isinstance(env, BatchVecEnv):
