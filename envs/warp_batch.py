@@ -108,9 +108,10 @@ class Worlds(Batch):
         with wp.ScopedCapture(self._device) as capture:
             run()
         wp.synchronize_device(self._device)
+        where = wp.device_to_torch(self._device)
 
         def launch() -> None:
-            wp.capture_launch(capture.graph, wp.stream_from_torch(torch.cuda.current_stream()))
+            wp.capture_launch(capture.graph, wp.stream_from_torch(torch.cuda.current_stream(where)))
 
         return launch
 
@@ -120,11 +121,12 @@ class Worlds(Batch):
             self._views[field] = wp.to_torch(getattr(self._data, field))
         return self._views[field]
 
-    def load(self, parts: Sequence[Tensor], controls: Tensor | float) -> None:
-        """Put the worlds into a state: of each of the `fields` its part, [N, k]."""
+    def load(self, parts: Sequence[Tensor], controls: Tensor | None = None) -> None:
+        """Put the worlds into a state: of each of the `fields` its part, [N, k]; controls [N, nu], None: 0."""
         for field, part in zip(self.fields, parts, strict=True):
             self.view(field).copy_(part)
-        self.view("ctrl").copy_(torch.as_tensor(controls))
+        held = self.view("ctrl")
+        held.zero_() if controls is None else held.copy_(controls)
 
     def read(self) -> Tensor:
         """The state of the worlds, [N, K]: of each of the `fields` its part."""
@@ -210,7 +212,7 @@ class WarpTask(TensorTask):
         """States of episodes that begin with positions [N, nq] and velocities [N, nv]."""
         worlds = self.worlds
         nothing = [qpos.new_zeros(len(qpos), size) for size in self._sizes[2:]]
-        worlds.load([qpos, qvel, *nothing], 0.0)
+        worlds.load([qpos, qvel, *nothing])
         if worlds.forward is not None:
             worlds.forward()
             if self._task.contact_forces:

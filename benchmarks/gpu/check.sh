@@ -52,5 +52,5 @@ export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export MUJOCO_GL=disable                              # nothing is drawn
 export TORCHINDUCTOR_CACHE_DIR=$scratch/inductor TRITON_CACHE_DIR=$scratch/triton # parts share what they compile
-export WARP_CACHE_PATH=$scratch/kernels
+export WARP_CACHE_PATH=${WARP_CACHE_PATH:-$scratch/kernels}
 "$python" -m gpu.check --scratch "$scratch" --budget $((budget - SECONDS)) ${arguments[@]+"${arguments[@]}"}

@@ -82,8 +82,11 @@ def rollout(id: str) -> dict[str, float]:
             for name, original in originals.items():
                 setattr(wp, name, original)
         found.append((launched, operations.count))
+    noise, _ = agent._draw_noise(1, WORLDS)
+    with Operations() as acting, torch.no_grad():
+        agent._act(agent.storage.features[0], noise[0])
     warp, torch_ = ((after - before) / 32 for before, after in zip(*found, strict=True))
-    return {"warp_launches": warp, "torch_operations": torch_}
+    return {"warp_launches": warp, "torch_operations": torch_, "of_which_policy": acting.count}
 
 
 def update() -> dict[str, float]:
@@ -104,9 +107,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, Any] = {"worlds": WORLDS, "rollout": {id: rollout(id) for id in TASKS}, "update": update()}
-    print("| task | Warp's launches | PyTorch's operations |\n|---|---|---|")
+    print("| task | Warp's launches | PyTorch's operations | of which the policy's |\n|---|---|---|---|")
     for id, row in found["rollout"].items():
-        print(f"| {id} | {row['warp_launches']:,.0f} | {row['torch_operations']:,.0f} |")
+        print(f"| {id} | {row['warp_launches']:,.0f} | {row['torch_operations']:,.0f} | {row['of_which_policy']} |")
     row = found["update"]
     print(
         f"\n{ENV_ID}, a minibatch: {row['torch_operations']:,.0f} operations; a sample: {row['flop_per_sample']:,.0f} "

@@ -67,18 +67,19 @@ class Watch(BaseCallback):
             self.reached = time.perf_counter() - self.start
 
 
-def one(report: Report, backend: str, env_id: str, size: Size, seconds: float, **fields: Any) -> dict[str, Any]:
-    """Train on the device; the figures."""
+def one(report: Report, backend: str, env_id: str, size: Size, share: float, **fields: Any) -> dict[str, Any]:
+    """Train on the device for a share of the time that is left when the environments are made; the figures."""
     from driftrl import PolicyFlow
     from driftrl.envs import make_vec
 
     small, device = report.options.small, report.options.device
     size = SMALL if small else size
-    watch = Watch(device, seconds, GOALS.get(env_id, math.inf))
     where: dict[str, Any] = {} if backend == "batched" else {"device": device}
     env = make_vec(env_id, size.n_envs, 0, backend=backend, **where)  # type: ignore[arg-type]
     fields |= {"n_steps": size.n_steps, "batch_size": size.batch_size, "n_epochs": 5}
     agent = PolicyFlow("MlpPolicy", env, **{**fields, "compile": "off" if small else "on"}, seed=0, device=device)
+    seconds = share * report.left() - 4
+    watch = Watch(device, seconds, GOALS.get(env_id, math.inf))
     agent.learn(size.timesteps, watch)
     if len(watch.began) < 2:
         raise ValueError(f"{env_id}, {backend} on {device}: no iteration was finished in {seconds:.0f} s")
@@ -104,7 +105,7 @@ def resident(report: Report) -> None:
     found = dict[str, dict[str, Any]]()
     settings = {"learning_rate": 1e-3, "gamma": 0.95, "base": "standard", "base_std": 0.5, "ratio": "endpoint"}
     for backend in ("tensor", "batched"):
-        found[backend] = one(report, backend, MULTI_GOAL, TENSORS, 0.45 * report.left(), **settings)
+        found[backend] = one(report, backend, MULTI_GOAL, TENSORS, 0.45, **settings)
         _keep(report, "MultiGoal: ", found)
 
 
@@ -123,8 +124,7 @@ def warp(report: Report) -> None:
     found = dict[str, dict[str, Any]]()
     for id in GOALS:
         _, config = preset(id)
-        seconds = report.left() - 8 if id == list(GOALS)[-1] else 0.25 * report.left()
-        found[id] = one(report, "warp", id, WORLDS, seconds, **vars(config))
+        found[id] = one(report, "warp", id, WORLDS, 1 if id == list(GOALS)[-1] else 0.2, **vars(config))
         _keep(report, "", found)
     if fault is not None:
         raise fault
