@@ -18,14 +18,15 @@ ARCHIVE = "warp.tar.xz"
 _USELESS = ("warp-clang", "warp/tests/", "warp/examples/", "mujoco_warp/test_data/", "_test.py")
 
 
-_FILTERS = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 28}]
-"""One window over nearly the whole library, which holds the same kernels for several GPUs; takes 3 GB of memory."""
+_WINDOW = 1 << 28
+"""Bytes in which repetitions are found: nearly the whole library, which holds the same kernels for several GPUs."""
 
 
-def pack(folder: Path) -> Path:
-    """Put what the wheels of a folder hold into one archive there, and remove them."""
+def pack(folder: Path, window: int = _WINDOW) -> Path:
+    """Put what the wheels of a folder hold into one archive there, and remove them; takes 11 windows of memory."""
+    filters = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": window}]
     wheels, archive = sorted(folder.glob("*.whl")), folder / ARCHIVE
-    with lzma.open(archive, "wb", filters=_FILTERS) as stream, tarfile.open(fileobj=stream, mode="w") as tar:
+    with lzma.open(archive, "wb", filters=filters) as stream, tarfile.open(fileobj=stream, mode="w") as tar:
         for wheel in wheels:
             with zipfile.ZipFile(wheel) as files:
                 for name in files.namelist():

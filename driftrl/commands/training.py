@@ -188,5 +188,8 @@ def _go_on(agent: Checkpointed, settings: RunSettings, found: Resumption) -> dic
         missing = ["all but the agent: the file is no checkpoint"]
     else:
         missing = [found.state["missing"]] if "missing" in found.state else restore(agent, found.state)
-    print("\n".join(f"not restored: {each}" for each in missing) or "all restored: as if it had not been interrupted")
+    how = "as if it had not been interrupted"
+    if settings.backend == "warp":
+        how = "simulation by Warp goes on to rounding, not to the last bit"
+    print("\n".join(f"not restored: {each}" for each in missing) or f"all restored: {how}")
     return found.state["progress"] if found.state is not None else None

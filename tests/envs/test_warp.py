@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -274,13 +277,23 @@ def test_ants_contacts_are_warned_of() -> None:
         make_vec("Ant-v5", 2, 0, backend="warp")
 
 
-def test_train_takes_the_backend_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_takes_the_backend_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     command = ["policyflow", "--env", PENDULUM, "--backend", "warp", "--device", "cpu", "--n-envs", "16"]
     command += ["--n-steps", "16", "--batch-size", "64", "--compile", "off", "--warp-constraints", "20", "--seed", "0"]
     assert train.main([*command, "--total-timesteps", "512"]) == 0
     [run] = tmp_path.glob("runs/*/policyflow/*")
     assert train.main(["--resume", str(run), "--total-timesteps", "1024"]) == 0
+    assert "all restored: simulation by Warp goes on to rounding" in capsys.readouterr().out
+
+
+def test_it_is_loaded_where_it_is_asked_for() -> None:
+    code = "import sys, driftrl, driftrl.envs, driftrl.commands.train\nprint({'warp', 'mujoco_warp'} & {*sys.modules})"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == "set()\n"
 
 
 @pytest.mark.slow
