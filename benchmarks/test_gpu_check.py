@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from packaging.requirements import Requirement
 
 sys.path.append(str(Path(__file__).parent))  # scripts import each other by their bare names
 
-from gpu import check, needs, part
+from gpu import check, needs, part, slim
 from gpu.check import Row, limits, supervise, table
 
 GPU = Path(__file__).parent / "gpu"
@@ -135,6 +136,19 @@ def test_wheels_are_installed_where_the_machine_has_none_that_does(tmp_path: Pat
         ({"one": "0.9", "two": "3.0", "mujoco": "4.0"}, {"mujoco"}),
     ):
         assert {each.name for each in needs.missing(wheels, have)} == expected
+
+
+def test_the_archive_of_warp_leaves_out_what_a_gpu_machine_does_not_use(tmp_path: Path) -> None:
+    wheel(tmp_path, "warp", "1.0")
+    with zipfile.ZipFile(tmp_path / "warp-1.0-py3-none-any.whl", "a") as archive:
+        for name in ("warp/bin/warp.so", "warp/bin/warp-clang.so", "warp/tests/test_a.py", "warp/__init__.py"):
+            archive.writestr(name, name)
+    packed = slim.pack(tmp_path, window=1 << 16)
+    assert [each.name for each in tmp_path.iterdir()] == ["warp.tar.xz"]
+    with tarfile.open(packed) as tar:
+        assert set(tar.getnames()) == {"warp-1.0.dist-info/METADATA", "warp/bin/warp.so", "warp/__init__.py"}
+        content = tar.extractfile("warp/bin/warp.so")
+        assert content is not None and content.read() == b"warp/bin/warp.so"
 
 
 def test_the_packages_that_driftrl_depends_on_are_those_of_pyproject() -> None:

@@ -30,7 +30,7 @@ from .tensor import TensorVecEnv
 from .tensor_tasks import TENSOR_TASKS
 from .workers import SupervisedVecEnv
 
-Backend = Literal["auto", "batched", "sync", "subproc", "tensor"]
+Backend = Literal["auto", "batched", "sync", "subproc", "tensor", "warp"]
 
 _BATCHED: dict[str, Callable[..., BatchVecEnv]] = {
     **dict.fromkeys(TASKS, MujocoVecEnv),
@@ -45,7 +45,8 @@ _ENVIRONMENT, _PROCESS = 4000, 30_000_000
 
 def make_vec(
     id: str, n_envs: int, seed: int | None, backend: Backend = "auto", *, worker_timeout: float = 60.0,
-    worker_restarts: int = 10, device: str = "cpu", **env_kwargs: Any,
+    worker_restarts: int = 10, device: str = "cpu", warp_solver: Literal["model", "newton"] = "model",
+    warp_contacts: int | None = None, warp_constraints: int | None = None, **env_kwargs: Any,
 ) -> VecEnv:  # fmt: skip
     """Make ``n_envs`` copies of a registered environment, each with Stable-Baselines3's Monitor.
 
@@ -56,16 +57,20 @@ def make_vec(
         backend: "batched" steps MuJoCo's v5 tasks on all cores (`MujocoVecEnv`), the multi-goal tasks and Avoid in
             NumPy (`GoalVecEnv`, `AvoidVecEnv`), with the same results; "sync" steps one after the other in this
             process, "subproc" each in a process of its own (`SupervisedVecEnv`); "tensor" steps the multi-goal tasks
-            and Avoid on a device (`TensorVecEnv`): the same tasks in float32, with other random starts; "auto" is
+            and Avoid on a device (`TensorVecEnv`): the same tasks in float32, with other random starts; "warp"
+            simulates MuJoCo's v5 tasks on a device (`WarpVecEnv`, extra `gpu`), in float32, not bit for bit; "auto" is
             "batched" where that is possible, else "sync".
         worker_timeout: subproc: seconds for a step, > 0, after which a process counts as hung and is restarted.
         worker_restarts: subproc: restarts of processes that died or hang, >= 0, all together; the next is an error.
-        device: tensor: where the environments are.
+        device: tensor, warp: where the environments are.
+        warp_solver: warp: "newton" where the model asks for a solver that mujoco_warp lacks (Humanoid).
+        warp_contacts: warp: room for contacts per world, >= 1; None: as mujoco_warp guesses.
+        warp_constraints: warp: room for constraints in each world, >= 1; None: as mujoco_warp guesses.
         **env_kwargs: arguments of the environment.
 
     Raises:
-        ValueError: if n_envs, the backend, an option of workers that there are not, the id, the arguments or the
-            spaces are not usable; see `check_env`.
+        ValueError: if n_envs, the backend, an option that changes nothing with it, the id, the arguments or the spaces
+            are not usable, or a package is missing; see `check_env`.
     """
     if n_envs < 1:
         raise ValueError(f"n_envs: got {n_envs}, expected an integer of at least 1")
@@ -78,14 +83,19 @@ def make_vec(
     if backend == "auto":
         backend = "batched" if task in _BATCHED and env_kwargs.get("render_mode") != "human" else "sync"
     options = (
-        ("worker_timeout", worker_timeout, 60.0, "subproc"), ("worker_restarts", worker_restarts, 10, "subproc"),
-        ("device", device, "cpu", "tensor"),
+        ("worker_timeout", worker_timeout, 60.0, ("subproc",)), ("worker_restarts", worker_restarts, 10, ("subproc",)),
+        ("device", device, "cpu", ("tensor", "warp")), ("warp_solver", warp_solver, "model", ("warp",)),
+        ("warp_contacts", warp_contacts, None, ("warp",)), ("warp_constraints", warp_constraints, None, ("warp",)),
     )  # fmt: skip
     for name, value, default, of in options:
-        if value != default and backend != of:
-            raise ValueError(f"{name}: got {value}, which changes nothing without backend {of}, got {backend}")
+        if value != default and backend not in of:
+            which = " or ".join(of)
+            raise ValueError(f"{name}: got {value}, which changes nothing without backend {which}, got {backend}")
     if backend == "tensor":
         return _tensor_env(id, task, n_envs, seed, device, env_kwargs)
+    if backend == "warp":
+        room = {"contacts": warp_contacts, "constraints": warp_constraints}
+        return _warp_env(id, n_envs, seed, device=device, solver=warp_solver, **room, **env_kwargs)
     if backend == "batched":
         if task not in _BATCHED:
             what = "an environment that is wrapped or of another class" if id in _BATCHED else "another environment"
@@ -114,6 +124,17 @@ def _tensor_env(
     limit = math.inf if steps is None or steps < 0 else steps
     arguments = {name: value for name, value in env_kwargs.items() if name not in ("max_episode_steps", "render_mode")}
     env = TensorVecEnv(TENSOR_TASKS[task](limit, **spec.kwargs | arguments), n_envs, device)
+    env.seed(seed)
+    return env
+
+
+def _warp_env(id: str, n_envs: int, seed: int | None, **arguments: Any) -> VecEnv:
+    try:
+        from .warp_batch import WarpVecEnv
+    except ImportError as error:
+        message = f"warp: needs a package that is not installed, {error.name}; run pip install 'driftrl[gpu]'"
+        raise ValueError(message) from error
+    env = WarpVecEnv(id, n_envs, **arguments)
     env.seed(seed)
     return env
 

@@ -14,9 +14,10 @@ from typing import Any, TypeAlias, cast
 
 import mujoco
 import numpy as np
+from gymnasium.envs.mujoco.humanoid_v5 import mass_center
 from numpy.typing import NDArray
 
-from .mujoco_tasks import Field, Reader, Task
+from .mujoco_tasks import Batch, Field, Reader, Task
 from .native.build import Functions, NativeUnavailableError, Part, library, mujoco_library
 from .python_threads import PythonThreads
 
@@ -33,7 +34,7 @@ _CALLBACKS = (
 """MuJoCo's variables, the clock's apart, by which Python code can come to run within a step."""
 
 
-class Simulators:
+class Simulators(Batch):
     """N simulators of one model, and what the functions of a task read of them.
 
     ``s["qpos"]`` is that field of every MjData in one array [N, ...], copied at the first access after a step, or by
@@ -59,9 +60,7 @@ class Simulators:
         ValueError: if native is True and it cannot be built.
     """
 
-    actions: Array
-    before: Array
-    after: Array
+    xp = np
 
     def __init__(self, env: Any, task: Task, n: int, threads: int, native: bool | None) -> None:
         self.env: Any = env
@@ -153,23 +152,15 @@ class Simulators:
         if self.compiled:
             self.compiled.look_again = True
 
-    def body(self, name: str | int) -> Array:
-        """Position [N, 3] of a body."""
-        return self["xpos"][:, self.model.body(name).id]
-
-    def velocity(self) -> Array:
-        """Velocity of the tracked point, averaged over the step, [N] or [N, 2]."""
-        seconds = self.timestep * self.env.frame_skip
-        if isinstance(seconds, np.ndarray) and self.after.ndim == 2:
-            seconds = seconds[:, None]
-        return cast(Array, (self.after - self.before) / seconds)
+    def mass_centers(self) -> Array:
+        """Centre of mass of each model in the plane, [N, 2]."""
+        # One by one: over the whole batch numpy.einsum adds in another order.
+        return np.stack([mass_center(*each) for each in zip(self.models, self.datas, strict=True)])
 
     @property
     def timestep(self) -> float | Array:
-        """Seconds of a step of the simulators; [N] where they have models of their own."""
-        if self.own_models:
-            return np.array([model.opt.timestep for model in self.models])
-        return float(self.model.opt.timestep)
+        """See `Batch`."""
+        return np.array([model.opt.timestep for model in self.models]) if self.own_models else super().timestep
 
     def __reduce__(self) -> Any:
         raise TypeError("simulators are not pickled or copied; take the state of their batch over by get_state")

@@ -8,14 +8,16 @@ everybody else it is a VecEnv of Stable-Baselines3, which hands out NumPy arrays
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
@@ -31,23 +33,32 @@ class TensorTask(ABC):
         observation_space: Box of vectors.
         action_space: Box with finite bounds, [D].
         limit: steps after which an episode is truncated; math.inf: never.
+        spec: Gymnasium's, where it is one of Gymnasium's tasks.
     """
 
     observation_space: spaces.Box
     action_space: spaces.Box
     limit: float
+    spec: EnvSpec | None = None
 
     @abstractmethod
     def start(self, count: int, generator: torch.Generator) -> Tensor:
         """States [count, S] in which episodes begin, on the generator's device."""
 
     @abstractmethod
-    def step(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Next states [N, S], rewards, terminated and success, each [N], after actions [N, D] within the bounds."""
+    def step(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]:
+        """Next states [N, S], rewards [N], terminated [N] and entries of info, after actions [N, D] within the bounds.
+
+        Entries of info are [N] or [N, k]. Two have a meaning: "is_success" is reported of episodes that end, and a step
+        with "simulation_diverged" is counted.
+        """
 
     def observe(self, state: Tensor) -> Tensor:
         """Observations [N, O] of states, float32."""
         return state.float()
+
+    def look(self) -> None:  # noqa: B027  nothing to do for most tasks
+        """Called where the host waits for the device anyway: the place to warn of what went wrong there."""
 
 
 class TensorStep(NamedTuple):
@@ -63,13 +74,15 @@ class TensorStep(NamedTuple):
 class _Ends(NamedTuple):
     """What is known of the episodes that ended in a step, [N]; elsewhere of those that go on."""
 
-    ended: Tensor
+    ended: Tensor  # of those that are reported
     returns: Tensor
     lengths: Tensor
-    success: Tensor
+    info: Mapping[str, Tensor]
 
 
-_STATE = {"states": "state", "returns": "_returns", "lengths": "_lengths", "observation": "obs"}
+_STATE = {
+    "states": "state", "returns": "_returns", "lengths": "_lengths", "limits": "_limits", "observation": "obs",
+}  # fmt: skip
 """What `get_state` returns -> the attribute that holds it."""
 
 
@@ -81,27 +94,35 @@ class TensorVecEnv(VecEnv):
         n_envs: N, at least 1.
         device: where all tensors are.
         dtype: of the states.
+        stagger: whether the first episodes after a reset have random limits, uniform in 1 .. limit, so that not all
+            environments are truncated in the same step. Return and length of an episode with a shorter limit are not
+            reported, wherever it ends: it is no sample of the task's episodes.
 
     Raises:
-        ValueError: if the task is none, or n_envs is below 1; by `reset` and `step_tensor`, if what the task returns
-            has other shapes.
+        ValueError: if the task is none, n_envs is below 1, or there is no limit to stagger; by `reset` and
+            `step_tensor`, if what the task returns has other shapes.
 
     Attributes:
         obs: the present observations, [N, O]; after the first reset.
+        diverged: unstable simulations so far, those since the last call of `episodes` or `step_wait` left out.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  as gymnasium has it
 
     def __init__(
-        self, task: TensorTask, n_envs: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> None:
+        self, task: TensorTask, n_envs: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+        stagger: bool = False,
+    ) -> None:  # fmt: skip
         if not isinstance(task, TensorTask):
             raise ValueError(f"task: got {task}, expected a TensorTask")
         if missing := [each for each in ("observation_space", "action_space", "limit") if not hasattr(task, each)]:
             raise ValueError(f"task: got a {type(task).__name__} without {', '.join(missing)}")
         if n_envs < 1:
             raise ValueError(f"n_envs: got {n_envs}, expected an integer of at least 1")
+        if stagger and task.limit == math.inf:
+            raise ValueError("stagger: got True, but episodes of the task have no limit")
         self.task, self.device, self.dtype = task, torch.device(device), dtype
+        self.stagger, self.diverged = stagger, 0
         self.render_mode = None
         self._generator = torch.Generator(self.device)
         self._generator.seed()
@@ -120,6 +141,9 @@ class TensorVecEnv(VecEnv):
         self.state = self.task.start(self.num_envs, self._generator).to(self.dtype)
         self._returns = torch.zeros(self.num_envs, device=self.device)
         self._lengths = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
+        self._limits = torch.full((self.num_envs,), self.task.limit, dtype=torch.float64, device=self.device)
+        if self.stagger:
+            self._limits.random_(1, int(self.task.limit) + 1, generator=self._generator)
         self._ends.clear()
         self.obs = self.task.observe(self.state)
         self._check("start and observe", "observations", self.obs, self.task.observation_space.shape)
@@ -137,15 +161,19 @@ class TensorVecEnv(VecEnv):
     def step_tensor(self, actions: Tensor) -> TensorStep:
         """Act by actions [N, D] in the task's units, which are clipped to its bounds. Nothing waits for the device."""
         task, inside = self.task, torch.minimum(torch.maximum(actions, self._low), self._high)
-        state, reward, terminated, success = task.step(self.state, inside.to(self.dtype))
+        state, reward, terminated, info = task.step(self.state, inside.to(self.dtype))
         self._check("step", "states", state, self.state.shape[1:])
         self._check("step", "rewards", reward, ())
         self._check("step", "terminated", terminated, (), torch.bool)
         self._lengths = self._lengths + 1
         self._returns = self._returns + reward.float()
-        truncated = (self._lengths >= task.limit) & ~terminated
+        truncated = (self._lengths >= self._limits) & ~terminated
         ended = terminated | truncated
-        self._ends.append(_Ends(ended, self._returns, self._lengths, success))
+        whole = ended
+        if self.stagger:
+            whole = ended & (self._limits >= task.limit)
+            self._limits = self._limits.masked_fill(ended, task.limit)
+        self._ends.append(_Ends(whole, self._returns, self._lengths, info))
         reached = task.observe(state)
         begun = task.start(self.num_envs, self._generator).to(self.dtype)
         self.state = torch.where(ended[:, None], begun, state)
@@ -156,15 +184,22 @@ class TensorVecEnv(VecEnv):
     def episodes(self) -> list[dict[str, Any]]:
         """The infos of the episodes that ended since this was last called, as Monitor's; waits for the device."""
         ends, self._ends = self._ends, []
+        self.task.look()
+        if diverged := [each.info["simulation_diverged"] for each in ends if "simulation_diverged" in each.info]:
+            self.diverged += int(torch.stack(diverged).sum())
         return self._said(ends)
 
     def _said(self, ends: list[_Ends]) -> list[dict[str, Any]]:
         if not ends:
             return []
-        ended, returns, lengths, success = (torch.stack(each) for each in zip(*ends, strict=True))
-        rows = zip(*(each[ended].tolist() for each in (returns, lengths, success)), strict=True)
+        ended, returns, lengths = (torch.stack(each) for each in zip(*(each[:3] for each in ends), strict=True))
         now = round(time.time() - self._began, 6)
-        return [{"episode": {"r": round(r, 6), "l": int(n), "t": now}, "is_success": bool(won)} for r, n, won in rows]
+        rows = zip(returns[ended].tolist(), lengths[ended].tolist(), strict=True)
+        said: list[dict[str, Any]] = [{"episode": {"r": round(r, 6), "l": int(n), "t": now}} for r, n in rows]
+        if "is_success" in ends[0].info:
+            success = torch.stack([each.info["is_success"] for each in ends])[ended].tolist()
+            said = [each | {"is_success": bool(won)} for each, won in zip(said, success, strict=True)]
+        return said
 
     def reset(self) -> Array:
         """Begin a new episode everywhere. Returns observations [N, O]."""
@@ -183,19 +218,19 @@ class TensorVecEnv(VecEnv):
         """Observations [N, O], rewards [N], dones [N] and infos, as Stable-Baselines3's DummyVecEnv."""
         step = self.step_tensor(self._actions)
         dones, infos = (step.terminated | step.truncated).cpu().numpy(), self.infos(step)
-        self._ends.clear()
+        self.episodes()
         return step.obs.cpu().numpy().copy(), step.reward.cpu().numpy(), dones, infos
 
     def infos(self, step: TensorStep) -> list[dict[str, Any]]:
         """The infos of the latest step; waits for the device."""
-        ends, truncated = self._ends[-1], step.truncated.tolist()
-        infos: list[dict[str, Any]] = [
-            {"TimeLimit.truncated": cut, "is_success": won}
-            for cut, won in zip(truncated, ends.success.tolist(), strict=True)
-        ]
-        rows = ends.ended.nonzero().squeeze(1).tolist()
-        for i, episode in zip(rows, self._said([ends]), strict=True):
-            infos[i] |= episode | {"terminal_observation": step.reached[i].cpu().numpy()}
+        ends = self._ends[-1]
+        columns = {"TimeLimit.truncated": step.truncated, **ends.info}
+        rows = zip(*(_column(each) for each in columns.values()), strict=True)
+        infos: list[dict[str, Any]] = [dict(zip(columns, row, strict=True)) for row in rows]
+        for i in (step.terminated | step.truncated).nonzero().squeeze(1).tolist():
+            infos[i]["terminal_observation"] = step.reached[i].cpu().numpy()
+        for i, said in zip(ends.ended.nonzero().squeeze(1).tolist(), self._said([ends]), strict=True):
+            infos[i] |= said
         return infos
 
     def get_state(self) -> dict[str, Any]:
@@ -209,6 +244,8 @@ class TensorVecEnv(VecEnv):
         Raises:
             ValueError: if it is the state of another number of environments or of another task.
         """
+        if not hasattr(self, "state"):
+            self.reset_tensor()
         if state["states"].shape != self.state.shape:
             raise ValueError(f"state: got states of shape {state['states'].shape}, expected {tuple(self.state.shape)}")
         for name, mine in _STATE.items():
@@ -223,7 +260,7 @@ class TensorVecEnv(VecEnv):
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """An attribute of the task, which all environments share."""
-        if attr_name in ("render_mode", "spec"):
+        if attr_name == "render_mode":
             return [None for _ in self._get_indices(indices)]
         return [getattr(self.task, attr_name) for _ in self._get_indices(indices)]
 
@@ -241,6 +278,11 @@ class TensorVecEnv(VecEnv):
         """True for Monitor, whose episode statistics the infos have."""
         name = getattr(wrapper_class, "__name__", "")
         return [name == "Monitor" for _ in self._get_indices(indices)]
+
+
+def _column(values: Tensor) -> Any:
+    """Values [N] as Python's, [N, k] as rows of an array."""
+    return values.tolist() if values.ndim == 1 else values.cpu().numpy()
 
 
 class OnDemand(Sequence[Any]):

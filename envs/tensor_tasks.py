@@ -52,14 +52,14 @@ class MultiGoal(Goals):
     def _positions(self, count: int, generator: torch.Generator) -> Tensor:
         return 14 * torch.rand(count, 2, generator=generator, device=generator.device) - 7
 
-    def step(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def step(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """One step of 0.1 s."""
         position, velocity = state.split(2, 1)
         position, velocity = position + 0.1 * velocity, velocity + 0.1 * action
         m = self.nearest(position)
         reward = 0.1 * (torch.exp(-0.3 * m) + torch.exp(-0.1 * m) - 0.01 * action.square().sum(1))
         terminated = (position.abs() > self.half_width).any(1)
-        return torch.cat([position, velocity], 1), reward, terminated, m < self.radius**2
+        return torch.cat([position, velocity], 1), reward, terminated, {"is_success": m < self.radius**2}
 
 
 class SoftMultiGoal(Goals):
@@ -68,12 +68,12 @@ class SoftMultiGoal(Goals):
     def _positions(self, count: int, generator: torch.Generator) -> Tensor:
         return (0.1 * torch.randn(count, 2, generator=generator, device=generator.device)).clamp(-7, 7)
 
-    def step(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def step(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """One step."""
         position = (state + action).clamp(-7, 7)
         m = self.nearest(position)
         near = m < self.radius**2
-        return position, 10 * near - 30 * action.square().sum(1) - m, near, near
+        return position, 10 * near - 30 * action.square().sum(1) - m, near, {"is_success": near}
 
 
 class Avoid(TensorTask):
@@ -97,7 +97,7 @@ class Avoid(TensorTask):
         state[:, 1] = self.task.start_y
         return state
 
-    def step(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def step(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """One step."""
         task, before = self.task, state[:, :2]
         after = before + task.step_length * action
@@ -105,7 +105,7 @@ class Avoid(TensorTask):
         x, y = after.unbind(1)
         success = (y >= task.goal_y) & (x.abs() <= 1) & ~hit
         outside = (x.abs() > 1) | (y < task.start_y - 0.5 * task.step_length)
-        return torch.cat([after, action], 1), success.to(state), success | outside | hit, success
+        return torch.cat([after, action], 1), success.to(state), success | outside | hit, {"is_success": success}
 
     def _touched(self, before: Tensor, after: Tensor) -> Tensor:
         """Whether the straight ways from positions [N, 2] to others touch an obstacle, [N]."""

@@ -23,15 +23,25 @@ The first run of a kind, which waits for the compiler, catches up with an eager 
 takes two thirds of the time (benchmarks/short_run.py), and a run is seldom the only one of its kind. The state of the
 cache does not count: the same command gives the same numbers.
 """
+PAYS_AFTER_LAUNCHES = 10_000_000
+"""On CUDA: launches of kernels from which on a run is compiled.
+
+Eager functions wait for launches, of some 5 microseconds each; a graph needs none. So many take as long as a
+compilation, 50 s. Both times are estimates: not measured on a GPU.
+"""
+_PER_UPDATE, _PER_DECISION = 290, 25
+"""Launches of an update and of the policy's choice of actions for all environments (benchmarks/gpu/launches.py)."""
 
 
-def compiling_pays(wanted: str, updates: int, device: torch.device) -> bool:
+def compiling_pays(wanted: str, updates: int, device: torch.device, decisions: int = 0) -> bool:
     """Decide on compilation.
 
     Args:
-        wanted: "on"; "off"; or "auto", for runs of at least `PAYS_AFTER` updates where a compiler works.
+        wanted: "on"; "off"; or "auto": on the CPU for runs of at least `PAYS_AFTER` updates where a compiler works, on
+            CUDA for those that launch `PAYS_AFTER_LAUNCHES` kernels, however large the minibatches are.
         updates: gradient updates of the run.
         device: where it runs; the CPU needs a C++ compiler.
+        decisions: how often the policy chooses actions, for all environments at once.
 
     Raises:
         ValueError: if it is "on" and there is no compiler, or PyTorch lies where it cannot use one.
@@ -47,13 +57,16 @@ def compiling_pays(wanted: str, updates: int, device: torch.device) -> bool:
         )
     if wanted == "on" and reason:
         raise ValueError(f"compile: got on, and {reason}, or choose off")
-    found = not reason
-    return found and (wanted == "on" or updates >= PAYS_AFTER)
+    if device.type == "cuda":
+        pays = updates * _PER_UPDATE + decisions * _PER_DECISION >= PAYS_AFTER_LAUNCHES
+    else:
+        pays = updates >= PAYS_AFTER
+    return not reason and (wanted == "on" or pays)
 
 
-def compiles(policy: nn.Module, wanted: str, updates: int, device: torch.device) -> bool:
+def compiles(policy: nn.Module, wanted: str, updates: int, device: torch.device, decisions: int = 0) -> bool:
     """As `compiling_pays`; but networks that carry hooks or parametrizations are trained eagerly, with a warning."""
-    if not compiling_pays(wanted, updates, device):
+    if not compiling_pays(wanted, updates, device, decisions):
         return False
     altered = any(
         any(hooks for name, hooks in vars(module).items() if name.endswith("hooks") and "state_dict" not in name)

@@ -239,7 +239,8 @@ class PolicyFlow(Imitation):
         done = 0 if reset_num_timesteps else self.num_timesteps  # a run that goes on is compiled as the whole would be
         samples = self.config.batch_size * self.config.decision_steps * ranks.size
         updates = (done + total_timesteps) * self.config.n_epochs // samples
-        compiled = compiles(self.policy, self.config.compile, updates, self.device)
+        decisions = (done + total_timesteps) // (self.n_envs * self.config.decision_steps * ranks.size)
+        compiled = compiles(self.policy, self.config.compile, updates, self.device, decisions)
         self._act = prepared(self._act, compiled, self.device)
         self._compile_updates(compiled)
         shows = progress_bar and ranks.rank == 0

@@ -11,9 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 if TYPE_CHECKING:
     from .policy import FlowPolicy
@@ -70,35 +68,3 @@ def predict_next(
         queue.chunks, queue.done = held.copy(), done.copy()
     actions = queue.next(chunks, queue.due(episode_start))
     return actions, (queue.chunks, queue.done)
-
-
-def chunk_advantage(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, ended: Tensor, decided: Tensor,
-    gamma: float, lam: float,
-) -> Tensor:  # fmt: skip
-    """Generalized advantage estimation over decisions, each tensor [T, N]; counts at decisions only.
-
-    For a decision at t that lasted k steps::
-
-        delta = sum_{j<k} gamma^j r_{t+j} + gamma^k (1 - terminated) V(s_{t+k}) - V(s_t)
-        A_t = delta + gamma^k lam (1 - ended) A_{t+k}
-
-    Args:
-        rewards: r_t.
-        values: V(s_t).
-        next_values: V of the state reached at step t, before any reset.
-        terminated: 1 where the episode terminated at step t.
-        ended: 1 where it terminated or was truncated.
-        decided: 1 where the policy decided.
-        gamma: discount factor of a step.
-        lam: decay lambda of a decision.
-    """
-    after, carried = rewards + gamma * (1 - terminated) * next_values, gamma * lam * (1 - ended)
-    last = torch.maximum(torch.cat([decided[1:], torch.ones_like(decided[:1])]), ended) > 0  # steps of their chunks
-    advantages = torch.empty_like(values)
-    gain, carry, following = torch.zeros_like(values[0]), torch.zeros_like(values[0]), torch.zeros_like(values[0])
-    for t in reversed(range(len(values))):
-        gain = torch.where(last[t], after[t], rewards[t] + gamma * gain)
-        carry = torch.where(last[t], carried[t] * following, gamma * carry)
-        following = advantages[t] = gain - values[t] + carry
-    return advantages

@@ -18,7 +18,8 @@ from ...dynamics.noise import StepNoise, step_noise
 from ...envs.tensor import OnDemand, TensorVecEnv
 from ..common.networks import lazy_zeros
 from ..common.observations import batch_of_one, blame, observation_vectors, to_box
-from .chunks import ChunkQueue, chunk_advantage
+from .advantages import chunk_advantage, discounted_returns, generalized_advantage
+from .chunks import ChunkQueue
 from .policy import FlowNoise, FlowSample
 from .ranked import Ranked
 from .ratios import PastNoise, Samples
@@ -42,33 +43,6 @@ class Steps(NamedTuple):
     decided: np.ndarray  # where the policy chose an action
     left_out: Tensor | None  # transitions not to learn from; None: none
     moments: list[PastNoise]  # of each step, where the action noise is correlated
-
-
-def generalized_advantage(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, ended: Tensor, gamma: float, lam: float
-) -> Tensor:
-    """Generalized advantage estimation (Schulman et al. 2016), each tensor [T, N].
-
-    ``A_t = delta_t + gamma lam (1 - ended_t) A_{t+1}`` with
-    ``delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)``.
-
-    Args:
-        rewards: r_t.
-        values: V(s_t).
-        next_values: V of the state *reached* at step t, before any reset.
-        terminated: 1 where the episode terminated at step t: nothing is to come.
-        ended: 1 where it terminated or was truncated: the next row belongs to another episode.
-        gamma: discount factor.
-        lam: decay lambda.
-    """
-    delta = rewards + gamma * (1 - terminated) * next_values - values
-    decay = gamma * lam * (1 - ended)
-    advantages = torch.empty_like(delta)
-    running = torch.zeros_like(delta[0])
-    for t in reversed(range(len(delta))):
-        running = torch.addcmul(delta[t], decay[t], running)
-        advantages[t] = running
-    return advantages
 
 
 @contextmanager
@@ -144,6 +118,7 @@ class FlowRollouts(Ranked):
             steps = self._act_on_device(env, callback, noise, further)
             if steps is None:
                 return False
+            self._record_counts({"rollout/simulations_diverged": self._diverged})
             self._fill(steps, begins, noise)
             callback.on_rollout_end()
             return True
@@ -253,7 +228,8 @@ class FlowRollouts(Ranked):
             if not goes_on:
                 break
         self._last_obs, self._last_episode_starts = env.obs.cpu().numpy(), start.cpu().numpy()
-        episodes = env.episodes()
+        before, episodes = env.diverged, env.episodes()
+        self._diverged += env.diverged - before
         self._update_info_buffer(episodes, np.ones(len(episodes), bool))
         if not goes_on:
             return None
@@ -329,11 +305,8 @@ class FlowRollouts(Ranked):
         """Divide rewards [T, N] by the running standard deviation of the discounted return, clipped to +-10."""
         if not self.config.normalize_reward:
             return rewards
-        returns, running, goes_on = torch.empty_like(rewards), self._discounted_return, (~ended).float()
-        for into, reward, left in zip(returns, rewards, goes_on, strict=True):
-            torch.add(reward, self.gamma * running, out=into)
-            running = into * left
-        self._discounted_return = running
+        returns = discounted_returns(rewards, ended, self._discounted_return, self.gamma)
+        self._discounted_return = returns[-1] * ~ended[-1]
         self.policy.return_norm.update(returns.view(-1, 1), self._ranks)
         return (rewards * self.policy.return_norm.scale).clip(-10, 10)
 

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 from gpu.part import NO_CUDA, PARTS, ROOT
 
 SHARES = {
-    "tests": 60, "checkpoints": 60, "warp": 5, "resident": 60, "synchronizations": 40, "train": 80,
-    "sac-update": 75, "policyflow-update": 100,
+    "tests": 60, "checkpoints": 50, "warp": 140, "resident": 40, "synchronizations": 30, "train": 50,
+    "sac-update": 50, "policyflow-update": 60,
 }  # fmt: skip
 """Seconds of each part in a check of eight minutes."""
 

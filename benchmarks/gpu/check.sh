@@ -1,24 +1,27 @@
 #!/usr/bin/env bash
 # Check and measure DriftRL on a GPU machine: one command, at most eight minutes, no network.
 #
-#     benchmarks/gpu/check.sh [--wheels FOLDER] [--out FOLDER] [--small] [--cpu] [--parts NAME,...] [--budget SECONDS]
+#     benchmarks/gpu/check.sh [--wheels FOLDER] [--warp ARCHIVE] [--out FOLDER] [--small] [--cpu] [--parts NAME,...]
+#         [--budget SECONDS]
 #
-# --wheels: what wheels.sh fetched; those that this Python lacks are unpacked into a temporary folder. --out: where JSON
+# --wheels: what wheels.sh fetched; those that this Python lacks are unpacked into a temporary folder, as is --warp, the
+# archive that wheels.sh --warp made; without it the part that simulates by Warp is left out. --out: where JSON
 # and log.txt go (benchmarks/results/gpu/<device>). --cpu: run everything on the CPU with tiny sizes, to test the check
 # itself. --small: smaller sizes. Exit code: 0 if no part failed or ran out of time, 1 if one did, 2 for bad input or
 # where there is no CUDA device. See check.py.
 set -euo pipefail
 
-usage="usage: $0 [--wheels FOLDER] [--out FOLDER] [--small] [--cpu] [--parts NAME,...] [--budget SECONDS]"
+usage="usage: $0 [--wheels FOLDER] [--warp ARCHIVE] [--out FOLDER] [--small] [--cpu] [--parts NAME,...] [--budget SECONDS]"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 python=${PYTHON:-python3}
 
-wheels='' budget=480
+wheels='' warp='' budget=480
 arguments=()
 while (($#)); do
   case $1 in
     --wheels) wheels=${2:?$usage}; shift ;;
+    --warp) warp=${2:?$usage}; shift ;;
     --budget) budget=${2:?$usage}; shift ;;
     --out | --parts) arguments+=("$1" "${2:?$usage}"); shift ;;
     --small | --cpu) arguments+=("$1") ;;
@@ -39,10 +42,15 @@ if [[ -n $wheels ]]; then
   fi
   paths=$paths:$scratch/site
 fi
+if [[ -n $warp ]]; then
+  "$python" -m tarfile -e "$warp" "$scratch/warp"
+  paths=$paths:$scratch/warp
+fi
 
 export PYTHONPATH=$paths${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export MUJOCO_GL=disable                              # nothing is drawn
 export TORCHINDUCTOR_CACHE_DIR=$scratch/inductor TRITON_CACHE_DIR=$scratch/triton # parts share what they compile
+export WARP_CACHE_PATH=${WARP_CACHE_PATH:-$scratch/kernels}
 "$python" -m gpu.check --scratch "$scratch" --budget $((budget - SECONDS)) ${arguments[@]+"${arguments[@]}"}

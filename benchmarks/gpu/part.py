@@ -29,7 +29,7 @@ NO_CUDA = "no CUDA device"
 PARTS = {
     "tests": "gpu.suite:tests",
     "checkpoints": "gpu.moves:checkpoints",
-    "warp": "gpu.suite:warp",
+    "warp": "gpu.resident:warp",
     "resident": "gpu.resident:resident",
     "synchronizations": "gpu.waits:synchronizations",
     "train": "gpu.training:train",

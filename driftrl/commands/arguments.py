@@ -60,6 +60,12 @@ class Arguments:
     """Arguments of the environment: key=value pairs, or one JSON object."""
     backend: Backend = "auto"
     """How environments are stepped: as a batch, one by one, each in its own process, or on the agent's device."""
+    warp_solver: Literal["model", "newton"] = "model"
+    """With backend warp: the model's solver, or Newton's where mujoco_warp lacks it (Humanoid)."""
+    warp_contacts: int | None = None
+    """With backend warp: room for contacts per environment, >= 1; None: as mujoco_warp guesses."""
+    warp_constraints: int | None = None
+    """With backend warp: room for constraints in each environment, >= 1; None: as mujoco_warp guesses."""
     worker_timeout: float = 60.0
     """Seconds for a step, > 0, after which such a process counts as hung and is restarted."""
     worker_restarts: int = 10

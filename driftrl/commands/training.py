@@ -39,9 +39,9 @@ _FINAL_EPISODES = 10
 
 def make_env(settings: RunSettings, seed: int | None) -> VecEnv:
     """The environments of a run."""
-    names = ("backend", "worker_timeout", "worker_restarts")
+    names = ("backend", "worker_timeout", "worker_restarts", "warp_solver", "warp_contacts", "warp_constraints")
     how = {name: getattr(settings, name) for name in names}
-    if settings.backend == "tensor":
+    if settings.backend in ("tensor", "warp"):
         how["device"] = str(get_device(settings.device))
     env = make_vec(settings.env_id, settings.n_envs, seed, **how, **settings.env_kwargs)
     if isinstance(env, BatchVecEnv):
@@ -188,5 +188,8 @@ def _go_on(agent: Checkpointed, settings: RunSettings, found: Resumption) -> dic
         missing = ["all but the agent: the file is no checkpoint"]
     else:
         missing = [found.state["missing"]] if "missing" in found.state else restore(agent, found.state)
-    print("\n".join(f"not restored: {each}" for each in missing) or "all restored: as if it had not been interrupted")
+    how = "as if it had not been interrupted"
+    if settings.backend == "warp":
+        how = "simulation by Warp goes on to rounding, not to the last bit"
+    print("\n".join(f"not restored: {each}" for each in missing) or f"all restored: {how}")
     return found.state["progress"] if found.state is not None else None

@@ -61,6 +61,9 @@ class RunSettings:
     config: dict[str, Any]
     keep_checkpoints: int = 3
     backend: str = "auto"
+    warp_solver: Literal["model", "newton"] = "model"
+    warp_contacts: int | None = None
+    warp_constraints: int | None = None
     worker_timeout: float = 60.0
     worker_restarts: int = 10
     eval_interval: int | None = None
@@ -80,7 +83,7 @@ class RunSettings:
                 "names with values": "env_kwargs config",
                 "an integer of at least 1": "n_envs checkpoint_interval keep_checkpoints eval_episodes "
                 "pretrain_batch_size" + ("" if self.pretrain_steps else " total_timesteps"),
-                "an integer of at least 1, or None": "eval_interval",
+                "an integer of at least 1, or None": "eval_interval warp_contacts warp_constraints",
                 "an integer of 1 .. 2**31 - 1": "threads",
                 "an integer of 0 .. 2**31 - 1": "seed",
                 "a number above 0": "worker_timeout pretrain_learning_rate",

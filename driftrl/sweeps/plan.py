@@ -111,7 +111,8 @@ def check_runs(groups: Sequence[Planned], spec: Spec, place: str = "grid") -> No
             envs: dict[str, Any] = {}
             for group in those:
                 run = group.runs[0]
-                key = json.dumps([run.n_envs, run.backend, run.env_kwargs])
+                warp = run.warp_solver, run.warp_contacts, run.warp_constraints
+                key = json.dumps([run.n_envs, run.backend, run.env_kwargs, warp])
                 try:
                     if key not in envs:
                         envs[key] = stack.enter_context(contextlib.closing(make_env(run, run.seed)))

@@ -1,3 +1,4 @@
+import sys
 from typing import Any
 
 import gymnasium as gym
@@ -130,3 +131,18 @@ def test_options_of_workers_need_workers() -> None:
         make_vec("InvertedPendulum-v5", 1, 0, worker_timeout=3)
     with pytest.raises(ValueError, match="worker_restarts: got 1, which changes nothing"):
         make_vec("Pendulum-v1", 1, 0, backend="sync", worker_restarts=1)
+
+
+def test_warp_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mujoco_warp", None)
+    monkeypatch.delitem(sys.modules, "driftrl.envs.warp_batch", raising=False)
+    with pytest.raises(ValueError, match=r"not installed, mujoco_warp; run pip install 'driftrl\[gpu\]'"):
+        make_vec("Hopper-v5", 2, 0, "warp")
+
+
+def test_options_of_warp_need_warp() -> None:
+    for name, value in (("warp_solver", "newton"), ("warp_contacts", 9), ("warp_constraints", 9)):
+        with pytest.raises(ValueError, match=f"{name}: got {value}, which changes nothing without backend warp"):
+            make_vec("Hopper-v5", 2, 0, **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="changes nothing without backend tensor or warp, got sync"):
+        make_vec("Hopper-v5", 2, 0, "sync", device="cuda")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.evaluation import evaluate_policy
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from driftrl import PolicyFlow
 from driftrl.agents.storage.saving import capture, restore
@@ -24,6 +23,8 @@ from driftrl.envs.avoid import AVOID, Avoid
 from driftrl.envs.multigoal import GOAL_TASKS
 from driftrl.envs.tensor import TensorTask, TensorVecEnv
 from driftrl.envs.tensor_tasks import TENSOR_TASKS
+
+from .waiting import waits
 
 TASKS: dict[str, Any] = {**GOAL_TASKS, AVOID: Avoid()}
 
@@ -52,10 +53,10 @@ def test_a_step_is_that_of_the_task_in_numpy(task: str) -> None:
     action = rng.uniform(-1, 1, (5000, 2)) * reference.action_space.high
     after, reward, terminated = reference.step(state, action)
     got = twin.step(torch.from_numpy(state), torch.from_numpy(action))
-    for ours, theirs in zip(got, (after, reward, terminated), strict=False):
+    for ours, theirs in zip(got[:3], (after, reward, terminated), strict=True):
         np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=1e-12)  # float64: sums in another order
     success = reward > 0 if task == AVOID else reference.squared_distances(after[:, :2]).min(1) < 1
-    assert np.array_equal(got[3].numpy(), success)
+    assert np.array_equal(got[3]["is_success"].numpy(), success)
 
 
 @pytest.mark.parametrize("task", TENSOR_TASKS)
@@ -151,44 +152,6 @@ def test_a_rollout_on_the_device_is_that_of_the_host(fields: dict[str, Any]) -> 
     assert looks[0].episodes == looks[1].episodes != []
 
 
-class Waits(TorchDispatchMode):
-    """Counts operations that wait for a device: those that make a number, or a shape, of its data."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        masked = name in ("index", "index_put_") and any(
-            isinstance(each, Tensor) and each.dtype == torch.bool for each in args[1]
-        )
-        if name in self.NAMES or masked:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def transfers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What goes from a device to the host."""
-    seen: list[str] = []
-
-    def telling(name: str) -> Any:
-        original = getattr(Tensor, name)
-
-        def told(self: Tensor, *args: Any, **keywords: Any) -> Any:
-            seen.append(name)
-            return original(self, *args, **keywords)
-
-        return told
-
-    for name in ("cpu", "numpy", "tolist"):
-        monkeypatch.setattr(Tensor, name, telling(name))
-    yield seen
-
-
 class Quiet(BaseCallback):
     """Looks at nothing."""
 
@@ -197,29 +160,27 @@ class Quiet(BaseCallback):
 
 
 @pytest.mark.parametrize("task", TENSOR_TASKS)
-def test_no_step_of_a_rollout_waits_for_the_device(task: str, transfers: list[str]) -> None:
+def test_no_step_of_a_rollout_waits_for_the_device(task: str) -> None:
     counts = []
     for steps in (10, 40):
         learner = agent(tensor_env(task), n_steps=steps, exploration_noise="ou")
         learner._setup_learn(10_000)
         callback = Quiet()
         callback.init_callback(learner)
-        transfers.clear()
-        with Waits() as waits:
+        with waits() as seen:
             learner.collect_rollouts(learner.env, callback, learner.rollout_buffer, steps)  # type: ignore[arg-type]
-        counts.append(len(waits.seen) + len(transfers))
+        counts.append(len(seen))
     assert abs(counts[0] - counts[1]) <= 2 and max(counts) < 40  # of a rollout, however many steps it has
 
 
-def test_updates_wait_for_the_device_a_few_times_per_epoch_and_never_per_minibatch(transfers: list[str]) -> None:
+def test_updates_wait_for_the_device_a_few_times_per_epoch_and_never_per_minibatch() -> None:
     counts = {}
     for batch_size, epochs in ((160, 2), (20, 2), (20, 4)):
         learner = agent(tensor_env(AVOID), batch_size=batch_size, n_epochs=epochs, diagnostics_interval=0)
         learner.learn(8 * 20)
-        transfers.clear()
-        with Waits() as waits:
+        with waits() as seen:
             learner.train()
-        counts[batch_size, epochs] = len(waits.seen) + len(transfers)
+        counts[batch_size, epochs] = len(seen)
     assert counts[160, 2] == counts[20, 2] < 15
     assert counts[20, 4] - counts[20, 2] <= 2 * 3
 
@@ -235,7 +196,7 @@ def test_what_is_not_finite_is_an_error() -> None:
 class Wrong(TensorTask):
     """Goes wrong in a way."""
 
-    observation_space, action_space, limit = spaces.Box(-1, 1, (1,)), spaces.Box(-1, 1, (1,)), 20
+    observation_space, action_space, limit = spaces.Box(-1, 1, (1,)), spaces.Box(-1, 1, (1,)), 20.0
 
     def __init__(self, how: str = "") -> None:
         self.how = how
@@ -243,12 +204,12 @@ class Wrong(TensorTask):
     def start(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.zeros(count, 4 if self.how == "observations" else 1)
 
-    def step(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def step(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         reward, ended = state[:, 0], torch.zeros(len(state), dtype=torch.bool)
         if self.how == "nan":
-            return state * float("nan"), reward, ended, ended
+            return state * float("nan"), reward, ended, {}
         reward = reward[:, None] if self.how == "rewards" else reward
-        return state, reward, ended.float() if self.how == "terminated" else ended, ended
+        return state, reward, ended.float() if self.how == "terminated" else ended, {}
 
 
 @pytest.mark.parametrize(
@@ -263,6 +224,55 @@ class Wrong(TensorTask):
 def test_what_a_task_does_wrong_is_said(how: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         agent(TensorVecEnv(Wrong(how), 8)).learn(1000)
+
+
+class Endless(Wrong):
+    """Episodes of twenty steps, each with reward 1."""
+
+    def step(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        never = torch.zeros(len(state), dtype=torch.bool)
+        return state, torch.ones(len(state)), never, {"simulation_diverged": state[:, 0] > 0}
+
+
+def test_first_episodes_that_are_staggered_end_at_random_and_are_not_reported() -> None:
+    env = TensorVecEnv(Endless(), 4000, stagger=True)
+    env.seed(0)
+    env.reset_tensor()
+    ends, episodes = [], []
+    for _ in range(60):
+        step = env.step_tensor(torch.zeros(4000, 1))
+        ends.append(step.truncated)
+        episodes.append(env.episodes())
+    first = torch.stack(ends).int().argmax(0) + 1
+    shares = torch.bincount(first, minlength=21)[1:] / 4000
+    torch.testing.assert_close(shares, torch.full((20,), 0.05), atol=0.015, rtol=0)
+    times = torch.stack(ends)[20:].int().argmax(0) + 21 - first  # afterwards every twentieth step
+    assert set(times.tolist()) == {20}
+    assert {each["episode"]["l"] for those in episodes for each in those} == {20}
+    assert not any(episodes[:19])
+    assert len(episodes[19]) == int((first == 20).sum())  # whose limit was the task's own
+    with pytest.raises(ValueError, match="stagger: got True, but episodes of the task have no limit"):
+        task = Endless()
+        task.limit = math.inf
+        TensorVecEnv(task, 2, stagger=True)
+
+
+def test_staggered_episodes_go_on_from_a_saved_state_and_infos_leave_them_out() -> None:
+    env, other = (TensorVecEnv(Endless(), 50, stagger=True) for _ in range(2))
+    env.reset()
+    other.reset()
+    action = np.zeros((50, 1), np.float32)
+    for _ in range(5):
+        env.step(action)
+    other.set_state(env.get_state())
+    reported = 0
+    for t in range(40):
+        _, _, dones, infos = env.step(action)
+        assert np.array_equal(other.step(action)[2], dones)
+        assert all("terminal_observation" in infos[i] for i in np.flatnonzero(dones))
+        reported += sum("episode" in info for info in infos)
+        assert t > 13 or reported == 0
+    assert reported >= 50
 
 
 def test_what_is_no_task_is_refused() -> None:
@@ -303,14 +313,16 @@ def test_a_run_goes_on_exactly() -> None:
 def test_what_it_cannot_do_is_refused(id: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_vec(id, 2, 0, backend="tensor", **options)
-    with pytest.raises(ValueError, match="device: got cuda, which changes nothing without backend tensor, got batched"):
+    with pytest.raises(ValueError, match="device: got cuda, which changes nothing without backend tensor or warp, got"):
         make_vec(AVOID, 2, 0, device="cuda")
 
 
-def test_train_takes_the_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_takes_the_backend_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     command = ["policyflow", "--env", AVOID, "--backend", "tensor", "--device", "cpu", "--total-timesteps", "3200"]
     assert train.main([*command, "--critic-warmup", "0", "--compile", "off"]) == 0
+    [run] = tmp_path.glob("runs/*/policyflow/*")
+    assert train.main(["--resume", str(run), "--total-timesteps", "6400"]) == 0
 
 
 @pytest.mark.gpu

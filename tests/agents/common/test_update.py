@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from driftrl import PolicyFlow
 from driftrl.agents.common import compiling
-from driftrl.agents.common.compiling import PAYS_AFTER, Compiled, compiling_pays
+from driftrl.agents.common.compiling import PAYS_AFTER, PAYS_AFTER_LAUNCHES, Compiled, compiling_pays
 from driftrl.agents.common.snapshot import Snapshot
 from driftrl.agents.common.update import Gradient, Loss, Losses
 
@@ -135,6 +135,17 @@ def test_compiled_functions_tell_shapes_apart_and_notice_new_networks_when_asked
     torch.testing.assert_close(function(long), layer(long[0]))
 
 
+def test_on_cuda_launches_count_and_not_updates() -> None:
+    assert not compiling_pays("auto", PAYS_AFTER, CUDA)  # they are launched in a few seconds
+    assert compiling_pays("auto", PAYS_AFTER_LAUNCHES // 100, CUDA)
+    # The same run with minibatches of 256 in 64 environments, and with large ones in thousands.
+    steps, epochs = 10_000_000, 10
+    assert compiling_pays("auto", steps * epochs // 256, CUDA, steps // 64)
+    assert not compiling_pays("auto", steps * epochs // 32_768, CUDA, steps // 4096)
+    assert compiling_pays("auto", 0, CUDA, PAYS_AFTER_LAUNCHES)
+    assert not compiling_pays("auto", 0, CPU, PAYS_AFTER_LAUNCHES)
+
+
 def test_short_runs_and_machines_without_a_compiler_stay_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     assert compiling_pays("auto", PAYS_AFTER, CPU)
@@ -143,7 +154,7 @@ def test_short_runs_and_machines_without_a_compiler_stay_eager(monkeypatch: pyte
     assert not compiling_pays("off", 10**9, CPU)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not compiling_pays("auto", 10**9, CPU)
-    assert compiling_pays("auto", PAYS_AFTER, CUDA)
+    assert compiling_pays("on", 1, CUDA)
     with pytest.raises(ValueError, match=r"install g\+\+ or clang\+\+"):
         compiling_pays("on", 1, CPU)
 

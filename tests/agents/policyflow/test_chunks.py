@@ -17,8 +17,8 @@ from torch import Tensor
 
 from driftrl import PolicyFlow
 from driftrl.agents.common.demonstrations import Demonstrations
-from driftrl.agents.policyflow.chunks import chunk_advantage
-from driftrl.agents.policyflow.rollout import drawn_rows, generalized_advantage
+from driftrl.agents.policyflow.advantages import chunk_advantage, generalized_advantage
+from driftrl.agents.policyflow.rollout import drawn_rows
 from driftrl.analysis.export import export_program
 from driftrl.analysis.multimodality import play
 from driftrl.envs import make_vec

@@ -15,8 +15,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import Tensor, nn
 
 from driftrl.agents.common.program import tensors_in
+from driftrl.agents.policyflow.advantages import generalized_advantage
 from driftrl.agents.policyflow.algorithm import PolicyFlow
-from driftrl.agents.policyflow.rollout import generalized_advantage
 from driftrl.envs import make_vec
 from driftrl.envs.mujoco_batch import MujocoVecEnv
 
