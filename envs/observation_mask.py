@@ -51,7 +51,7 @@ class ObservationMask(gym.ObservationWrapper[NDArray[Any], Any, NDArray[Any]], g
         self.observation_space = spaces.Box(
             space.low[self._shown],
             space.high[self._shown],
-            dtype=space.dtype.type,  # type: ignore[arg-type, union-attr]
+            dtype=space.dtype.type,
         )
 
     def observation(self, observation: NDArray[Any]) -> NDArray[Any]:

@@ -64,7 +64,7 @@ def test_the_other_entries_stay_as_they_are(hidden: Any, shown: Any) -> None:
 
 def test_bounds_and_number_type_of_what_is_left() -> None:
     env = ObservationMask(gym.make("Pendulum-v1"), [1])
-    assert env.observation_space == gym.spaces.Box(np.float32([-1, -8]), np.float32([1, 8]))
+    assert env.observation_space == gym.spaces.Box(np.array([-1, -8], np.float32), np.array([1, 8], np.float32))
 
 
 @pytest.mark.parametrize("backend", ["auto", "sync", "subproc"])
@@ -73,9 +73,9 @@ def test_every_backend_masks(positions: str, backend: Backend) -> None:
     with_velocities, env = make_vec("Hopper-v5", 2, 5, "batched"), make_vec(positions, 2, 5, backend)
     try:
         assert env.observation_space.shape == (5,)
-        obs, seen = with_velocities.reset(), env.reset()
+        obs, seen = cast(Any, with_velocities.reset()), cast(Any, env.reset())
         for action in np.random.default_rng(0).uniform(-1, 1, (60, 2, 3)).astype(np.float32):
-            assert np.array_equal(seen, cast(np.ndarray, obs)[:, :5])
+            assert np.array_equal(seen, obs[:, :5])
             (obs, reward, ended, infos), (seen, paid, over, others) = with_velocities.step(action), env.step(action)
             assert np.array_equal(reward, np.float32(paid))  # subproc gives float64
             assert np.array_equal(ended, over)
@@ -92,7 +92,7 @@ def test_a_batch_is_refused_and_the_task_hidden(positions: str) -> None:
     make_vec(positions, 1, 0).close()  # registered from now on
     for backend in ("batched", "tensor"):
         with pytest.raises(ValueError, match=f"{backend}: got 'masked_tasks:test/HopperPositions-v0', another"):
-            make_vec(positions, 2, 0, cast(Backend, backend))
+            make_vec(positions, 2, 0, backend)
     assert known_task_of_id(positions) is None
     assert task_name(positions) == positions
     masked = ObservationMask(gym.make("Hopper-v5"), slice(5, None))
