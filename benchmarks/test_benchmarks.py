@@ -223,3 +223,30 @@ def test_the_picture_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "front.png").stat().st_size > 20_000
     percents = module.whole_percents([0.046, 0.256, 0.046, 0.034, 0.453, 0.055])
     assert percents == [5, 26, 5, 3, 45, 5]  # 89 in all; each for itself they would be 90
+
+
+def test_latent_models_of_equal_size_are_compared(
+    learning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark("paired", monkeypatch)
+    latent = benchmark("latent_dynamics", monkeypatch)
+    for obs_dim, action_dim in ((5, 3), (8, 6)):
+        sizes = [latent.size(latent.build(arm, obs_dim, action_dim)) for arm in latent.ARMS]
+        assert max(sizes) < 1.05 * min(sizes)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- latent -->\nold\n<!-- /latent -->\n")
+    monkeypatch.setattr(latent, "RESULTS", tmp_path / "results")
+    small = {"rows": 1600, "learned": 1024, "folder": tmp_path / "data", "page": page}
+
+    latent.main(("HalfCheetah-v5",), seeds=(0,), updates=2, **small)
+    text = page.read_text()
+    latent.main(("HalfCheetah-v5",), seeds=(0,), updates=0, **small)  # what is kept is not fitted again
+
+    assert page.read_text() == text
+    assert [line.split(" | ")[1] for line in text.splitlines()[5:-1]] == [
+        *latent.NAMES.values(),
+        "the last observation",
+    ]
+    _, held_out = latent.data("HalfCheetah-v5", tmp_path / "data", 0, 0)
+    true = held_out.obs.transpose(0, 1)[latent.HISTORY :], held_out.reward.T[latent.HISTORY - 1 :]
+    assert latent.errors(true, held_out) == {"obs": [0.0] * 4, "reward": [0.0] * 4}

@@ -362,4 +362,6 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"friction must be positive, got 0\.0"):
         KineticTransition(OscillatorField(2), step=0.1, friction=0.0)
     with pytest.raises(ValueError, match=r"temperature must be positive, got -1\.0"):
-        KineticTransition(OscillatorField(2), step=0.1, temperature=-1.0)(x, x, noise)
+        KineticTransition(OscillatorField(2), step=0.1, temperature=-1.0)
+    with pytest.raises(ValueError, match=r"step must be positive, got 0\.0"):
+        KineticTransition(OscillatorField(2), step=0.0)
