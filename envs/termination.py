@@ -80,8 +80,13 @@ def _inverted_double_pendulum(options: _Options) -> Termination:
     return terminated
 
 
+def no_end(next_obs: Tensor) -> Tensor:
+    """The rule of a task that never terminates."""
+    return torch.zeros(len(next_obs), dtype=torch.bool, device=next_obs.device)
+
+
 def _never(options: _Options) -> Termination:
-    return lambda next_obs: torch.zeros(len(next_obs), dtype=torch.bool, device=next_obs.device)
+    return no_end
 
 
 def _multi_goal(options: _Options) -> Termination:
@@ -123,12 +128,13 @@ def termination_function(env_id: str, env_kwargs: Mapping[str, Any] | None = Non
 
     Returns:
         The rule, or None where the observation does not tell: for other environments, and where ``xml_file`` changes
-        what the columns mean. A terminal head of the learned model can take its place.
+        what the columns mean. A terminal head of the learned model can take its place. Equal arguments give the same
+        function, so that who has compiled it sees whether it is another.
     """
     if env_id not in _TASKS:
         return None
     if _TASKS[env_id] is _never:
-        return _never({})
+        return no_end
     (entry_point,) = (entry for entry, task in TASK_CLASSES.items() if task == env_id)
     arguments = inspect.signature(load_env_creator(entry_point)).parameters.values()
     defaults = {argument.name: argument.default for argument in arguments}
@@ -136,8 +142,12 @@ def termination_function(env_id: str, env_kwargs: Mapping[str, Any] | None = Non
     rule = _TASKS[env_id] if options.get("terminate_when_unhealthy", True) else _never
     if rule is not _never and options.get("xml_file") != defaults.get("xml_file"):
         return None
-    return rule(options)
+    key = repr((rule, sorted(options.items())))
+    return _made.setdefault(key, rule(options))
 
+
+_made: dict[str, Termination] = {}
+"""Rules by what they were made of."""
 
 TERMINATIONS: dict[str, Termination] = {
     env_id: rule for env_id in _TASKS if (rule := termination_function(env_id)) is not None

@@ -7,6 +7,7 @@ count at each call. The graph's text and the versions name the program on disk, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -23,10 +25,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from ...envs.native.build import cache_folder
+from ...envs.native.build import cache_folder, find_compiler
 
 KEPT = 100
 """Programs that the folder keeps, the latest used; one takes about a megabyte."""
+
+_COMPILER = Path(__file__).with_name("aot.py")
 
 _loaded: dict[str, Any] = {}
 """The programs of this process by their keys."""
@@ -35,7 +39,8 @@ _loaded: dict[str, Any] = {}
 class Program:
     """A function of tensors, or of tuples of them, as a program for each of their shapes.
 
-    The function may write to its arguments. It must not write to other tensors, nor draw random numbers.
+    The function may write to its arguments. It must not write to other tensors, nor draw random numbers. Arguments of
+    equal shapes must have equal strides, and what is no tensor must be the same at each call.
 
     Args:
         function: returns a tensor, or a tuple of tensors and dictionaries of tensors.
@@ -43,7 +48,7 @@ class Program:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self._traced: dict[tuple[torch.Size, ...], _Traced] = {}
+        self._traced: dict[tuple[tuple[torch.Size, torch.dtype], ...], _Traced] = {}
         self._seen: Any = None
         self._is_checked = True
 
@@ -54,7 +59,7 @@ class Program:
             if self._seen != _fingerprint(self.function):
                 self._traced.clear()
         given = list(tensors_in(arguments))
-        shapes = tuple([each.shape for each in given])
+        shapes = tuple([(each.shape, each.dtype) for each in given])
         traced = self._traced.get(shapes)
         if traced is not None and not traced.is_current():
             self._traced.clear()
@@ -171,25 +176,33 @@ def _program(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
         if package.is_file():
             try:
                 _loaded[key] = _load(package)
-            except RuntimeError:  # a damaged file
+            except (RuntimeError, zipfile.BadZipFile):  # a damaged file
                 package.unlink(missing_ok=True)
         if key not in _loaded:
             _compile(graph, described, package)
             _loaded[key] = _load(package)
-        os.utime(package)
+        with contextlib.suppress(FileNotFoundError):  # another process cleared the folder
+            os.utime(package)
     return _loaded[key]
 
 
 def _load(package: Path) -> Any:
-    """The program of a file, for one thread at a time, on the CPU."""
+    """The program of a file, for one thread at a time, on the CPU.
+
+    Raises:
+        RuntimeError, zipfile.BadZipFile: if the file is damaged. Its code must not run then: it would crash.
+    """
+    with zipfile.ZipFile(package) as archive:
+        if archive.testzip() is not None:
+            raise zipfile.BadZipFile(package)
     return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", True, 1, -1)
 
 
 def _key(graph: fx.GraphModule, described: list[Any]) -> str:
     about = (
         graph.code, described, torch.__version__, torch.__config__.show(), torch.get_num_threads(),
-        torch.backends.cpu.get_cpu_capability(), platform.processor(), onednn_is_faster(), os.environ.get("CXX"),
-        sys.version_info[:2], Path(torch.__file__).parent,
+        torch.backends.cpu.get_cpu_capability(), _processor(), onednn_is_faster(), find_compiler(),
+        sys.version_info[:2], Path(torch.__file__).parent, _COMPILER.read_bytes(),
     )  # fmt: skip
     return hashlib.sha256(repr(about).encode()).hexdigest()[:40]
 
@@ -201,16 +214,17 @@ def onednn_is_faster() -> bool:
     On AMD's processors with AVX-512 it takes half of MKL's time (docs/performance.md).
     """
     has_both = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
-    return has_both and torch.backends.cpu.get_cpu_capability() == "AVX512" and "AMD" in _vendor()
+    return has_both and torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in _processor()
 
 
-def _vendor() -> str:
-    """Who made the processor, such as AuthenticAMD; empty if that is not known."""
+@cache
+def _processor() -> str:
+    """Who made the processor, which it is and what it can do; code is compiled for it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:  # not Linux
         return platform.processor()
-    return next((line for line in lines if line.startswith("vendor_id")), "")
+    return "\n".join(line for line in lines if line.startswith(("vendor_id", "model", "flags")))
 
 
 def folder() -> Path:
@@ -237,18 +251,34 @@ def _compile(graph: fx.GraphModule, described: list[Any], package: Path) -> None
     with tempfile.TemporaryDirectory(prefix="driftrl-compile-") as place:
         source, made = Path(place) / "graph.pt", Path(place) / "program.pt2"
         torch.save((graph, described, torch.get_num_threads(), onednn_is_faster()), source)
-        command = [sys.executable, str(Path(__file__).with_name("aot.py")), str(source), str(made)]
+        command = [sys.executable, str(_COMPILER), str(source), str(made)]
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(place) / "inductor")}
+        if compiler := find_compiler():  # $CXX, or another where it is not there
+            environment["CXX"] = compiler
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
             raise RuntimeError(
                 f"compile: PyTorch's compiler failed; use compile='off'. It says:\n{done.stderr[-3000:]}"
             )
         part = package.with_suffix(f".{os.getpid()}.part")
-        shutil.copyfile(made, part)
-        os.replace(part, package)
-    for old in sorted(package.parent.glob("*.pt2"), key=lambda each: each.stat().st_mtime)[:-KEPT]:
+        try:
+            shutil.copyfile(made, part)
+            os.replace(part, package)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise ValueError(
+                f"compile: cannot write {package}, {error.strerror}; make room, or set compile to off"
+            ) from error
+    for old in sorted(package.parent.glob("*.pt2"), key=_used_at)[:-KEPT]:
         old.unlink(missing_ok=True)
+
+
+def _used_at(package: Path) -> float:
+    """When a program was last used; 0 where another process has just removed it."""
+    try:
+        return package.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _fingerprint(function: Any) -> Any:

@@ -143,7 +143,8 @@ class Weights:
             state.update({"step": torch.zeros((), device=self.vector.device), **zeros})
         if self._steps is None:
             self._expose_moments()
-        group, decoupled = self._groups[0], isinstance(self.optimizer, torch.optim.AdamW)
+        group = self._groups[0]
+        decoupled = group.get("decoupled_weight_decay", isinstance(self.optimizer, torch.optim.AdamW))
         decays = (group["weight_decay"], 0.0) if decoupled else (0.0, group["weight_decay"])
         numbers = [group["lr"], *group["betas"], group["eps"], *decays, self.rate]
         options = torch.tensor([float(each) for each in numbers], dtype=torch.float64, device=self.vector.device)

@@ -186,7 +186,7 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
 
     def _config_changed(self) -> None:
         """Make anew what an update reads of the Config."""
-        self._differentiated = self.transition
+        self._differentiated = self.transition, vars(self).get("_terminated")
         terms: Any = partial(losses, config=self.config, target_entropy=self.target_entropy)
         if self.transition is not None and self.config.value_gradient:
             terms = partial(
@@ -218,9 +218,9 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
         if (self.transition is None) != (self.config.model == "none"):
             raise ValueError(f"transition: got {self.transition} with model={self.config.model!r}")
         if self.transition is not None:
-            if self.transition is not self._differentiated:
-                self._config_changed()
             self._choose_rule()  # another environment may have been set
+            if (self.transition, self._terminated) != self._differentiated:
+                self._config_changed()
             made_with("terminated", self._learns_end or self._terminated is not None)
             known = self.transition.settings.known_step
             made_with("known_step", known is self.known_step and self._knows_step == (known is not None))

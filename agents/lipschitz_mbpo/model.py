@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeAlias
 
-import torch
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from ...dynamics.transition import TRANSITIONS, GaussianTransition
 from ...dynamics.transition_base import TransitionModel
 from ...dynamics.transition_settings import TransitionSettings
 from ...envs.known import known_task_of
-from ...envs.termination import termination_function
+from ...envs.termination import no_end, termination_function
 from .config import NETWORKS, LipschitzMBPOConfig
 from .replay import TransitionRing
 
@@ -80,7 +79,7 @@ def termination_rule(choice: str, given: Rule | None, env: VecEnv | None) -> Rul
     if choice == "learned":
         return None
     if choice == "never":
-        return lambda next_obs: torch.zeros(len(next_obs), dtype=torch.bool, device=next_obs.device)
+        return no_end
     rule = given
     task = None if rule or env is None else known_task_of(env)
     if task is not None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
+import shutil
+import subprocess
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from driftrl.agents.common import program
 from driftrl.agents.common.program import Program
 from driftrl.agents.common.update import Gradient, Loss, Losses
 from driftrl.agents.common.weights import Weights
+from driftrl.envs.native.build import find_compiler
 
 
 class Policy(nn.Module):
@@ -34,7 +39,9 @@ def loss(policy: Policy, x: Tensor) -> Losses:
     return Losses({"loss": Loss(policy.actor(x).square().mean())}, {})
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    "kind", [torch.optim.Adam, torch.optim.AdamW, partial(torch.optim.Adam, decoupled_weight_decay=True)]
+)
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_steps_are_those_of_pytorch(kind: Any, decay: float) -> None:
     torch.manual_seed(0)
@@ -96,11 +103,13 @@ def test_a_program_is_found_on_disk_and_a_damaged_one_is_made_anew(
         return x * captured, {"sum": parts[0].sum()}
 
     monkeypatch.setattr(program, "_compile", counted)
-    for damage in (False, False, True):
+    for damage in ("", "", "cut", "changed"):
         program._loaded.clear()
         files = list((tmp_path / "a folder" / "driftrl" / "programs").glob("*"))
         if damage:
-            files[0].write_bytes(files[0].read_bytes()[:1000])
+            content = bytearray(files[0].read_bytes())
+            content[len(content) // 2] ^= 255  # its code would run, and crash
+            files[0].write_bytes(content[:1000] if damage == "cut" else content)
         run = Program(function)
         for start in (0.0, 5.0):
             x = torch.full((2,), start)
@@ -109,8 +118,53 @@ def test_a_program_is_found_on_disk_and_a_damaged_one_is_made_anew(
             assert x.tolist() == [start + 1, start + 1]
             assert product.tolist() == [start + 1, start * (start + 1)]
             assert named["sum"] == 5
-    assert len(compiled) == 2
+    assert len(compiled) == 3
     assert [each.suffix for each in (tmp_path / "a folder" / "driftrl" / "programs").iterdir()] == [".pt2"]
+
+
+@pytest.fixture
+def compiled_by(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """In place of the compiler: the C++ compilers that it is told to use."""
+    told = list[str | None]()
+
+    def run(command: list[str], env: dict[str, str], **options: Any) -> Any:
+        told.append(env.get("CXX"))
+        Path(command[-1]).write_bytes(b"program")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return told
+
+
+def test_the_compiler_is_the_one_that_is_there(
+    tmp_path: Path, compiled_by: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    program._compile(torch.fx.symbolic_trace(nn.Identity()), [], tmp_path / "a.pt2")
+    assert compiled_by == [find_compiler()]
+    assert compiled_by[0] != "/nonexistent/c++"
+
+
+@pytest.mark.usefixtures("compiled_by")
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(ValueError, match="No space left on device; make room"):
+        program._compile(torch.fx.symbolic_trace(nn.Identity()), [], tmp_path / "a.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_compiler_of_ours_makes_other_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = torch.fx.symbolic_trace(nn.Identity())
+    before = program._key(graph, [])
+    changed = tmp_path / "aot.py"
+    changed.write_bytes(program._COMPILER.read_bytes() + b"# mended")
+    monkeypatch.setattr(program, "_COMPILER", changed)
+    assert program._key(graph, []) != before
+    assert program._used_at(tmp_path / "gone.pt2") == 0
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
@@ -155,7 +209,7 @@ def test_onednn_multiplies_where_mkl_is_slow(
     for library in ("mkldnn", "mkl"):
         monkeypatch.setattr(getattr(torch.backends, library), "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(program, "_vendor", lambda: f"vendor_id\t: {vendor}")
+    monkeypatch.setattr(program, "_processor", lambda: f"vendor_id\t: {vendor}")
     program.onednn_is_faster.cache_clear()
     try:
         assert program.onednn_is_faster() == expected

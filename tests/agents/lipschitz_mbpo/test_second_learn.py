@@ -107,6 +107,18 @@ def test_a_model_that_was_replaced_is_the_one_that_is_differentiated() -> None:
         learner.learn(20)
 
 
+def test_updates_follow_the_rule_of_the_environment_that_is_set() -> None:
+    options = SMALL | {"value_gradient": 2, "rollout_interval": 20}
+    learner = LipschitzMBPO("MlpPolicy", make_vec("Hopper-v5", 1, 0), **options).learn(100)
+    before = learner._objective
+    learner.set_env(make_vec("Hopper-v5", 1, 1))
+    learner.learn(20, reset_num_timesteps=False)
+    assert learner._objective is before  # the same rule: what is compiled stays
+    learner.set_env(make_vec("Hopper-v5", 1, 1, healthy_angle_range=(-0.01, 0.01)))
+    learner.learn(20, reset_num_timesteps=False)
+    assert learner._objective is not before  # a compiled update holds the rule that it was made with
+
+
 @pytest.mark.parametrize("interval", [15, 20, 50, 60])
 def test_so_many_rollouts_begin_per_step_whatever_the_intervals(interval: int, monkeypatch: pytest.MonkeyPatch) -> None:
     learner, begun = agent(rollout_interval=interval, model_interval=20, rollout_max=1, rollout_min=1), list[int]()
