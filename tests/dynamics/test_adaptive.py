@@ -4,27 +4,14 @@ import torch
 from torch import Tensor
 
 from driftrl.dynamics.adaptive import odeint_adaptive
-from driftrl.dynamics.fields import MLPField, Time
+from driftrl.dynamics.fields import Time
 from driftrl.dynamics.ode import HEUN, RK4, odeint
 from driftrl.dynamics.special_fields import LinearField
 from driftrl.dynamics.step_control import AdaptiveResult, Status
 
+from .draws import column, mlp, rand
+
 F64 = torch.float64
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def mlp() -> MLPField:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return MLPField(3, 2, (8, 8), last_layer_scale=1.0).double()
-
-
-def column(t: Time) -> Tensor:
-    assert isinstance(t, Tensor)
-    return t.unsqueeze(-1)
 
 
 def riccati(t: Time, x: Tensor, cond: Tensor | None) -> Tensor:

@@ -7,26 +7,18 @@ from torch import Tensor
 
 from driftrl.dynamics.adaptive_sde import sdeint_adaptive
 from driftrl.dynamics.brownian_tree import BrownianTree
-from driftrl.dynamics.fields import MLPField, Time
+from driftrl.dynamics.fields import Time
 from driftrl.dynamics.neural_sde import GeometricSDE, LangevinSDE, LinearNoiseSDE
 from driftrl.dynamics.sde import SDE, Drift, sdeint
 from driftrl.dynamics.step_control import AdaptiveResult, Status
+
+from .draws import mlp, rand
 
 F64 = torch.float64
 MU, SIGMA = 0.5, 0.8
 GEOMETRIC = LinearNoiseSDE(lambda t, x, cond: MU * x, SIGMA)
 WELL = LangevinSDE(lambda t, x, cond: 20 * (x - x**3), 1.0)
 """Two wells at -1 and 1; from x = 4 it falls at a rate of 1,000, in a well it relaxes at a rate of 40."""
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def mlp() -> MLPField:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return MLPField(3, 2, hidden=(8, 8), last_layer_scale=1.0).double()
 
 
 def tree(batch: int, dim: int = 1, t0: float = 0.0, t1: float = 1.0) -> BrownianTree:

@@ -6,28 +6,15 @@ from torch import Tensor
 
 from driftrl.dynamics.adaptive import odeint_adaptive
 from driftrl.dynamics.dense import interpolate
-from driftrl.dynamics.fields import MLPField, Time
+from driftrl.dynamics.fields import Time
 from driftrl.dynamics.ode import DOPRI5, HEUN, Tableau, combine, stage_slopes
 from driftrl.dynamics.regularize import local_error_penalty
 from driftrl.dynamics.step_control import Span, Status, Trial
 
+from .draws import column, mlp, rand
+
 F64 = torch.float64
 GRAVITY = 9.81
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def mlp() -> MLPField:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return MLPField(3, 2, (8, 8), last_layer_scale=1.0).double()
-
-
-def column(t: Time) -> Tensor:
-    assert isinstance(t, Tensor)
-    return t.unsqueeze(-1)
 
 
 def turning(t: Time, x: Tensor, cond: Tensor | None) -> Tensor:

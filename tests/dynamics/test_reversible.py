@@ -14,11 +14,9 @@ from driftrl.dynamics.ode import (
 from driftrl.dynamics.reversible import odeint_reversible
 from driftrl.dynamics.special_fields import LinearField, ResidualField
 
+from .draws import rand
+
 F64 = torch.float64
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def mlp(**options: object) -> MLPField:

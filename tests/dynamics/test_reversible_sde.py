@@ -6,23 +6,14 @@ from torch import Tensor
 
 from driftrl.dynamics.brownian import BrownianGrid
 from driftrl.dynamics.brownian_tree import BrownianTree
-from driftrl.dynamics.fields import MLPField
 from driftrl.dynamics.neural_sde import GeometricSDE, LangevinSDE, LinearNoiseSDE
 from driftrl.dynamics.reversible_sde import sdeint_reversible
 from driftrl.dynamics.sde import SDE, sdeint
 
+from .draws import mlp, rand
+
 F64 = torch.float64
 KINDS: dict[str, type[LangevinSDE]] = {"additive": LangevinSDE, "linear": LinearNoiseSDE, "geometric": GeometricSDE}
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def mlp() -> MLPField:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return MLPField(3, 2, hidden=(8, 8), last_layer_scale=1.0).double()
 
 
 def tree(t1: float = 1.0) -> BrownianTree:
