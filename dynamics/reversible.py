@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,6 +95,31 @@ class _Coupled:
         return combine(torch.zeros_like(x), h, self.tableau.b, stage_slopes(velocity, self.tableau, t, h, x))
 
 
+class GradientSums:
+    """Gradients of a solve on its conditioning and weights, summed while it is walked back.
+
+    Args:
+        tensors: the conditioning, or None, and the weights; those that need no gradient get none.
+    """
+
+    def __init__(self, *tensors: Tensor | None) -> None:
+        self._tensors = tensors
+        self._inputs = [each for each in tensors if each is not None and each.requires_grad]
+        self._sums = [torch.zeros_like(each) for each in self._inputs]
+
+    def pull_back(self, parts: Sequence[Tensor], gradients: Sequence[Tensor], state: Tensor) -> Tensor:
+        """The gradient on the state of those on parts that are functions of it; what the inputs get is added."""
+        found = torch.autograd.grad(parts, [state, *self._inputs], gradients, materialize_grads=True)
+        for total, gradient in zip(self._sums, found[1:], strict=True):
+            total.add_(gradient)
+        return found[0]
+
+    def totals(self) -> tuple[Tensor | None, ...]:
+        """The sums in the order of the tensors."""
+        by_input = dict(zip(map(id, self._inputs), self._sums, strict=True))
+        return tuple(by_input.get(id(each)) for each in self._tensors)
+
+
 class _ReversibleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, method: _Coupled, x: Tensor, cond: Tensor | None, *weights: Tensor) -> Tensor:
@@ -110,18 +135,14 @@ class _ReversibleGradient(torch.autograd.Function):
         y, z, cond, *weights = ctx.saved_tensors
         if cond is not None:
             cond = cond.detach().requires_grad_(ctx.needs_input_grad[2])
-        inputs = [w for w in (cond, *weights) if w is not None and w.requires_grad]
-        sums = [torch.zeros_like(w) for w in inputs]
+        sums = GradientSums(cond, *weights)
 
         def pull_back(t: float, h: float, state: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
             """psi_h(t, state) and the gradient on state; that on the inputs is added to their sums."""
             with torch.enable_grad():
                 state = state.detach().requires_grad_()
                 increment = method.increment(bind(method.field, cond), t, h, state)
-            grads = torch.autograd.grad(increment, [state, *inputs], gradient, materialize_grads=True)
-            for total, grad in zip(sums, grads[1:], strict=True):
-                total.add_(grad)
-            return increment.detach(), grads[0]
+            return increment.detach(), sums.pull_back([increment], [gradient], state)
 
         c, grad_z = method.coupling, torch.zeros_like(grad_y)
         for t, h in reversed(method.course):
@@ -129,5 +150,4 @@ class _ReversibleGradient(torch.autograd.Function):
             z, grad_y = z + increment, grad_y + grad
             increment, grad = pull_back(t, h, z, grad_y)
             y, grad_z, grad_y = (y - (1 - c) * z - increment) / c, grad_z + (1 - c) * grad_y + grad, c * grad_y
-        by_input = dict(zip(map(id, inputs), sums, strict=True))
-        return (None, grad_y + grad_z, *(by_input.get(id(w)) for w in (cond, *weights)))
+        return (None, grad_y + grad_z, *sums.totals())

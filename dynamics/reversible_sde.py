@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from .brownian import BrownianGrid
 from .brownian_tree import BrownianTree
 from .ode import check_batch, fixed_time, intervals
+from .reversible import GradientSums
 from .sde import REVERSIBLE_HEUN, SDE, bind_sde, check_direction, check_noise
 
 
@@ -121,8 +122,7 @@ class _ReversibleGradient(torch.autograd.Function):
         x, z, cond, *weights = ctx.saved_tensors
         if cond is not None:
             cond = cond.detach().requires_grad_(ctx.needs_input_grad[2])
-        inputs = [w for w in (cond, *weights) if w is not None and w.requires_grad]
-        sums = [torch.zeros_like(w) for w in inputs]
+        sums = GradientSums(cond, *weights)
 
         def differentiable(t: float, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             with torch.enable_grad():
@@ -135,10 +135,7 @@ class _ReversibleGradient(torch.autograd.Function):
             if not pairs:
                 return torch.zeros_like(z)
             parts, grads = zip(*pairs, strict=True)
-            found = torch.autograd.grad(parts, [z, *inputs], grads, materialize_grads=True)
-            for total, grad in zip(sums, found[1:], strict=True):
-                total.add_(grad)
-            return found[0]
+            return sums.pull_back(parts, grads, z)
 
         t, h = method.course[-1]
         z, f, g = differentiable(t + h, z)
@@ -152,8 +149,7 @@ class _ReversibleGradient(torch.autograd.Function):
             grad_x, grad_z = grad_x + 2 * grad_z, -grad_z
             z, f, g, x = before, f_before, g_before, x.detach()
         grad_start = grad_x + grad_z + pull_back(z, f, g, grad_f, grad_g)
-        by_input = dict(zip(map(id, inputs), sums, strict=True))
-        return (None, grad_start, *(by_input.get(id(w)) for w in (cond, *weights)))
+        return (None, grad_start, *sums.totals())
 
 
 def _check_leaves(terms: tuple[Tensor, Tensor], weights: list[Tensor]) -> None:

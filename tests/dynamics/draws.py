@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,20 @@ def mlp() -> MLPField:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return MLPField(3, 2, hidden=(8, 8), last_layer_scale=1.0).double()
+
+
+def saved_numbers(run: Callable[[], object]) -> int:
+    """How many numbers a computation keeps for its gradient."""
+    numbers = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal numbers
+        numbers += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return numbers
 
 
 def column(t: Time) -> Tensor:

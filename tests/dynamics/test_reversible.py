@@ -14,7 +14,7 @@ from driftrl.dynamics.ode import (
 from driftrl.dynamics.reversible import odeint_reversible
 from driftrl.dynamics.special_fields import LinearField, ResidualField
 
-from .draws import rand
+from .draws import rand, saved_numbers
 
 F64 = torch.float64
 
@@ -76,16 +76,7 @@ def test_memory_of_the_reversible_gradient_does_not_grow_with_the_steps() -> Non
     field, x, cond = mlp(), rand(4, 3).requires_grad_(), rand(4, 2)
 
     def saved(steps: int, gradient: Any) -> int:
-        numbers = 0
-
-        def pack(tensor: Tensor) -> Tensor:
-            nonlocal numbers
-            numbers += tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            odeint_reversible(field, x, steps=steps, cond=cond, gradient=gradient)
-        return numbers
+        return saved_numbers(lambda: odeint_reversible(field, x, steps=steps, cond=cond, gradient=gradient))
 
     assert saved(3, "reversible") == saved(48, "reversible") < saved(3, "direct")
     assert saved(48, "direct") > 8 * saved(3, "direct")

@@ -10,7 +10,7 @@ from driftrl.dynamics.neural_sde import GeometricSDE, LangevinSDE, LinearNoiseSD
 from driftrl.dynamics.reversible_sde import sdeint_reversible
 from driftrl.dynamics.sde import SDE, sdeint
 
-from .draws import mlp, rand
+from .draws import mlp, rand, saved_numbers
 
 F64 = torch.float64
 KINDS: dict[str, type[LangevinSDE]] = {"additive": LangevinSDE, "linear": LinearNoiseSDE, "geometric": GeometricSDE}
@@ -72,27 +72,17 @@ def test_gradient_of_geometric_brownian_motion_in_closed_form() -> None:
     torch.testing.assert_close(by_level, (paths(1.0) - 0.5) * exact, rtol=2e-2, atol=2e-2)
 
 
-def saved_numbers(gradient: Any, sde: SDE, steps: int) -> int:
-    numbers = 0
-
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal numbers
-        numbers += tensor.numel()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        sdeint_reversible(
-            sde, rand(4, 3).requires_grad_(), steps=steps, noise=tree(), cond=rand(4, 2), gradient=gradient
-        )
-    return numbers
+def saved(gradient: Any, sde: SDE, steps: int) -> int:
+    x, cond = rand(4, 3).requires_grad_(), rand(4, 2)
+    return saved_numbers(lambda: sdeint_reversible(sde, x, steps=steps, noise=tree(), cond=cond, gradient=gradient))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_of_the_gradient_does_not_grow_with_the_steps(kind: str) -> None:
     sde = KINDS[kind](mlp(), scale(3))
-    few, many = (saved_numbers("reversible", sde, steps) for steps in (3, 48))
-    assert few == many < saved_numbers("direct", sde, 3)
-    assert saved_numbers("direct", sde, 48) > 8 * saved_numbers("direct", sde, 3)
+    few, many = (saved("reversible", sde, steps) for steps in (3, 48))
+    assert few == many < saved("direct", sde, 3)
+    assert saved("direct", sde, 48) > 8 * saved("direct", sde, 3)
 
 
 def test_gradient_goes_only_where_it_is_wanted() -> None:

@@ -24,6 +24,7 @@ from driftrl.envs.multigoal import GOAL_TASKS
 from driftrl.envs.tensor import TensorTask, TensorVecEnv
 from driftrl.envs.tensor_tasks import TENSOR_TASKS
 
+from .small_agent import agent
 from .waiting import waits
 
 TASKS: dict[str, Any] = {**GOAL_TASKS, AVOID: Avoid()}
@@ -33,14 +34,6 @@ def tensor_env(task: str, n_envs: int = 8, seed: int | None = 0, **env_kwargs: A
     env = make_vec(task, n_envs, seed, backend="tensor", **env_kwargs)
     assert isinstance(env, TensorVecEnv)
     return env
-
-
-def agent(env: Any, **fields: Any) -> PolicyFlow:
-    settings: dict[str, Any] = {
-        "n_steps": 20, "batch_size": 40, "n_epochs": 2, "actor_hidden": (16,), "critic_hidden": (16,), "seed": 0,
-        "compile": "off", "device": "cpu",
-    }  # fmt: skip
-    return PolicyFlow("MlpPolicy", env, **(settings | fields))
 
 
 @pytest.mark.parametrize("task", TENSOR_TASKS)

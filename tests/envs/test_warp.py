@@ -22,6 +22,7 @@ from driftrl.commands import train
 from driftrl.envs import make_vec
 from driftrl.envs.mujoco_tasks import TASKS
 
+from .small_agent import agent
 from .waiting import waits
 
 pytest.importorskip("mujoco_warp", reason="needs mujoco-warp: pip install 'driftrl[gpu]'")
@@ -203,14 +204,6 @@ def test_overflow_of_contacts_is_said() -> None:
     with pytest.warns(RuntimeWarning, match="warp_contacts: got room for 1 per world, but"):
         for _ in range(60):
             env.step(np.zeros((2, 6), np.float32))
-
-
-def agent(env: Any, **fields: Any) -> PolicyFlow:
-    settings: dict[str, Any] = {
-        "n_steps": 20, "batch_size": 40, "n_epochs": 2, "actor_hidden": (16,), "critic_hidden": (16,), "seed": 0,
-        "compile": "off", "device": "cpu",
-    }  # fmt: skip
-    return PolicyFlow("MlpPolicy", env, **(settings | fields))
 
 
 class Quiet(BaseCallback):
