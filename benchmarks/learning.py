@@ -31,6 +31,8 @@ import tyro
 from learning_arms import LABELS, POLICYFLOW_ARMS, Run, build, result_folder
 
 EVALUATION_EPISODES = 20
+LATE_EVALUATIONS, LATE_EPISODES = 10, 5
+"""Looks at the deterministic policy over the last fifth of a run, with and without its average of weights."""
 CURVE_POINTS = 100
 CHECKPOINT_SECONDS = 300
 """Processor time from one checkpoint to the next."""
@@ -59,12 +61,35 @@ def execute(run: Run) -> None:
 
     unfinished = run.path.with_suffix(".run")
 
+    def is_averaged(agent: Any) -> bool:
+        return getattr(agent.policy, "averaged_actor", None) is not None
+
+    def evaluate(agent: Any, episodes: int, mode: str) -> dict[str, Any]:
+        """Returns and lengths; mode: deterministic, sampled, or "last weights", without their average."""
+        env = make_vec_env(  # one episode in each
+            run.env, n_envs=episodes, seed=10_000 + run.seed, env_kwargs=settings.get("env_kwargs")
+        )
+        normalizer = agent.get_vec_normalize_env()
+        if normalizer is not None:
+            env = VecNormalize(env, training=False, norm_reward=False)
+            env.obs_rms = normalizer.obs_rms
+        average = getattr(agent.policy, "averaged_actor", None)
+        if mode == "last weights":
+            agent.policy.averaged_actor = None
+        returns, lengths = evaluate_policy(
+            agent, env, episodes, deterministic=mode != "sampled", return_episode_rewards=True
+        )
+        if mode == "last weights":
+            agent.policy.averaged_actor = average
+        return {"returns": returns, "lengths": lengths}
+
     class Curve(BaseCallback):
         """Mean return of the last training episodes, 100 at most, at CURVE_POINTS times; and what LOGGED names."""
 
         def __init__(self) -> None:
             super().__init__()
             self.points: list[list[float]] = []
+            self.late: list[dict[str, float]] = []
             self.logged: dict[str, list[list[float]]] = {}
             self.seconds = self.cpu_seconds = self.saved_at = 0.0
 
@@ -84,9 +109,16 @@ def execute(run: Run) -> None:
         def _on_rollout_start(self) -> None:
             self.read_log()
             self.measure()
+            share = self.num_timesteps / run.total_timesteps
+            if is_averaged(self.model) and share >= 1 - 0.2 * (1 - len(self.late) / LATE_EVALUATIONS):
+                self.late.append({"steps": self.num_timesteps} | {
+                    name: float(np.mean(evaluate(self.model, LATE_EPISODES, mode)["returns"]))
+                    for name, mode in (("averaged", "deterministic"), ("last", "last weights"))
+                })  # fmt: skip
+                self._on_training_start()  # evaluations do not count as training
             if isinstance(self.model, Checkpointed) and self.cpu_seconds - self.saved_at > CHECKPOINT_SECONDS:
                 self.saved_at = self.cpu_seconds
-                names = ("points", "logged", "seconds", "cpu_seconds")
+                names = ("points", "late", "logged", "seconds", "cpu_seconds")
                 save_checkpoint(self.model, unfinished, 1, {name: getattr(self, name) for name in names})
 
         def read_log(self) -> None:  # what the last update recorded waits for the log here
@@ -114,25 +146,16 @@ def execute(run: Run) -> None:
     seconds, cpu_seconds = curve.seconds, curve.cpu_seconds
 
     evaluation: dict[str, dict[str, Any]] = {}
-    for mode, deterministic in (("deterministic", True), ("sampled", False)):
-        env = make_vec_env(  # one episode in each
-            run.env, n_envs=EVALUATION_EPISODES, seed=10_000 + run.seed, env_kwargs=settings.get("env_kwargs")
-        )
-        normalizer = agent.get_vec_normalize_env()
-        if normalizer is not None:
-            env = VecNormalize(env, training=False, norm_reward=False)
-            env.obs_rms = normalizer.obs_rms
-        returns, lengths = evaluate_policy(
-            agent, env, EVALUATION_EPISODES, deterministic=deterministic, return_episode_rewards=True
-        )
-        evaluation[mode] = {"returns": returns, "lengths": lengths}
+    for mode in ("deterministic", "sampled", *(["last weights"] if is_averaged(agent) else [])):
+        evaluation[mode] = evaluate(agent, EVALUATION_EPISODES, mode)
         if has_several_solutions(run.env):
-            goals = multimodality(agent, run.env, {}, (0, 0), 10_000 + run.seed, deterministic=deterministic)
+            goals = multimodality(agent, run.env, {}, (0, 0), 10_000 + run.seed, deterministic=mode != "sampled")
             evaluation[mode]["multimodality"] = goals
 
     result = {
         "env": run.env, "arm": run.arm, "seed": run.seed, "total_timesteps": run.total_timesteps,
-        "settings": settings, "evaluation": evaluation, "curve": curve.points, "logged": curve.logged,
+        "settings": settings, "evaluation": evaluation, "late": curve.late,
+        "curve": curve.points, "logged": curve.logged,
         "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1),
         "threads": torch.get_num_threads(),
         "versions": {
@@ -154,7 +177,8 @@ def run_missing(runs: Sequence[Run], jobs: int) -> None:
         code = (
             f"import learning; learning.execute(learning.Run(*{(run.env, run.arm, run.seed, run.total_timesteps)!r}))"
         )
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         start = time.perf_counter()
         outcome = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
         state = "done" if outcome.returncode == 0 else f"FAILED with code {outcome.returncode}"

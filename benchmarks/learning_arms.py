@@ -153,16 +153,21 @@ def sb3_preset(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     }  # fmt: skip
 
 
-def policyflow(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
-    """PolicyFlow as `python train.py policyflow --env ENV` makes it."""
+def policyflow(run: Run, presets_of: str | None = None, **overrides: Any) -> tuple[Any, dict[str, Any]]:
+    """PolicyFlow as `python train.py policyflow --env ENV` makes it, or by the preset of another environment."""
     from driftrl import PolicyFlow
     from driftrl.agents.registry import policy_alias
     from driftrl.envs import make_vec
 
-    n_envs, config = preset(run.env, **overrides)
+    n_envs, config = preset(run.env if presets_of is None else presets_of, **overrides)
     env = make_vec(run.env, n_envs, run.seed)
     agent = PolicyFlow(policy_alias(env), env, config=config, seed=run.seed, device="cpu")
     return agent, asdict(config) | {"n_envs": n_envs}
+
+
+def policyflow_default(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
+    """PolicyFlow by the preset of a task that has none of its own."""
+    return policyflow(run, presets_of="", **overrides)
 
 
 def mbpo(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
@@ -233,6 +238,7 @@ def sb3_sac(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
 
 ARMS: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "policyflow": policyflow,
+    "policyflow-default": policyflow_default,
     "mbpo": mbpo,
     "value-gradient": value_gradient,
     "sac": sac,
@@ -262,7 +268,8 @@ def build(run: Run) -> tuple[Any, dict[str, Any]]:
     from driftrl.agents.registry import AGENTS
 
     name, _, overrides = run.arm.partition(":")
-    fields = {key: _value(text) for key, text in (pair.split("=", 1) for pair in overrides.split(",") if pair)}
+    pairs = re.split(r",(?=\w+=)", overrides)  # a value may be a list
+    fields = {key: _value(text) for key, text in (pair.split("=", 1) for pair in pairs if pair)}
     upgraded = AGENTS["mbpo" if name in ("mbpo", "sac", "value-gradient") else "policyflow"].upgraded
     return ARMS[name](run, **upgraded(fields))
 

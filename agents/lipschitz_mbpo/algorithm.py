@@ -270,7 +270,7 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
                 policy.move_value_range(low, high, RANGE_RATE)
             if config.regularizer == "spectral":
                 policy.power_iteration()
-            policy.average_actor()
+            policy.average_actor(self._n_updates + len(metrics))
         self._record(self._settle(metrics, before))
         self._record_faults()
         self._n_updates += len(metrics)

@@ -36,7 +36,8 @@ class LipschitzMBPOConfig:
     tau: float = 0.005
     """Weight of the critics in their slow copy, per update, in [0, 1]."""
     ema_decay: float = 0.0
-    """Decay, per update, of the average of the actor's weights that acts deterministically, in [0, 1); 0: none."""
+    """Decay, per update, of the average of the actor's weights that acts deterministically, in [0, 1); 0: none. The
+    first averages span a ninth of the updates so far."""
     gamma: float = 0.99
     """Discount factor, in [0, 1]."""
     temperature: float = 1.0

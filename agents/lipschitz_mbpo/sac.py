@@ -30,6 +30,7 @@ from ..common.networks import ACTIVATIONS, activation_name, mlp
 from ..common.observations import RunningNorm
 from ..common.policy import BoxPolicy
 from ..common.update import Loss, Losses
+from ..common.weights import warmed_up
 from ..storage.values import storable
 from .replay import Minibatch
 
@@ -253,12 +254,13 @@ class SACPolicy(BoxPolicy):
         self.target_critic.power_iteration()
 
     @torch.no_grad()
-    def average_actor(self) -> None:
-        """Let the average follow the actor, where there is one; after each update."""
+    def average_actor(self, updates: int) -> None:
+        """Let the average follow the actor, where there is one; after each update, with their number so far."""
         if self.averaged_actor is not None:
             means, latest = ([*each.parameters()] for each in (self.averaged_actor, self.actor))
+            decay = warmed_up(self.ema_decay, updates)
             for mean, weight in zip(means, latest, strict=True):
-                mean.lerp_(weight, 1 - self.ema_decay)
+                mean.lerp_(weight, 1 - decay)
 
     def move_value_range(self, low: Tensor, high: Tensor, rate: float) -> None:
         """Move the range of bounded values by a share of the way towards [low, high]."""

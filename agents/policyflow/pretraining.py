@@ -23,6 +23,7 @@ from torch import Tensor
 from ...dynamics.paths import LINEAR, flow_matching_loss
 from ..common.config import validate
 from ..common.demonstrations import Demonstrations
+from ..common.weights import warmed_up
 from .policy import FlowActor, FlowPolicy
 
 
@@ -170,8 +171,7 @@ class Pretraining:
             loss.backward()
             self.optimizer.step()
             self.step += 1
-            # Warmed up as usual: the early average follows the weights, not their random beginning.
-            decay = min(settings.ema_decay, self.step / (self.step + 9))
+            decay = warmed_up(settings.ema_decay, self.step)
             with torch.no_grad():
                 for average, each in zip(self._averages, self._weights, strict=True):
                     average.lerp_(each, 1 - decay)

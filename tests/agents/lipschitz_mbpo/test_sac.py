@@ -170,7 +170,19 @@ def test_the_slow_critics_follow_and_predictions_keep_their_shape() -> None:
         make_policy(activation_fn="step")
 
 
-def test_the_averaged_actor_acts_deterministically_and_follows_geometrically() -> None:
+def test_the_early_average_forgets_where_the_actor_began() -> None:
+    box = spaces.Box(-1.0, 1.0, (2,)), spaces.Box(-1.0, 1.0, (1,))
+    policy = SACPolicy(*box, lambda _: 1e-3, net_arch=[4], ema_decay=0.999)
+    assert policy.averaged_actor is not None
+    for updates in range(1, 501):
+        for each in policy.actor.parameters():
+            each.data.fill_(updates)
+        policy.average_actor(updates)
+    for mean in policy.averaged_actor.parameters():  # a_n = a_{n-1} + 9 / (n + 9) (n - a_{n-1}) has the solution 0.9 n
+        torch.testing.assert_close(mean, torch.full_like(mean, 450.0))
+
+
+def test_the_averaged_actor_acts_deterministically_and_follows_geometrically_after_its_warm_up() -> None:
     box = spaces.Box(-1.0, 1.0, (2,)), spaces.Box(-1.0, 1.0, (1,))
     policy = SACPolicy(*box, lambda _: 1e-3, net_arch=[4], ema_decay=0.75)
     assert policy.averaged_actor is not None
@@ -178,8 +190,8 @@ def test_the_averaged_actor_acts_deterministically_and_follows_geometrically() -
     with torch.no_grad():
         for each in policy.actor.parameters():
             each.add_(1.0)
-    for _ in range(3):
-        policy.average_actor()
+    for updates in (27, 28, 29):  # 27 / (27 + 9) = 0.75
+        policy.average_actor(updates)
     for name, mean in policy.averaged_actor.named_parameters():
         torch.testing.assert_close(mean, first[name] + 1 - 0.75**3)
     obs = torch.randn(5, 2)
