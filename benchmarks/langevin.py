@@ -19,6 +19,7 @@ from torch import Tensor
 
 from driftrl.dynamics import mala, overdamped
 from driftrl.dynamics.levenberg_marquardt import levenberg_marquardt
+from driftrl.dynamics.special_fields import PotentialField
 
 DIM, CONDITION = 20, 1000.0
 """Of the Gaussian: curvatures from 1 to CONDITION, along random axes."""
@@ -74,8 +75,7 @@ Advance = Callable[[Tensor, Tensor, Tensor], Tensor]
 def sampler(name: str, target: Target, step: float) -> tuple[Advance, int]:
     """What advances chains, and the gradients that it takes for `STRIDE` steps."""
     if name == "overdamped":
-        slope = torch.func.grad(lambda x: -target.energy(x, None).sum())
-        move = partial(overdamped, lambda t, x, cond: slope(x), step=step / target.curvature)
+        move = partial(overdamped, PotentialField(target.energy, target.dim), step=step / target.curvature)
         return lambda x, z, u: move(x, z), STRIDE
     if name == "mala":
         adjusted = partial(mala, target.energy, step=step / target.curvature)

@@ -81,20 +81,3 @@ def local_error_penalty(
         slopes.append(velocity(t + h, combine(x, h, solver.b, slopes)))
     error: Tensor = torch.linalg.vector_norm(error_estimate(solver, h, slopes), dim=-1)
     return abs(h) * error
-
-
-def stiffness_penalty(field: FieldLike, t: Time, x: Tensor, cond: Tensor | None = None, *, h: float = 0.1) -> Tensor:
-    """Stiffness estimate of a DOPRI5 step, ``|k_7 - k_6| / |x' - x_6|`` (Pal et al., arXiv 2105.03918).
-
-    Both slopes belong to the time t + h. So this is ``|J d| / |d|`` along the difference d of two states, at most the
-    Lipschitz constant of the field. Arguments as in ``local_error_penalty``.
-
-    Returns:
-        Penalty, [B], in 1/time; 0 where both states are equal.
-    """
-    velocity = bind(field, cond)
-    slopes = stage_slopes(velocity, DOPRI5, t, h, x)
-    last, end = combine(x, h, DOPRI5.a[-1], slopes[:-1]), combine(x, h, DOPRI5.b, slopes)
-    change: Tensor = torch.linalg.vector_norm(velocity(t + h, end) - slopes[-1], dim=-1)
-    distance: Tensor = torch.linalg.vector_norm(end - last, dim=-1)
-    return change / distance.clamp(min=torch.finfo(x.dtype).tiny)

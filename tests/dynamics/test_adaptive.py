@@ -6,10 +6,10 @@ from torch import Tensor
 from driftrl.dynamics.adaptive import odeint_adaptive
 from driftrl.dynamics.fields import Time
 from driftrl.dynamics.ode import HEUN, RK4, odeint
-from driftrl.dynamics.special_fields import LinearField
 from driftrl.dynamics.step_control import AdaptiveResult, Status
 
 from .draws import column, mlp, rand
+from .known_fields import LinearField
 
 F64 = torch.float64
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from driftrl.dynamics.fields import Time
 from driftrl.dynamics.langevin import kinetic, mala, overdamped
 from driftrl.dynamics.langevin_flow import KineticTransition, OscillatorField
-from driftrl.dynamics.special_fields import LinearField, PotentialField
+from driftrl.dynamics.special_fields import PotentialField
+
+from .known_fields import LinearField
 
 F64 = torch.float64
 Scheme = Literal["baoab", "obabo"]

@@ -7,7 +7,9 @@ from torch import Tensor
 from driftrl.dynamics.fields import MLPField, Time, VelocityField
 from driftrl.dynamics.likelihood import Mode, flow_log_prob, flow_push, standard_normal_log_prob
 from driftrl.dynamics.ode import SOLVERS, odeint
-from driftrl.dynamics.special_fields import LinearField, PotentialField, ResidualField
+from driftrl.dynamics.special_fields import PotentialField
+
+from .known_fields import LinearField, SumField
 
 F64 = torch.float64
 NAMES = sorted(SOLVERS)
@@ -68,7 +70,7 @@ def test_linear_log_det_and_its_gradient_in_closed_form(name: str) -> None:
     [
         mlp(),
         mlp(hidden=(6, 5, 4), activation="mish"),
-        ResidualField(LinearField(rand(3, 3)), mlp()),
+        SumField(LinearField(rand(3, 3)), mlp()),
     ],
     ids=["two layers", "three layers", "residual"],
 )
@@ -84,7 +86,7 @@ def test_map_log_det_equals_that_of_the_autodiff_jacobian_of_odeint(name: str, f
 
 
 def test_modes_differ_for_few_steps_and_meet_for_many() -> None:
-    field, x0, cond = ResidualField(LinearField(2 * torch.eye(3, dtype=F64)), mlp()), rand(4, 3), rand(4, 2)
+    field, x0, cond = SumField(LinearField(2 * torch.eye(3, dtype=F64)), mlp()), rand(4, 3), rand(4, 2)
     gaps = {
         steps: (
             flow_push(field, x0, steps=steps, solver="rk4", cond=cond, mode="map")[1]
@@ -136,7 +138,7 @@ def test_log_prob_is_differentiable(mode: Mode) -> None:
 # The loose tolerance tells rows that keep iterating with their batch from rows that stop by themselves.
 @pytest.mark.parametrize(("mode", "tolerance"), [("ode", None), ("map", None), ("map", 1e-2)])
 def test_log_prob_alone_equals_log_prob_in_a_batch(mode: Mode, tolerance: float | None) -> None:
-    field, x, cond = ResidualField(LinearField(rand(3, 3)), mlp()), 2 * rand(33, 3), rand(33, 2, seed=1)
+    field, x, cond = SumField(LinearField(rand(3, 3)), mlp()), 2 * rand(33, 3), rand(33, 2, seed=1)
 
     def log_prob(rows: slice) -> Tensor:
         return flow_log_prob(

@@ -28,7 +28,8 @@ from driftrl.dynamics.ode import (
     time_grid,
 )
 from driftrl.dynamics.reversible import odeint_reversible
-from driftrl.dynamics.special_fields import LinearField, ResidualField
+
+from .known_fields import LinearField, SumField
 
 F64 = torch.float64
 
@@ -175,7 +176,7 @@ def test_conditioning_is_embedded_once() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_against_finite_differences(name: str) -> None:
-    field = ResidualField(LinearField(rand(3, 3)), mlp(hidden=(4,)))
+    field = SumField(LinearField(rand(3, 3)), mlp(hidden=(4,)))
 
     def run(x: Tensor, cond: Tensor, *parameters: Tensor) -> Tensor:
         return odeint(field, x, steps=2, solver=name, cond=cond)

@@ -18,7 +18,8 @@ from driftrl.dynamics.paths import (
     flow_matching_loss,
     score_from_velocity,
 )
-from driftrl.dynamics.special_fields import LinearField
+
+from .known_fields import LinearField
 
 F64 = torch.float64
 PATHS = [LINEAR, TRIG, brownian_bridge(), brownian_bridge(0.3)]

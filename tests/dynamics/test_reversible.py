@@ -12,9 +12,9 @@ from driftrl.dynamics.ode import (
     Tableau,
 )
 from driftrl.dynamics.reversible import odeint_reversible
-from driftrl.dynamics.special_fields import LinearField, ResidualField
 
 from .draws import rand, saved_numbers
+from .known_fields import LinearField, SumField
 
 F64 = torch.float64
 
@@ -48,7 +48,7 @@ def test_reversible_euler_is_the_papers_recursion() -> None:
 @pytest.mark.parametrize("coupling", [0.9, 1.0])
 def test_reversible_gradient_equals_the_direct_one(solver: Tableau | str, coupling: float) -> None:
     matrix = rand(3, 3).requires_grad_()  # a buffer that is differentiated
-    field = ResidualField(LinearField(matrix), mlp())
+    field = SumField(LinearField(matrix), mlp())
     x, cond = rand(4, 3).requires_grad_(), rand(1, 2, seed=1).requires_grad_()
     inputs = (x, cond, matrix, *field.parameters())
     gradients = []

@@ -12,7 +12,8 @@ from driftrl.dynamics.fields import MLPField, Time
 from driftrl.dynamics.neural_sde import GeometricSDE, LangevinSDE, LinearNoiseSDE, interpolant_sde
 from driftrl.dynamics.ode import odeint
 from driftrl.dynamics.sde import SDE, SDE_SOLVERS, Drift, sdeint, sdeint_path
-from driftrl.dynamics.special_fields import LinearField
+
+from .known_fields import LinearField
 
 F64 = torch.float64
 

@@ -23,7 +23,7 @@ from driftrl.agents.policyflow.ratios import (
 )
 from driftrl.dynamics import VelocityField
 from driftrl.dynamics.fields import MLPField
-from driftrl.dynamics.special_fields import LinearField, ResidualField
+from driftrl.dynamics.special_fields import AffineField
 
 OBS_DIM, ACTION_DIM = 3, 2
 RATIOS: dict[str, type[Ratio]] = {"interpolation": InterpolationRatio, "endpoint": EndpointRatio}
@@ -281,19 +281,19 @@ def test_shift_of_a_linear_flow_and_its_approximation(rate: float) -> None:
     # dx/dt = L x + d moves the endpoint by d (e^L - 1) / L: the endpoint ratio sees just that, the interpolation
     # ratio sees d. A shift is read off the derivative of the log-ratio by the action: (new - old mean) / std^2.
     actor = make_actor(solver="rk4", steps=32)
-    constant = _Constant()
-    linear = LinearField(rate * torch.eye(ACTION_DIM, dtype=torch.float64))
-    actor.field = _WithoutCondition(ResidualField(linear, constant))  # type: ignore[assignment]
+    linear = AffineField(ACTION_DIM).double()
+    nn.init.eye_(linear.output.weight).data.mul_(rate)
+    actor.field = _WithoutCondition(linear)  # type: ignore[assignment]
     d = torch.tensor([0.02, -0.03], dtype=torch.float64)
     variance = actor.noise_log_std().detach().exp().square()
     shifts = {}
     for name, ratio in (("endpoint", EndpointRatio()), ("interpolation", InterpolationRatio())):
         with torch.no_grad():
-            constant.offset.zero_()
+            linear.output.bias.zero_()
         batch = roll_out(actor)
         batch = recorded(name, actor, batch)
         with torch.no_grad():
-            constant.offset.copy_(d)
+            linear.output.bias.copy_(d)
         batch.action.requires_grad_()
         (slope,) = torch.autograd.grad(ratio.terms(actor, batch).log_ratio.sum(), batch.action)
         shifts[name] = slope * variance
