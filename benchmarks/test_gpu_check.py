@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -143,12 +144,30 @@ def test_the_archive_of_warp_leaves_out_what_a_gpu_machine_does_not_use(tmp_path
     with zipfile.ZipFile(tmp_path / "warp-1.0-py3-none-any.whl", "a") as archive:
         for name in ("warp/bin/warp.so", "warp/bin/warp-clang.so", "warp/tests/test_a.py", "warp/__init__.py"):
             archive.writestr(name, name)
-    packed = slim.pack(tmp_path, window=1 << 16)
+    packed = slim.pack(tmp_path)
     assert [each.name for each in tmp_path.iterdir()] == ["warp.tar.xz"]
     with tarfile.open(packed) as tar:
         assert set(tar.getnames()) == {"warp-1.0.dist-info/METADATA", "warp/bin/warp.so", "warp/__init__.py"}
         content = tar.extractfile("warp/bin/warp.so")
         assert content is not None and content.read() == b"warp/bin/warp.so"
+
+
+def test_the_archive_of_warp_keeps_what_one_kind_of_gpu_runs() -> None:
+    def entry(kind: int, target: int, program: bytes) -> bytes:
+        header = struct.pack("<HHIQIIHHI", kind, 257, 64, len(program), 0, 0, 0, 8, target)
+        return header.ljust(64, b"h") + program
+
+    def table_of(*entries: bytes) -> bytes:
+        return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, sum(map(len, entries))) + b"".join(entries)
+
+    first = (entry(2, 80, b"eighty  "), entry(2, 90, b"ninety  "), entry(1, 75, b"portable"))
+    second = (entry(2, 90, b"ninety  "), entry(2, 120, b"newer   "))
+    chance = struct.pack("<IHHQ", 0xBA55ED50, 1, 16, 1 << 40)  # the number, but no table
+    library = b"code" + chance + table_of(*first) + b"padding" + table_of(*second) + b"end"
+    slimmed = slim.without_other_architectures(library, 90)
+    expected = library.replace(b"eighty  ", bytes(8)).replace(b"newer   ", bytes(8))
+    assert slimmed == expected != library
+    assert slim.without_other_architectures(b"no table", 90) == b"no table"
 
 
 def test_the_packages_that_driftrl_depends_on_are_those_of_pyproject() -> None:
