@@ -270,6 +270,7 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
                 policy.move_value_range(low, high, RANGE_RATE)
             if config.regularizer == "spectral":
                 policy.power_iteration()
+            policy.heat_actor(config.actor_noise, self._generator)
             policy.average_actor(self._n_updates + len(metrics))
         self._record(self._settle(metrics, before))
         self._record_faults()
@@ -386,9 +387,8 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
         if self.config.value_gradient:
             generator = torch.Generator(self.device).manual_seed(0)  # its own: measuring must not change training
             starts = self._starts(GRADIENTS, self.batch_size, generator)
-            found |= gradient_diagnostics(
-                self.policy, (eager(self._gradient)(start)[0] for start in starts), self._real
-            )
+            gradients = (eager(self._gradient)(start)[0] for start in starts)
+            found |= gradient_diagnostics(self.policy, gradients, self._real)
         runaway = runs_away(found["lipschitz/largest_value"], self._real, self.config.gamma)
         self._ran_away |= runaway
         if self._ran_away:

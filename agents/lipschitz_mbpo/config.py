@@ -38,6 +38,8 @@ class LipschitzMBPOConfig:
     ema_decay: float = 0.0
     """Decay, per update, of the average of the actor's weights that acts deterministically, in [0, 1); 0: none. The
     first averages span a ninth of the updates so far."""
+    actor_noise: float = 0.0
+    """Temperature T of Langevin noise on the actor's weights, >= 0: an update adds N(0, 2 learning_rate T); 0: none."""
     gamma: float = 0.99
     """Discount factor, in [0, 1]."""
     temperature: float = 1.0
@@ -134,7 +136,7 @@ class LipschitzMBPOConfig:
             self,
             {
                 "a number above 0": "temperature robust_radius adversary_temperature spectral_bound",
-                "a number of at least 0": "learning_rate robust_coef model_jacobian_coef",
+                "a number of at least 0": "learning_rate robust_coef model_jacobian_coef actor_noise",
                 "a number, or None": "target_entropy",
                 "a number of at least 0, or None": "model_weight_decay",
                 "a number in [0, 1]": "tau gamma real_ratio",
@@ -240,7 +242,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "regularizer", "robust_coef", "robust_radius", "robust_actions", "adversary", "adversary_steps",
         "adversary_temperature", "spectral_bound", "spectral_layers",
     ),
-    "exploration": ("temperature", "learn_temperature", "target_entropy"),
+    "exploration": ("temperature", "learn_temperature", "target_entropy", "actor_noise"),
     "numerics": ("compile", "nonfinite", "diagnostics_interval"),
 }  # fmt: skip
 """Fields by the group in which `train.py mbpo --help-all` shows them; each in one group."""

@@ -254,6 +254,20 @@ class SACPolicy(BoxPolicy):
         self.target_critic.power_iteration()
 
     @torch.no_grad()
+    def heat_actor(self, temperature: float, generator: torch.Generator) -> None:
+        """Add the noise of a Langevin step of the present learning rate to the actor's weights that learn.
+
+        Steps then sample weights near the best ones, as SGLD's do (Welling, Teh 2011); but Adam scales the gradient and
+        not the noise. It is the average of the samples that is to act (arXiv 2603.06028). Temperature 0 draws nothing.
+        """
+        if not temperature:
+            return
+        std = math.sqrt(2 * self.optimizer.param_groups[0]["lr"] * temperature)
+        for each in self.actor.parameters():
+            if each.requires_grad:
+                each.add_(torch.randn(each.shape, generator=generator, device=each.device), alpha=std)
+
+    @torch.no_grad()
     def average_actor(self, updates: int) -> None:
         """Let the average follow the actor, where there is one; after each update, with their number so far."""
         if self.averaged_actor is not None:

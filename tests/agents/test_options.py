@@ -99,6 +99,7 @@ MODEL_OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gradient_steps": (2, {}),
     "tau": (0.5, {}),
     "ema_decay": (0.5, {}),
+    "actor_noise": (0.1, {}),
     "gamma": (0.5, {}),
     "temperature": (0.1, {}),
     "learn_temperature": (False, {}),

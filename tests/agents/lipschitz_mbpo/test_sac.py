@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -168,6 +169,22 @@ def test_the_slow_critics_follow_and_predictions_keep_their_shape() -> None:
             assert action.shape == (*obs.shape[:-1], 2) and (np.abs(action) <= 2).all()
     with pytest.raises(ValueError, match="unknown activation: got 'step', expected one of silu"):
         make_policy(activation_fn="step")
+
+
+def test_langevin_noise_heats_the_weights_of_the_actor_that_learn() -> None:
+    box = spaces.Box(-1.0, 1.0, (2,)), spaces.Box(-1.0, 1.0, (1,))
+    policy = SACPolicy(*box, lambda _: 5e-3, net_arch=[200], ema_decay=0.9)
+    bias = next(each for name, each in policy.actor.named_parameters() if name.endswith("bias")).requires_grad_(False)
+    before = {name: each.detach().clone() for name, each in policy.named_parameters()}
+    for _ in range(9):
+        policy.heat_actor(0.04, torch.Generator().manual_seed(_))
+    moved = {name: each - before[name] for name, each in policy.named_parameters()}
+    actor = torch.cat([move.flatten() for name, move in moved.items() if name.startswith("actor.") and move.any()])
+    assert len(actor) == sum(each.numel() for each in policy.actor.parameters() if each is not bias)
+    # Nine independent draws of variance 2 x 0.005 x 0.04.
+    assert actor.std().item() == pytest.approx(0.06, rel=4 / math.sqrt(2 * len(actor)))
+    assert abs(actor.mean().item()) < 4 * 0.06 / math.sqrt(len(actor))
+    assert not any(move.any() for name, move in moved.items() if not name.startswith("actor."))
 
 
 def test_the_early_average_forgets_where_the_actor_began() -> None:
