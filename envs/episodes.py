@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
+import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +21,27 @@ class Episode(NamedTuple):
     rewards: Array  # [T]
     terminated: Array  # bool, [T]
     truncated: Array  # bool, [T]
+
+
+def play(env: gymnasium.Env[Any, Any], obs: dict[str, Array], act: Callable[[dict[str, Array]], Array]) -> Episode:
+    """The episode of an environment with Dict observations, from its first one to the time limit.
+
+    Args:
+        env: that ends by its time limit alone; it was reset.
+        obs: what the reset returned.
+        act: observation -> action, which is clipped to [-1, 1].
+    """
+    observations, actions, rewards, truncated = [obs], list[Array](), list[float](), False
+    while not truncated:
+        actions.append(act(obs).clip(-1, 1).astype(np.float32))
+        obs, reward, _, truncated, _ = env.step(actions[-1])
+        observations.append(obs)
+        rewards.append(float(reward))
+    ends = np.zeros(len(actions), dtype=bool)
+    columns = {key: np.stack([each[key] for each in observations]) for key in observations[0]}
+    last = ends.copy()
+    last[-1] = True
+    return Episode(columns, np.stack(actions), np.array(rewards), ends, last)
 
 
 def check_script(episodes: int, success: float, noise: float) -> None:

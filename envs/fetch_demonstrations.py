@@ -15,7 +15,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from .episodes import Array, Episode, check_script, good_episodes
+from .episodes import Array, Episode, check_script, good_episodes, play
 from .make import with_module
 
 GAIN = 8.0
@@ -101,15 +101,4 @@ def _episode(
     if not good:
         angle = rng.uniform(0, 2 * np.pi)
         goal = goal + rng.uniform(0.1, 0.15) * np.array([np.cos(angle), np.sin(angle), 0])
-    observations, actions, rewards, truncated = [obs], [], [], False
-    while not truncated:
-        action = script(obs, goal) + noise * rng.standard_normal(4)
-        actions.append(action.clip(-1, 1).astype(np.float32))
-        obs, reward, _, truncated, _ = env.step(actions[-1])
-        observations.append(obs)
-        rewards.append(float(reward))
-    ends = np.zeros(len(actions), dtype=bool)
-    columns = {key: np.stack([each[key] for each in observations]) for key in observations[0]}
-    last = ends.copy()
-    last[-1] = True
-    return Episode(columns, np.stack(actions), np.array(rewards), ends, last)
+    return play(env, obs, lambda seen: script(seen, goal) + noise * rng.standard_normal(4))

@@ -19,10 +19,12 @@ from ..envs.avoid_demonstrations import avoid_demonstrations
 from ..envs.episodes import Episode
 from ..envs.fetch_demonstrations import FETCH, fetch_demonstrations
 from ..envs.make import check_env, with_module
+from ..envs.maze_demonstrations import MAZE, maze_demonstrations
 from .errors import Parser, fail, output_closed, until_output_closes, whole_number
 
 SCRIPTS: dict[str, Callable[..., list[Episode]]] = {
     AVOID: avoid_demonstrations,
+    MAZE: maze_demonstrations,
     **{env_id: partial(fetch_demonstrations, env_id) for env_id in FETCH},
 }
 """Tasks with a script -> (episodes, seed, success=, noise=) -> episodes."""
