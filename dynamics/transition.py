@@ -16,7 +16,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from .ensemble import Members, standard_normal
-from .transition_base import FitData, TransitionModel
+from .fitting import FitData
+from .transition_base import TransitionModel
 from .transition_settings import TransitionSettings
 
 SNAPSHOT_UPDATES, SCALE_DRAWS = 25, 8

@@ -68,15 +68,20 @@ def compiles(policy: nn.Module, wanted: str, updates: int, device: torch.device,
     """As `compiling_pays`; but networks that carry hooks or parametrizations are trained eagerly, with a warning."""
     if not compiling_pays(wanted, updates, device, decisions):
         return False
-    altered = any(
-        any(hooks for name, hooks in vars(module).items() if name.endswith("hooks") and "state_dict" not in name)
-        or parametrize.is_parametrized(module)
-        for module in policy.modules()
-    ) or any(parameter._backward_hooks for parameter in policy.parameters())
+    altered = is_altered(policy)
     if altered:
         text = f"compile: got {wanted}, but the networks carry hooks or parametrizations; training is eager"
         warnings.warn(text, RuntimeWarning, stacklevel=3)
     return not altered
+
+
+def is_altered(network: nn.Module) -> bool:
+    """Whether a network carries hooks or parametrizations, which programs would pass over."""
+    return any(
+        any(hooks for name, hooks in vars(module).items() if name.endswith("hooks") and "state_dict" not in name)
+        or parametrize.is_parametrized(module)
+        for module in network.modules()
+    ) or any(parameter._backward_hooks for parameter in network.parameters())
 
 
 class Compiled:

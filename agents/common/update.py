@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -358,6 +358,10 @@ class Updates(LearningRate, FiniteTransitions):
         self._rollbacks += 1
         warnings.warn(f"{fault}; the weights go back to those before the updates", RuntimeWarning, stacklevel=2)
         return {}
+
+    def _record(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.logger.record(name, value)
 
     def _record_faults(self) -> None:
         """Log how many there were so far."""

@@ -12,7 +12,7 @@ running standard deviation; the last layer of critics with bounded spectral norm
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ from ..common.update import Gradient, Loss, Losses, Updates, rate_fields
 from .config import LipschitzMBPOConfig
 from .critic_regularizers import draw_search, robust_penalty
 from .diagnostics import GRADIENTS, gradient_diagnostics, model_diagnostics, runs_away, value_diagnostics
-from .model import KnownStep, Rule, build_model, check_functions, check_rule, made_with, termination_rule
+from .model import KnownStep, Rule, build_model, check_functions, check_rule, fit_gradient, made_with, termination_rule
 from .replay import CheckpointedReplay, Minibatch, TensorReplay, TransitionRing
 from .sac import SACPolicy, sac_losses
 from .sac_arguments import ARGUMENTS, POLICY_ARGUMENTS, POLICY_FIELDS, SACAttributes, implied_fields, own_fields
@@ -91,8 +91,9 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
         ("actor_hidden", "critic_hidden", "n_critics", "critic_layer_norm", "temperature", "model", "members",
          "snapshots", "model_hidden", "model_jacobian_coef", "model_layer_norm")
     )  # fmt: skip
-    _remade = ("model_buffer", "_differentiated", "_objective", "_gradient", "_step", "_terminated")
+    _remade = ("model_buffer", "_differentiated", "_objective", "_gradient", "_step", "_fits", "_terminated")
     _ran_away = False  # whether critics ever did
+    _fits: Callable[..., Any] | None = None  # the gradient of the model's fits, perhaps compiled
 
     def __init__(
         self, policy: str | type[SACPolicy] = "MlpPolicy", env: GymEnv | str | None = None,
@@ -349,10 +350,10 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
         """Go on with the model's fit on all that was seen, which must have ended as the rule says."""
         if self._terminated is not None and self.config.termination != "never":
             check_rule(self._terminated, self._real, self.config.termination)
-        seen = self._real.all()
+        seen, self._fits = self._real.all(), fit_gradient(self._fits, model, self._step is not None)
         fitted = model.fit(
             seen.obs, seen.action, seen.reward, seen.next_obs, seen.terminated > 0 if self._learns_end else None,
-            generator=self._generator, max_epochs=self.config.model_epochs,
+            generator=self._generator, max_epochs=self.config.model_epochs, gradient=self._fits,
         )  # fmt: skip
         self._record(fitted)
         if self.config.value_gradient and not self._n_updates:
@@ -394,7 +395,3 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
         if self._ran_away:
             found["lipschitz/runaway"] = float(runaway)
         self._record(found)
-
-    def _record(self, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self.logger.record(name, value)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import torch
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from ...dynamics.transition_base import TransitionModel
 from ...dynamics.transition_settings import TransitionSettings
 from ...envs.known import known_task_of
 from ...envs.termination import no_end, termination_function
+from ..common.compiling import is_altered, owner, prepared
 from .config import NETWORKS, LipschitzMBPOConfig
 from .replay import TransitionRing
 
@@ -46,6 +48,18 @@ def build_model(
         homoscedastic=config.model == "homoscedastic", layer_norm=config.model_layer_norm,
         dropout=config.model_dropout, snapshots=config.snapshots, members=config.members, elites=config.elites,
     )  # fmt: skip
+
+
+def fit_gradient(before: Callable[..., Any] | None, model: TransitionModel, compiled: bool) -> Callable[..., Any]:
+    """The gradient of a model's fits, compiled if so wanted, and once for all fits of a model.
+
+    Args:
+        before: what the last fit used.
+        model: what is fitted.
+        compiled: whether to compile it; networks with hooks or parametrizations are fitted eagerly.
+    """
+    gradient = before if before is not None and owner(before) is model else model.gradient
+    return prepared(gradient, compiled and not is_altered(model), torch.device("cpu"))
 
 
 def check_functions(config: LipschitzMBPOConfig, terminated: Rule | None, known_step: KnownStep | None) -> None:

@@ -301,8 +301,7 @@ class PolicyFlow(Imitation):
                 break
         if several:
             self._ranks.end_updates()
-        for name, value in steered.items():
-            self.logger.record(name, value)
+        self._record(steered)
         if passes:
             self._report(passes, epoch)
         if self._iteration > 0 and not self._is_pretrained:  # the first rollout's are known already
@@ -337,8 +336,7 @@ class PolicyFlow(Imitation):
         means |= {"train/clip_range": config.clip_range, "train/learning_rate": policy.optimizer.param_groups[0]["lr"]}
         means["train/std"] = policy.actor.noise_log_std().exp().mean().item()
         means["flow/base_std"] = policy.actor.base_log_std.exp().mean().item()
-        for name, value in means.items():
-            self.logger.record(name, value)
+        self._record(means)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def _adapt_learning_rate(self, kl: float) -> None:

@@ -40,6 +40,7 @@ def test_gaussian_model_and_adversary_load_neither_flows_nor_sdes() -> None:
         "activations",
         "ensemble",
         "fields",
+        "fitting",
         "holdout",
         "jacobian_prior",
         "lipschitz",
