@@ -7,6 +7,7 @@ Run as a script, for it needs PyTorch only.
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,5 +99,16 @@ def multiply_by_onednn() -> None:
     })  # fmt: skip
 
 
+def die_with_parent() -> None:
+    """Let the system end this process when the one that waits for it is killed, where it can (Linux)."""
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    except (AttributeError, OSError, TypeError):
+        pass
+
+
 if __name__ == "__main__":
+    die_with_parent()
     compile_graph(*map(Path, sys.argv[1:]))

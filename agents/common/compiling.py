@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import logging
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -14,7 +14,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ...envs.native.build import find_compiler
+from .compiler import CompilerError
 from .program import Program, tensors_in
+
+_log = logging.getLogger(__name__)
 
 PAYS_AFTER = 3_500
 """Gradient updates from which on a run is compiled.
@@ -44,35 +47,39 @@ def compiling_pays(wanted: str, updates: int, device: torch.device, decisions: i
         decisions: how often the policy chooses actions, for all environments at once.
 
     Raises:
-        ValueError: if it is "on" and there is no compiler, or PyTorch lies where it cannot use one.
+        ValueError: if it is "on" and there is no compiler.
     """
     if wanted == "off":
         return False
-    reason = ""
-    if device.type == "cpu" and find_compiler() is None:
-        reason = "no C++ compiler is found; install g++ or clang++"
-    elif device.type == "cpu" and re.search(r"\s", torch.__file__):
-        reason = (
-            f"PyTorch's linker needs a path without blanks, got {Path(torch.__file__).parent}; move the environment"
-        )
-    if wanted == "on" and reason:
-        raise ValueError(f"compile: got on, and {reason}, or choose off")
+    is_missing = device.type == "cpu" and find_compiler() is None
+    if wanted == "on" and is_missing:
+        raise ValueError("compile: got on, and no C++ compiler is found; install g++ or clang++, or choose off")
     if device.type == "cuda":
         pays = updates * _PER_UPDATE + decisions * _PER_DECISION >= PAYS_AFTER_LAUNCHES
     else:
         pays = updates >= PAYS_AFTER
-    return not reason and (wanted == "on" or pays)
+    if is_missing:
+        _log.warning(
+            "compile auto: no C++ compiler is found; training is eager. Install g++ or clang++ to make it faster"
+        )
+    elif wanted == "auto":
+        how = "is compiled" if pays else f"is eager: {updates:,} updates are too few to compile"
+        _log.info("compile auto: training %s", how)
+    return not is_missing and (wanted == "on" or pays)
 
 
-def compiles(policy: nn.Module, wanted: str, updates: int, device: torch.device, decisions: int = 0) -> bool:
-    """As `compiling_pays`; but networks that carry hooks or parametrizations are trained eagerly, with a warning."""
+def compiles(policy: nn.Module, wanted: str, updates: int, device: torch.device, decisions: int = 0) -> str:
+    """What is wanted where `compiling_pays`, else nothing: "".
+
+    Networks that carry hooks or parametrizations are trained eagerly, with a warning.
+    """
     if not compiling_pays(wanted, updates, device, decisions):
-        return False
+        return ""
     altered = is_altered(policy)
     if altered:
         text = f"compile: got {wanted}, but the networks carry hooks or parametrizations; training is eager"
         warnings.warn(text, RuntimeWarning, stacklevel=3)
-    return not altered
+    return "" if altered else wanted
 
 
 def is_altered(network: nn.Module) -> bool:
@@ -92,19 +99,40 @@ class Compiled:
     Args:
         function: what to compile; it stays reachable under this name, as the eager form.
         device: where it runs.
+        required: whether a compiler that fails is an error; else it warns, once, and functions are called eagerly.
+
+    Attributes:
+        failed: whether it is called eagerly because the compiler failed.
     """
 
-    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], device: torch.device, required: bool = False) -> None:
+        self.function, self.required, self.failed = function, required, False
         self._compiled: Program | _CudaGraph = (_CudaGraph if device.type == "cuda" else Program)(function)
 
     def __call__(self, *arguments: Any) -> Any:
-        """Call it; compiled where the shapes are new."""
-        return self._compiled(*arguments)
+        """Call it; compiled where the shapes are new.
+
+        Raises:
+            CompilerError: if the compiler fails and is required.
+        """
+        if not self.failed:
+            try:
+                return self._compiled(*arguments)
+            except CompilerError as error:
+                if self.required:
+                    raise
+                self.failed = True
+                _warn_of_failure(f"{str(error).splitlines()[0]} to train without this; training is eager")
+        return self.function(*arguments)
 
     def check_again(self) -> None:
         """Look at everything once more at the next call: somebody may have changed networks or hyperparameters."""
         self._compiled.check_again()
+
+
+@cache
+def _warn_of_failure(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 class _CudaGraph:
@@ -143,9 +171,15 @@ def owner(function: Callable[..., Any]) -> Any:
     return getattr(eager(function), "__self__", None)
 
 
-def prepared(function: Callable[..., Any], compiled: bool, device: torch.device) -> Callable[..., Any]:
-    """A hot function at the beginning of training: compiled or eager; a compiled one looks at everything again."""
+def prepared(function: Callable[..., Any], wanted: str, device: torch.device) -> Callable[..., Any]:
+    """A hot function at the beginning of training: compiled or eager; a compiled one looks at everything again.
+
+    Args:
+        function: eager, or compiled by an earlier call.
+        wanted: "on", "auto", where a compiler that fails only warns, or "": eager.
+        device: where it runs.
+    """
     if isinstance(function, Compiled):
         function.check_again()
-        return function if compiled else function.function
-    return Compiled(function, device) if compiled else function
+        return function if wanted else function.function
+    return Compiled(function, device, wanted == "on") if wanted else function

@@ -11,10 +11,7 @@ import contextlib
 import hashlib
 import os
 import platform
-import shutil
-import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -25,12 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from ...envs.native.build import cache_folder, find_compiler
-
-KEPT = 100
-"""Programs that the folder keeps, the latest used; one takes about a megabyte."""
-
-_COMPILER = Path(__file__).with_name("aot.py")
+from ...envs.native.build import find_compiler
+from .compiler import SCRIPT, compile_program, folder
 
 _loaded: dict[str, Any] = {}
 """The programs of this process by their keys."""
@@ -179,7 +172,7 @@ def _program(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
             except (RuntimeError, zipfile.BadZipFile):  # a damaged file
                 package.unlink(missing_ok=True)
         if key not in _loaded:
-            _compile(graph, described, package)
+            compile_program(graph, described, onednn_is_faster(), package)
             _loaded[key] = _load(package)
         with contextlib.suppress(FileNotFoundError):  # another process cleared the folder
             os.utime(package)
@@ -202,7 +195,7 @@ def _key(graph: fx.GraphModule, described: list[Any]) -> str:
     about = (
         graph.code, described, torch.__version__, torch.__config__.show(), torch.get_num_threads(),
         torch.backends.cpu.get_cpu_capability(), _processor(), onednn_is_faster(), find_compiler(),
-        sys.version_info[:2], Path(torch.__file__).parent, _COMPILER.read_bytes(),
+        sys.version_info[:2], Path(torch.__file__).parent, SCRIPT.read_bytes(),
     )  # fmt: skip
     return hashlib.sha256(repr(about).encode()).hexdigest()[:40]
 
@@ -225,60 +218,6 @@ def _processor() -> str:
     except OSError:  # not Linux
         return platform.processor()
     return "\n".join(line for line in lines if line.startswith(("vendor_id", "model", "flags")))
-
-
-def folder() -> Path:
-    """Where programs are kept: programs/ in our cache folder; a temporary one if that is not ours to write."""
-    global _temporary
-    try:
-        base = cache_folder() / "programs"
-        base.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mine = not hasattr(os, "getuid") or (base.stat().st_uid == os.getuid() and not base.stat().st_mode & 0o022)
-        if mine and os.access(base, os.W_OK):
-            return base
-    except (OSError, RuntimeError):  # no home
-        pass
-    if _temporary is None:
-        _temporary = tempfile.TemporaryDirectory(prefix="driftrl-programs-")
-    return Path(_temporary.name)
-
-
-_temporary: tempfile.TemporaryDirectory[str] | None = None
-
-
-def _compile(graph: fx.GraphModule, described: list[Any], package: Path) -> None:
-    """Compile a graph in a process of its own; the package appears as a whole or not at all."""
-    with tempfile.TemporaryDirectory(prefix="driftrl-compile-") as place:
-        source, made = Path(place) / "graph.pt", Path(place) / "program.pt2"
-        torch.save((graph, described, torch.get_num_threads(), onednn_is_faster()), source)
-        command = [sys.executable, str(_COMPILER), str(source), str(made)]
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(place) / "inductor")}
-        if compiler := find_compiler():  # $CXX, or another where it is not there
-            environment["CXX"] = compiler
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if done.returncode:
-            raise RuntimeError(
-                f"compile: PyTorch's compiler failed; use compile='off'. It says:\n{done.stderr[-3000:]}"
-            )
-        part = package.with_suffix(f".{os.getpid()}.part")
-        try:
-            shutil.copyfile(made, part)
-            os.replace(part, package)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise ValueError(
-                f"compile: cannot write {package}, {error.strerror}; make room, or set compile to off"
-            ) from error
-    for old in sorted(package.parent.glob("*.pt2"), key=_used_at)[:-KEPT]:
-        old.unlink(missing_ok=True)
-
-
-def _used_at(package: Path) -> float:
-    """When a program was last used; 0 where another process has just removed it."""
-    try:
-        return package.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
 
 
 def _fingerprint(function: Any) -> Any:

@@ -243,22 +243,22 @@ class Updates(LearningRate, FiniteTransitions):
             return
         self._recompilations += 1
         if self._recompilations <= RECOMPILATIONS:
-            self._compile_updates(True)
+            self._compile_updates(self.config.compile)
         else:
             text = f"compile: hyperparameters were assigned to for the {self._recompilations}th time; updates are eager"
             warnings.warn(
                 f"{text} from now on, which is faster than to compile each time", RuntimeWarning, stacklevel=6
             )
 
-    def _compile_updates(self, wanted: bool) -> None:
-        """Make updates compiled or eager. On a CPU the whole of an update is one program, where nothing hinders it.
+    def _compile_updates(self, wanted: str) -> None:
+        """Make updates compiled, as `prepared`, or eager. On a CPU the whole of one is a program, where it can.
 
         Of several ranks only the gradient is: they average it in the middle of an update.
         """
         device = torch.device(self.device)
         self._gradient = prepared(self._gradient, wanted, device)
         if device.type == "cpu" and self._ranks.size == 1:
-            self._step = prepared(self._step or self._objective.step, True, device) if wanted else None
+            self._step = prepared(self._step or self._objective.step, wanted, device) if wanted else None
 
     def _update(self, weights: Weights, *batch: Any, step: Callable[[Tensor], None] | None = None) -> Tensor | None:
         """One update: the gradient of the sum of the losses, clipped; the optimizer's step; then the average follows.
@@ -276,6 +276,8 @@ class Updates(LearningRate, FiniteTransitions):
         if self._step is not None and joined is not None:  # the same as one program
             table: Tensor = self._step(joined, *batch)
             self._names = self._objective.names
+            if getattr(self._step, "failed", False):
+                self._compile_updates("")  # the usual eager update is the faster one
             return None if skips and self._refuses(table) else table
         gradient, scalars = self._gradient(*batch)
         if self._ranks.size > 1:

@@ -234,8 +234,7 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
                 setattr(self, name, getattr(self, name) - done)
             done = 0
         updates, device = (done + total_timesteps) * abs(self.config.gradient_steps), torch.device(self.device)
-        compiled = compiles(self.policy, self.config.compile, updates, device)
-        self._compile_updates(compiled)
+        self._compile_updates(compiles(self.policy, self.config.compile, updates, device))
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
@@ -350,7 +349,8 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
         """Go on with the model's fit on all that was seen, which must have ended as the rule says."""
         if self._terminated is not None and self.config.termination != "never":
             check_rule(self._terminated, self._real, self.config.termination)
-        seen, self._fits = self._real.all(), fit_gradient(self._fits, model, self._step is not None)
+        seen, wanted = self._real.all(), self.config.compile if self._step is not None else ""
+        self._fits = fit_gradient(self._fits, model, wanted)
         fitted = model.fit(
             seen.obs, seen.action, seen.reward, seen.next_obs, seen.terminated > 0 if self._learns_end else None,
             generator=self._generator, max_epochs=self.config.model_epochs, gradient=self._fits,

@@ -50,16 +50,16 @@ def build_model(
     )  # fmt: skip
 
 
-def fit_gradient(before: Callable[..., Any] | None, model: TransitionModel, compiled: bool) -> Callable[..., Any]:
+def fit_gradient(before: Callable[..., Any] | None, model: TransitionModel, wanted: str) -> Callable[..., Any]:
     """The gradient of a model's fits, compiled if so wanted, and once for all fits of a model.
 
     Args:
         before: what the last fit used.
         model: what is fitted.
-        compiled: whether to compile it; networks with hooks or parametrizations are fitted eagerly.
+        wanted: as `prepared` has it; networks with hooks or parametrizations are fitted eagerly.
     """
     gradient = before if before is not None and owner(before) is model else model.gradient
-    return prepared(gradient, compiled and not is_altered(model), torch.device("cpu"))
+    return prepared(gradient, "" if is_altered(model) else wanted, torch.device("cpu"))
 
 
 def check_functions(config: LipschitzMBPOConfig, terminated: Rule | None, known_step: KnownStep | None) -> None:

@@ -27,7 +27,7 @@ from ..envs.batch import BatchVecEnv
 from ..envs.make import has_time_limit
 from ..runs.callbacks import Checkpoints, Follows, Progress, Report, Reports, reported
 from ..runs.folder import Resumption, RunSettings, find_checkpoint, has_saved, save_agent
-from ..runs.log import open_logger
+from ..runs.log import messages_shown, open_logger
 from ..runs.pretraining import pretrain, use_demonstrations
 from ..runs.signals import StopOnSignal, exit_code
 from ..runs.warnings import warn
@@ -84,7 +84,7 @@ def train(
     start, done, total = time.monotonic(), agent.num_timesteps, settings.total_timesteps
     logger = open_logger(folder, done, settings)
     try:
-        with contextlib.closing(logger):
+        with contextlib.closing(logger), messages_shown():
             if settings.pretrain_steps and not getattr(agent, "is_pretrained", True):
                 pretrain(agent, folder, settings)
             elif settings.demonstrations is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,25 @@ def open_logger(folder: Path, done: int | None = None, settings: RunSettings | N
     outputs: list[KVWriter] = [events, _ProgressFile(folder / "progress.csv", done)]
     outputs += [tracker] if tracker is not None else []
     return _RunLogger(str(folder), outputs)
+
+
+@contextlib.contextmanager
+def messages_shown() -> Iterator[None]:
+    """Print what the library tells by Python's logging, such as that it compiles."""
+
+    class Print(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            print(record.getMessage(), flush=True)
+
+    logger, handler = logging.getLogger("driftrl"), Print()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 class _RunLogger(Logger):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from driftrl import LipschitzMBPO, PolicyFlow
-from driftrl.agents.common import compiling
 from driftrl.agents.common.snapshot import Snapshot
 
 from .test_weights import STEPS, both, critic_layer, learn, make, moved, values
@@ -284,12 +283,3 @@ def test_a_snapshot_takes_the_moments_memory_once() -> None:
     moments = Snapshot(agent.policy)._moments
     sizes = [each.untyped_storage().nbytes() for state in moments.values() for each in state.values()]
     assert sum(sizes) <= 4 * (2 * sum(each.numel() for each in moments) + len(moments))
-
-
-def test_a_path_with_a_blank_is_no_place_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "__file__", "/home/a b/torch/__init__.py")
-    assert not compiling.compiling_pays("auto", 10**9, torch.device("cpu"))
-    with pytest.raises(
-        ValueError, match=r"compile: got on, and PyTorch's linker needs a path without blanks, got /home/a b"
-    ):
-        compiling.compiling_pays("on", 10**9, torch.device("cpu"))

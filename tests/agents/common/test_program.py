@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import errno
-import shutil
-import subprocess
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -16,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from driftrl.agents.common import program
+from driftrl.agents.common.compiler import SCRIPT, compile_program
 from driftrl.agents.common.program import Program
 from driftrl.agents.common.update import Gradient, Loss, Losses
 from driftrl.agents.common.weights import Weights
-from driftrl.envs.native.build import find_compiler
 
 
 class Policy(nn.Module):
@@ -92,7 +89,7 @@ def test_a_program_is_found_on_disk_and_a_damaged_one_is_made_anew(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a folder"))
     captured, compiled = torch.tensor([1.0, 2.0]), list[str]()
-    compile_now = program._compile
+    compile_now = compile_program
 
     def counted(*arguments: Any) -> None:
         compiled.append("once")
@@ -102,7 +99,7 @@ def test_a_program_is_found_on_disk_and_a_damaged_one_is_made_anew(
         x.add_(1)
         return x * captured, {"sum": parts[0].sum()}
 
-    monkeypatch.setattr(program, "_compile", counted)
+    monkeypatch.setattr(program, "compile_program", counted)
     for damage in ("", "", "cut", "changed"):
         program._loaded.clear()
         files = list((tmp_path / "a folder" / "driftrl" / "programs").glob("*"))
@@ -122,49 +119,13 @@ def test_a_program_is_found_on_disk_and_a_damaged_one_is_made_anew(
     assert [each.suffix for each in (tmp_path / "a folder" / "driftrl" / "programs").iterdir()] == [".pt2"]
 
 
-@pytest.fixture
-def compiled_by(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
-    """In place of the compiler: the C++ compilers that it is told to use."""
-    told = list[str | None]()
-
-    def run(command: list[str], env: dict[str, str], **options: Any) -> Any:
-        told.append(env.get("CXX"))
-        Path(command[-1]).write_bytes(b"program")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    return told
-
-
-def test_the_compiler_is_the_one_that_is_there(
-    tmp_path: Path, compiled_by: list[str | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CXX", "/nonexistent/c++")
-    program._compile(torch.fx.symbolic_trace(nn.Identity()), [], tmp_path / "a.pt2")
-    assert compiled_by == [find_compiler()]
-    assert compiled_by[0] != "/nonexistent/c++"
-
-
-@pytest.mark.usefixtures("compiled_by")
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(source: Path, target: Path) -> None:
-        target.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(ValueError, match="No space left on device; make room"):
-        program._compile(torch.fx.symbolic_trace(nn.Identity()), [], tmp_path / "a.pt2")
-    assert not list(tmp_path.iterdir())
-
-
 def test_another_compiler_of_ours_makes_other_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = torch.fx.symbolic_trace(nn.Identity())
     before = program._key(graph, [])
     changed = tmp_path / "aot.py"
-    changed.write_bytes(program._COMPILER.read_bytes() + b"# mended")
-    monkeypatch.setattr(program, "_COMPILER", changed)
+    changed.write_bytes(SCRIPT.read_bytes() + b"# mended")
+    monkeypatch.setattr(program, "SCRIPT", changed)
     assert program._key(graph, []) != before
-    assert program._used_at(tmp_path / "gone.pt2") == 0
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")

@@ -49,12 +49,12 @@ def fit(model: TransitionModel, gradient: Any, rows: int = 200) -> dict[str, flo
 )
 def test_a_compiled_fit_is_the_eager_one(kind: str) -> None:
     eager, compiled = make(kind), make(kind)
-    gradient = fit_gradient(None, compiled, True)
+    gradient = fit_gradient(None, compiled, "on")
     assert isinstance(gradient, Compiled)
     before = {name: each.clone() for name, each in compiled.state_dict().items()}
     for _ in range(2):  # the second goes on with the same program
         expected, found = fit(eager, None), fit(compiled, gradient)
-        gradient = fit_gradient(gradient, compiled, True)
+        gradient = fit_gradient(gradient, compiled, "on")
         assert found == pytest.approx(expected, rel=1e-3)
     for name, each in eager.state_dict().items():
         torch.testing.assert_close(compiled.state_dict()[name], each, rtol=2e-3, atol=2e-4)
@@ -64,25 +64,27 @@ def test_a_compiled_fit_is_the_eager_one(kind: str) -> None:
 @needs_compiler
 def test_what_changes_between_fits_counts_in_the_next() -> None:
     model, alone = make("homoscedastic"), make("homoscedastic")
-    gradient = fit_gradient(None, model, True)
+    assert isinstance(model, GaussianTransition) and isinstance(alone, GaussianTransition)
+    gradient = fit_gradient(None, model, "on")
     fit(model, gradient)
     fit(alone, None)
     for each in (model, alone):  # frozen, replaced
-        each.net.weights[0].requires_grad_(False)  # type: ignore[union-attr]
-        each.net.biases[1] = torch.nn.Parameter(torch.ones_like(each.net.biases[1]))  # type: ignore[union-attr]
-    first = model.net.weights[0].clone()  # type: ignore[union-attr]
-    gradient = fit_gradient(gradient, model, True)
+        each.net.weights[0].requires_grad_(False)
+        each.net.biases[1] = torch.nn.Parameter(torch.ones_like(each.net.biases[1]))
+    first = model.net.weights[0].clone()
+    gradient = fit_gradient(gradient, model, "on")
     assert fit(model, gradient) == pytest.approx(fit(alone, None), rel=1e-3)
-    assert torch.equal(model.net.weights[0], first)  # type: ignore[union-attr]
-    torch.testing.assert_close(model.net.biases[1], alone.net.biases[1], rtol=2e-3, atol=2e-4)  # type: ignore[union-attr]
+    assert torch.equal(model.net.weights[0], first)
+    torch.testing.assert_close(model.net.biases[1], alone.net.biases[1], rtol=2e-3, atol=2e-4)
 
 
 def test_another_model_or_one_with_hooks_has_its_own_gradient() -> None:
     first, second = make("homoscedastic"), make("homoscedastic")
-    gradient = fit_gradient(None, first, True)
-    assert fit_gradient(gradient, first, True) is gradient
-    other = fit_gradient(gradient, second, True)
+    assert isinstance(second, GaussianTransition)
+    gradient = fit_gradient(None, first, "on")
+    assert fit_gradient(gradient, first, "on") is gradient
+    other = fit_gradient(gradient, second, "on")
     assert other is not gradient
-    second.net.register_forward_hook(lambda module, given, found: 2 * found)  # type: ignore[union-attr]
-    assert fit_gradient(other, second, True) == second.gradient
-    assert fit_gradient(gradient, first, False) == first.gradient
+    second.net.register_forward_hook(lambda module, given, found: 2 * found)
+    assert fit_gradient(other, second, "on") == second.gradient
+    assert fit_gradient(gradient, first, "") == first.gradient
