@@ -4,8 +4,9 @@
     pip install 'driftrl[envpool]'          # for EnvPool; without it its column stays empty
 
 All take turns in one process, with the same number of environments and random actions that are drawn beforehand. "bare"
-is `mj_step` alone on all cores, from the states that our environments are in: the physical limit. The table has our
-steps per second over the peer's: median and quartiles over the rounds. Resets are included, but for the bare simulator.
+is `mj_step` alone on all cores, from the states that our environments are in; it reads MuJoCo's clock, which our
+batches do not. The table has our steps per second over the peer's: median and quartiles over the rounds. Resets are
+included, but for the bare simulator.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ def spread(values: Sequence[float]) -> Spread:
 
 def take_turns(contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
     """Seconds of each call: every round calls every contender once, each round begins with another one."""
+    if rounds < 3:
+        raise SystemExit(f"rounds: got {rounds}, expected 3 at least: quartiles of fewer lie outside of them")
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-warmup, rounds):

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import resource
 import time
+import warnings
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -69,6 +70,7 @@ def serve(connection: Connection, contender: str, env_id: str, n_envs: int, thre
         times[name] += time.perf_counter() - start
         return result
 
+    warnings.filterwarnings("ignore", "this agent cannot be saved")  # for the functions in place of its methods
     for name in times:
         setattr(agent, name, partial(timed, name, getattr(agent, name)))
     start = time.perf_counter()
@@ -103,17 +105,17 @@ def main(
     packages = ("torch", "mujoco", "gymnasium", "stable-baselines3", "numpy")
     report: dict[str, Any] = {"machine": machine(*packages), "env_id": env_id, "threads": threads, "n_envs": {}}
     print(report["machine"])
-    print(
-        "| envs | contender | steps/s | time / driftrl compiled | rollout ms | update ms | MB | child MB | warm-up s |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    head = "| task | envs | contender | steps/s | time / driftrl compiled | rollout ms | update ms | MB | child MB |"
+    print(f"{head} warm-up s |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for n in n_envs:
         rows = compare(env_id, n, threads, rounds, warmup)
         report["n_envs"][n] = rows
         for name, row in rows.items():
             cells = [f"{row[key]:.0f}" for key in ("rollout_ms", "update_ms", "peak_mb", "peak_child_mb", "warmup_s")]
             print(
-                f"| {n} | {name} | {row['steps_per_second']:,.0f} | {row['ratio']} | {' | '.join(cells)} |", flush=True
+                f"| {env_id} | {n} | {name} | {row['steps_per_second']:,.0f} | {row['ratio']} | {' | '.join(cells)} |",
+                flush=True,
             )
     write(output, report)
 
