@@ -278,7 +278,7 @@ def plot(
         for arm in arms:
             label = LABELS.get(arm, arm)
             color = f"C{labels.index(label)}"
-            curves = [np.array(r["curve"]) for r in load(env, arm, total_timesteps)]
+            curves = [np.array(r["curve"]) for r in load(env, arm, total_timesteps) if r["curve"]]
             if not curves:
                 continue
             for curve in curves:

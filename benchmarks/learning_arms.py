@@ -36,7 +36,8 @@ ZOO: dict[str, dict[str, Any]] = {
 
 def result_folder(env: str, arm: str, total_timesteps: int) -> Path:
     """Where the seeds of one row of the table are kept."""
-    return RESULTS / f"{env}-{total_timesteps // 1000}k" / re.sub(r"[^\w.+-]+", "_", arm)
+    name = env.rpartition(":")[2]  # without the module that registers it
+    return RESULTS / f"{name}-{total_timesteps // 1000}k" / re.sub(r"[^\w.+-]+", "_", arm)
 
 
 @dataclass(frozen=True)
