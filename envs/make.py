@@ -287,8 +287,8 @@ def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spac
             f"unsupported observation space: got images, {observation_space}, expected vectors; encode the images to "
             "vectors with a wrapper"
         )
-    if not all(isinstance(part, spaces.Box) and part.shape for part in parts):
+    if not all(isinstance(part, spaces.Box) for part in parts):
         raise ValueError(
-            f"unsupported observation space: got {observation_space}, expected a Box of one dimension or more, or a "
-            "Dict of them; flatten it with a wrapper such as gymnasium.wrappers.FlattenObservation"
+            f"unsupported observation space: got {observation_space}, expected a Box, or a Dict of them; flatten it "
+            "with a wrapper such as gymnasium.wrappers.FlattenObservation"
         )

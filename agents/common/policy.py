@@ -246,8 +246,9 @@ class BoxPolicy(BasePolicy):
         encoded = preprocess_obs(obs, self.observation_space, normalize_images=False)
         if isinstance(encoded, dict):
             assert isinstance(self.observation_space, spaces.Dict)
-            return torch.cat([encoded[key].flatten(1) for key in self.observation_space.spaces], dim=1)
-        return encoded.flatten(1)
+            parts = [encoded[key] for key in self.observation_space.spaces]
+            return torch.cat([part.reshape(len(part), -1) for part in parts], dim=1)
+        return encoded.reshape(len(encoded), -1)
 
     def set_training_mode(self, mode: bool) -> None:
         """As `train`, but free when nothing changes: `predict` asks each time."""

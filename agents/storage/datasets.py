@@ -8,6 +8,7 @@ read with h5py as arrays of numbers: nothing in a file is unpickled, imported or
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 
 from ...envs.episodes import Array, Episode
 
@@ -177,7 +179,7 @@ def _check_lengths(name: str, episode: Episode, extra: int) -> None:
 
 def write_minari(
     folder: str | os.PathLike[str], episodes: Iterable[Episode], observation_space: spaces.Space[Any],
-    action_space: spaces.Space[Any], *, env_spec: str | None = None, algorithm: str = "",
+    action_space: spaces.Space[Any], *, env_spec: EnvSpec | None = None, algorithm: str = "",
 ) -> Path:  # fmt: skip
     """Write a data set that Minari loads, all or nothing.
 
@@ -186,7 +188,7 @@ def write_minari(
         episodes: with T + 1 observations each; taken one by one.
         observation_space: Box, or Dict of Boxes.
         action_space: Box.
-        env_spec: the environment's Gymnasium spec as JSON (``EnvSpec.to_json``).
+        env_spec: the environment's, left out where Gymnasium cannot write it as JSON: one that is made by a function.
         algorithm: what played.
 
     Returns:
@@ -216,7 +218,10 @@ def write_minari(
             "action_space": json.dumps(_space(action_space)), "dataset_id": target.name,
             "minari_version": _WRITTEN_AS, "algorithm_name": algorithm,
             "dataset_size": round((partial / "data" / MAIN).stat().st_size / 1e6, 1),
-        } | ({} if env_spec is None else {"env_spec": env_spec})  # fmt: skip
+        }  # fmt: skip
+        if env_spec is not None:
+            with contextlib.suppress(ValueError):
+                metadata["env_spec"] = env_spec.to_json()
         (partial / "data" / METADATA).write_text(json.dumps(metadata))
         partial.rename(target)
     finally:

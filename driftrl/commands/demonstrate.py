@@ -66,8 +66,8 @@ def _write(args: argparse.Namespace) -> int:
     check_env(args.env)
     episodes = SCRIPTS[args.env](args.episodes, args.seed, success=args.success, noise=args.noise)
     env = gymnasium.make(with_module(args.env))
-    spec = None if env.spec is None else env.spec.to_json()
-    write_minari(args.dataset, episodes, env.observation_space, env.action_space, env_spec=spec, algorithm="script")
+    spaces = env.observation_space, env.action_space
+    write_minari(args.dataset, episodes, *spaces, env_spec=env.spec, algorithm="script")
     steps, mean = sum(len(each.actions) for each in episodes), sum(each.rewards.sum() for each in episodes)
     print(f"wrote {len(episodes)} episodes, {steps:,} steps, mean return {mean / len(episodes):.2f}, to {args.dataset}")
     return 0

@@ -56,7 +56,7 @@ def record(paths: Sequence[Path], args: argparse.Namespace, out: Any) -> None:
 
     try:
         write_minari(
-            args.record, episodes(), env.observation_space, env.action_space, env_spec=spec.to_json(),
+            args.record, episodes(), env.observation_space, env.action_space, env_spec=spec,
             algorithm=", ".join(dict.fromkeys(target.settings.agent for target in targets if target.settings)),
         )  # fmt: skip
     finally:

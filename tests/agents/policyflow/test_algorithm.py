@@ -112,15 +112,16 @@ def test_measuring_does_not_change_training() -> None:
 
 
 class IdentityDict(gym.ObservationWrapper[Any, Any, Any]):
-    """The identity task with its observation in a Dict of two."""
+    """The identity task with its observation in a Dict of three, one a number."""
 
     def __init__(self) -> None:
         super().__init__(IdentityEnvBox(eps=0.2, ep_length=100))
         box = self.env.observation_space
-        self.observation_space = spaces.Dict({"goal": box, "nothing": spaces.Box(-1, 1, (2,))})
+        nothing, number = spaces.Box(-1, 1, (2,)), spaces.Box(-1, 1, ())
+        self.observation_space = spaces.Dict({"goal": box, "nothing": nothing, "number": number})
 
     def observation(self, observation: Any) -> dict[str, Any]:
-        return {"goal": observation, "nothing": np.zeros(2, np.float32)}
+        return {"goal": observation, "nothing": np.zeros(2, np.float32), "number": np.float32(0.5)}
 
 
 @pytest.mark.parametrize(("ratio", "env"), [("interpolation", "box"), ("endpoint", "box"), ("interpolation", "dict")])

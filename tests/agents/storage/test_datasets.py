@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 
 from driftrl.agents.common.demonstrations import Demonstrations
 from driftrl.agents.storage.datasets import DatasetError, find_dataset, read_episodes, write_minari
@@ -70,7 +71,7 @@ def test_minari_loads_what_is_written(
 ) -> None:
     minari = pytest.importorskip("minari")
     given, spec = episodes(3, space), gym.spec("driftrl/Avoid-v0")
-    write_minari(tmp_path / "set-v0", given, space, ACTIONS, env_spec=spec.to_json(), algorithm="some")
+    write_minari(tmp_path / "set-v0", given, space, ACTIONS, env_spec=spec, algorithm="some")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     loaded = minari.load_dataset("set-v0")
     assert (loaded.total_episodes, loaded.total_steps) == (3, 18)
@@ -78,6 +79,12 @@ def test_minari_loads_what_is_written(
     assert loaded.recover_environment().spec.id == "driftrl/Avoid-v0"
     for got, expected in zip(loaded.iterate_episodes(), given, strict=True):
         assert_equal(Episode(got.observations, got.actions, got.rewards, got.terminations, got.truncations), expected)
+
+
+def test_the_spec_of_an_environment_that_a_function_makes_is_left_out(tmp_path: Path) -> None:
+    spec = EnvSpec("Made-v0", entry_point=lambda **_: gym.make("driftrl/Avoid-v0"))  # type: ignore[arg-type]
+    write_minari(tmp_path / "set-v0", episodes(1, BOX), BOX, ACTIONS, env_spec=spec)
+    assert "env_spec" not in json.loads((tmp_path / "set-v0" / "data" / "metadata.json").read_text())
 
 
 def test_what_minari_writes_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
