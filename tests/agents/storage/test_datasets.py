@@ -82,7 +82,7 @@ def test_minari_loads_what_is_written(
 
 
 def test_the_spec_of_an_environment_that_a_function_makes_is_left_out(tmp_path: Path) -> None:
-    spec = EnvSpec("Made-v0", entry_point=lambda **_: gym.make("driftrl/Avoid-v0"))  # type: ignore[arg-type]
+    spec = EnvSpec("Made-v0", entry_point=lambda **_: gym.make("driftrl/Avoid-v0"))
     write_minari(tmp_path / "set-v0", episodes(1, BOX), BOX, ACTIONS, env_spec=spec)
     assert "env_spec" not in json.loads((tmp_path / "set-v0" / "data" / "metadata.json").read_text())
 
