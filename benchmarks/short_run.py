@@ -28,10 +28,9 @@ def make_agent(contender: str, env_id: str, n_envs: int) -> Any:
     import torch
 
     from driftrl import PolicyFlow, PolicyFlowConfig
-    from driftrl.agents.presets import DEFAULT
 
     torch.set_num_threads(1)
-    config = PolicyFlowConfig(**{name: value for name, value in DEFAULT.items() if name != "n_envs"})
+    config = PolicyFlowConfig(n_steps=32, batch_size=256)
     if contender != "sb3":
         from driftrl.envs import make_vec
 
