@@ -2,10 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/short_run.py --output benchmarks/results/short_run.json
 
-The preset that tasks without one of their own have (two layers of 64, 64 environments); PPO with the same rollout,
-epochs, minibatches, widths and activation, and VecNormalize. Every run has a process of its own; the contenders take
-turns. The first turn is not counted: it compiles what the later ones find in the cache, so they are second runs of
-their kind. Seconds to the first iteration go from the start of the process to the end of the first update.
+The preset that tasks without one of their own have; PPO with the same rollout, epochs, minibatches, widths and
+activation, and VecNormalize. Every run has a process of its own; the contenders take turns. The first turn is not
+counted: it compiles what the later ones find in the cache, so they are second runs of their kind. Seconds to the first iteration go from the start of the process to the end of the first update.
 """
 
 from __future__ import annotations
@@ -28,9 +27,10 @@ def make_agent(contender: str, env_id: str, n_envs: int) -> Any:
     import torch
 
     from driftrl import PolicyFlow, PolicyFlowConfig
+    from driftrl.agents.presets import DEFAULT
 
     torch.set_num_threads(1)
-    config = PolicyFlowConfig(n_steps=32, batch_size=256)
+    config = PolicyFlowConfig(**{name: value for name, value in DEFAULT.items() if name != "n_envs"})
     if contender != "sb3":
         from driftrl.envs import make_vec
 
@@ -73,7 +73,7 @@ def serve(connection: Connection, contender: str, env_id: str, n_envs: int, step
 
 def main(
     env_id: str = "HalfCheetah-v5",
-    n_envs: int = 64,
+    n_envs: int = 16,
     steps: int = 100_000,
     rounds: int = 7,
     output: Path | None = None,

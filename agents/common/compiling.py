@@ -19,7 +19,7 @@ from .program import Program, tensors_in
 
 _log = logging.getLogger(__name__)
 
-PAYS_AFTER = 3_500
+PAYS_AFTER = 5_000
 """Gradient updates from which on a run is compiled.
 
 The first run of a kind, which waits for the compiler, catches up with an eager one after some 15,000. The next one
