@@ -4,7 +4,8 @@
 
 The preset that tasks without one of their own have; PPO with the same rollout, epochs, minibatches, widths and
 activation, and VecNormalize. Every run has a process of its own; the contenders take turns. The first turn is not
-counted: it compiles what the later ones find in the cache, so they are second runs of their kind. Seconds to the first iteration go from the start of the process to the end of the first update.
+counted: it compiles what the later ones find in the cache, so they are second runs of their kind. Seconds to the first
+iteration go from the start of the process to the end of the first update.
 """
 
 from __future__ import annotations
