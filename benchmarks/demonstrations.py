@@ -5,8 +5,8 @@
 Each run is one `train.py` with Avoid's preset. Its evaluations are kept in `benchmarks/results/demonstrations/`, and a
 run that is kept is not repeated. The table of all that are kept is printed at the end and written into
 docs/demonstrations.md. The Gaussian is the same policy with a base of width 0, the mixture that with a base of five
-points; from scratch is the flow without demonstrations. With chunks of c actions, all of which are done, a rollout holds a c-th of the decisions. Minibatches
-are smaller by as much.
+points; from scratch is the flow without demonstrations. With chunks of c actions, all of which are done, a rollout
+holds a c-th of the decisions. Minibatches are smaller by as much.
 """
 
 from __future__ import annotations

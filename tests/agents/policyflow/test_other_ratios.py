@@ -357,7 +357,7 @@ def settings(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_trains_reproducibly_and_loads(name: str, tmp_path: Path) -> None:
-    spreading = {} if name == "mixture" else {"spread_coef": 0.01, "transport_coef": 0.01}
+    spreading: dict[str, Any] = {} if name == "mixture" else {"spread_coef": 0.01, "transport_coef": 0.01}
 
     def train(seed: int) -> PolicyFlow:
         agent = PolicyFlow(
