@@ -4,9 +4,9 @@
 
 Each run is one `train.py` with Avoid's preset. Its evaluations are kept in `benchmarks/results/demonstrations/`, and a
 run that is kept is not repeated. The table of all that are kept is printed at the end and written into
-docs/demonstrations.md. The Gaussian is the same policy with a base of width 0; from scratch is the flow without
-demonstrations. With chunks of c actions, all of which are done, a rollout holds a c-th of the decisions. Minibatches
-are smaller by as much.
+docs/demonstrations.md. The Gaussian is the same policy with a base of width 0, the mixture that with a base of five
+points; from scratch is the flow without demonstrations. With chunks of c actions, all of which are done, a rollout
+holds a c-th of the decisions. Minibatches are smaller by as much.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ HEADS = {
     "flow": [],
     "flow with a learned base": ["--base", "gaussian", "--base-std", "0.5"],  # steering needs one
     "gaussian": ["--base-std", "0", "--action-std", "0.3"],
+    "mixture": ["--base", "mixture", "--ratio", "mixture", "--action-std", "0.3"],
 }
 STAGES = {
     "pretrained": ["--total-timesteps", "0"],
@@ -38,9 +39,10 @@ STAGES = {
     "steering": ["--freeze-flow", "--learning-rate", "3e-4"],
     "from scratch": ["--critic-warmup", "0"],
 }
+COMPARED = ("flow", "gaussian", "mixture")
 ARMS = [
-    *(("good", head, "pretrained", chunk) for chunk in (1, 4) for head in ("flow", "gaussian")),
-    *(("half", head, "fine-tuned", chunk) for chunk in (1, 4) for head in ("flow", "gaussian")),
+    *(("good", head, "pretrained", chunk) for chunk in (1, 4) for head in COMPARED),
+    *(("half", head, "fine-tuned", chunk) for chunk in (1, 4) for head in COMPARED),
     ("half", "flow with a learned base", "steering", 1),
     ("none", "flow", "from scratch", 1),
 ]

@@ -45,6 +45,7 @@ RANGES: dict[str, Callable[[Any], bool]] = {
     "a number, or None": lambda x: x is None or _number(x),
     "two numbers, or None": lambda x: x is None or (isinstance(x, Collection) and len(x) == 2 and all(map(_number, x))),
     "an integer of at least 1": lambda x: _count(x) and x >= 1,
+    "an integer of at least 2": lambda x: _count(x) and x >= 2,
     "an integer of at least 1, or None": lambda x: x is None or (_count(x) and x >= 1),
     "an integer of at least 1, or -1": lambda x: _count(x) and (x >= 1 or x == -1),
     "an integer of at least 0": lambda x: _count(x) and x >= 0,

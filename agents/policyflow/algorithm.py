@@ -52,7 +52,7 @@ def losses(
 ) -> Losses:
     """The terms of the objective for a minibatch, with their weights, and what is logged beside them.
 
-    The entropy is that of the learned Gaussians, in nats per sample, up to what does not depend on the parameters.
+    The entropy is that of all that is drawn, in nats per sample, up to what does not depend on the parameters.
 
     Args:
         policy: the networks.
@@ -68,7 +68,7 @@ def losses(
     table = {
         "train/policy_gradient_loss": Loss(policy_loss),
         "train/value_loss": Loss(critic_loss, config.vf_coef),
-        "train/entropy_loss": Loss(-actor.gaussian_entropy(), config.ent_coef),
+        "train/entropy_loss": Loss(-actor.joint_entropy(obs), config.ent_coef),
     }
     if config.spread_coef > 0:
         spread = spread_loss(actor, samples, old_to_new.velocity, config.spread)
@@ -127,8 +127,9 @@ class PolicyFlow(Imitation):
          "actor_hidden", "action_std", "critic_hidden", "activation", "weight_decay", *POLICY_FIELDS)
     )  # fmt: skip
     _learned = frozenset(
-        ("actor_hidden", "chunk", "action_std", "critic_hidden", "base_std", "critic_gain", "weight_decay")
-    )
+        ("actor_hidden", "chunk", "action_std", "critic_hidden", "base_std", "components", "critic_gain",
+         "weight_decay")
+    )  # fmt: skip
 
     def __init__(
         self, policy: str | type[FlowPolicy] = "MlpPolicy", env: GymEnv | str | None = None,

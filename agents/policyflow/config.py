@@ -73,10 +73,13 @@ class PolicyFlowConfig:
     langevin_eps: float = 0.0
     """Noise of the flow while sampling, in [0, 1], in units of the base's variance / flow time. 0: the flow is an ODE;
     above 0 an SDE, by Euler and Maruyama (solver euler)."""
-    base: Literal["standard", "learned", "gaussian"] = "learned"
-    """Base of z: standard N(0, base_std^2); learned N(0, s^2), s learned from base_std; gaussian N(m(obs), s^2)."""
+    base: Literal["standard", "learned", "gaussian", "mixture"] = "learned"
+    """Base of z: standard N(0, base_std^2); learned N(0, s^2), s learned from base_std; gaussian N(m(obs), s^2);
+    mixture: one of some learned points, which makes the action a mixture of Gaussians."""
     base_std: float = 0.1
     """(Initial) standard deviation of the base, >= 0, in units of half the action range; 0: Gaussian PPO."""
+    components: int = 5
+    """base mixture: its points, >= 2; each makes a Gaussian of the action."""
     action_std: float = 0.5
     """Initial standard deviation of the action noise, > 0, in half action ranges (chains: of all steps)."""
     action_std_min: float | None = None
@@ -148,6 +151,7 @@ class PolicyFlowConfig:
             "jacobian_coef solver_error_coef base_std critic_gain bc_coef",
             "a number in [0, 1]": "gamma gae_lambda langevin_eps",
             "a number in [0, 1)": "ema_decay",
+            "an integer of at least 2": "components",
             "an integer of at least 1": "n_steps batch_size n_epochs solver_steps ratio_draws chunk",
             "an integer of at least 1, or None": "execute",
             "an integer of at least 0": "diagnostics_interval critic_warmup",
@@ -173,12 +177,15 @@ class PolicyFlowConfig:
         same = self.critic_learning_rate is None or self.lr_schedule != "function"
         require(self, "critic_learning_rate", same, "None with lr_schedule function")
         if self.freeze_flow:
-            require(self, "base", self.base != "standard", "learned or gaussian with freeze_flow: else nothing steers")
+            steers = self.base in ("learned", "gaussian")
+            require(self, "base", steers, "learned or gaussian with freeze_flow: else nothing steers")
             for name in ("spread_coef", "transport_coef", "jacobian_coef", "solver_error_coef", "bc_coef"):
                 require(self, name, getattr(self, name) == 0, "0 with freeze_flow")
         gaussian = {} if self.base_std else {"base": "standard", "ratio": "endpoint", "langevin_eps": 0.0}
         gaussian |= {"spread": "score"} if gaussian and self.spread_coef else {}
-        for why, needed in ((f"ratio {self.ratio}", RATIOS[self.ratio].requires), ("base_std 0", gaussian)):
+        mixture: dict[str, object] = {"ratio": "mixture", "spread_coef": 0, "transport_coef": 0}
+        needs = {f"ratio {self.ratio}": RATIOS[self.ratio].requires, "base_std 0": gaussian}
+        for why, needed in (needs | ({"base mixture": mixture} if self.base == "mixture" else {})).items():
             for name, value in needed.items():
                 require(self, name, getattr(self, name) == value, f"{value} with {why}")
         aims = self.spread == "consistent" and self.spread_coef > 0 and self.ratio not in ("chain", "chain_steps")
@@ -207,6 +214,8 @@ class PolicyFlowConfig:
             off["noise_time"] = "exploration_noise ou"
         if self.exploration_noise != "fractional":
             off["hurst"] = "exploration_noise fractional"
+        if self.base != "mixture":
+            off["components"] = "base mixture"
         if not RATIOS[self.ratio].has_draws:
             off["ratio_draws"] = f"ratio {', '.join(name for name, kind in RATIOS.items() if kind.has_draws)}"
         if self.freeze_flow:
@@ -265,7 +274,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "gae_lambda", "clip_range", "clip_range_vf", "normalize_advantage", "vf_coef", "max_grad_norm",
         "normalize_observation", "normalize_reward", "actor_hidden", "critic_hidden", "activation",
     ),
-    "flow": ("ratio", "ratio_draws", "solver", "solver_steps", "langevin_eps", "base", "base_std"),
+    "flow": ("ratio", "ratio_draws", "solver", "solver_steps", "langevin_eps", "base", "base_std", "components"),
     "demonstrations": (
         "chunk", "execute", "critic_learning_rate", "critic_warmup", "bc_coef", "bc_schedule", "freeze_flow",
     ),

@@ -6,9 +6,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Normal
 from torch.quasirandom import SobolEngine
 
+from .gaussians import Mixture, mixture_log_prob
 from .policy import FlowActor, FlowNoise
 
 LATENTS = 64
@@ -28,7 +28,7 @@ def marginal_log_prob(
 
     ``log 1/K sum_k N(action; phi_1(z_k; s), std^2)``: the action noise is integrated exactly, the base and a noisy flow
     by K points of a scrambled Sobol sequence, the same for all rows and calls. So two policies are compared without
-    noise, and one policy with itself gives a ratio of 1. Without latents it is exact.
+    noise, and one policy with itself gives a ratio of 1. Without latents, and of a mixture, it is exact.
 
     The estimate is low on average (Jensen), the more so the wider the flow against the action noise, and with D. At
     K = 64, affine flows, bias and root mean square error in nats, base and action noise in brackets: D = 2: 0.00 and
@@ -44,12 +44,19 @@ def marginal_log_prob(
         latents: K, at least 1.
         counted: dimensions of the action that count, bool [D]; None: all.
     """
-    size, dim = action.shape
-    count = latents if actor.has_latent or actor.path_length else 1
-    normals = fixed_normals(count, (1 + actor.path_length) * dim).to(action)
-    base, *path = normals.repeat_interleave(size, 0).split(dim, dim=1)
+    is_averaged = actor.has_latent or actor.path_length
+    log_weight, mean = _given_latents(actor, obs, latents) if is_averaged else actor.mixture(obs)
+    log_std = actor.noise_log_std()
+    if counted is not None:
+        action, mean, log_std = action[:, counted], mean[..., counted], log_std[counted]
+    return mixture_log_prob(action, Mixture(log_weight, mean), log_std)
+
+
+def _given_latents(actor: FlowActor, obs: Tensor, count: int) -> Mixture:
+    """The actions' Gaussians given each of so many fixed latents."""
+    size, dim = len(obs), actor.log_std.shape[0]
+    normals = fixed_normals(count, (1 + actor.path_length) * dim).to(obs)
+    base, *path = normals.repeat(size, 1).split(dim, dim=1)
     along = torch.stack(path) if path else base.new_empty(0, *base.shape)
-    x1 = actor.sample(obs.repeat(count, 1), FlowNoise(base, torch.zeros_like(base), along)).x1
-    density: Tensor = Normal(x1.view(count, size, dim), actor.noise_log_std().exp()).log_prob(action)
-    density = (density if counted is None else density * counted).sum(-1)
-    return density.logsumexp(0) - math.log(count)
+    x1 = actor.sample(obs.repeat_interleave(count, 0), FlowNoise(base, torch.zeros_like(base), along)).x1
+    return Mixture(x1.new_full((size, count), -math.log(count)), x1.view(size, count, dim))

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .gaussians import Mixture, gaussian_kl, gaussian_log_prob, mixture_log_prob
 from .policy import LOG_STD_RANGE, FlowActor
 from .ratios import (
     InterpolationRatio,
@@ -19,8 +20,6 @@ from .ratios import (
     RatioTerms,
     Samples,
     clipped_surrogate,
-    gaussian_kl,
-    gaussian_log_prob,
     gaussian_terms,
 )
 
@@ -145,6 +144,31 @@ class MarginalRatio(Ratio):
         recorded: Latents = samples.recorded
         log_ratio = self._log_density(actor, samples, recorded.normals) - recorded.log_density
         return RatioTerms(log_ratio, estimated_kl(log_ratio))
+
+
+class MixtureRatio(Ratio):
+    """The ratio of the actions of a mixture: ``sum_k w_k N(a; phi_1(c_k)) / sum_k w_old,k N_old(a; phi_1,old(c_k))``.
+
+    Exact, and of the action alone: which point was drawn need not be known, and its choice adds no variance to the
+    gradient, as it would to that of the joint ratio of (k, a). The KL is that of (k, a), which has a closed form and
+    bounds that of the actions. K flows per minibatch and rollout.
+    """
+
+    requires = INDEPENDENT | {"base": "mixture"}
+
+    @torch.no_grad()
+    def record(self, actor: FlowActor, samples: Samples, generator: torch.Generator) -> Mixture:
+        """The Gaussians of the policy that acted."""
+        del generator
+        return actor.mixture(samples.obs)
+
+    def terms(self, actor: FlowActor, samples: Samples) -> RatioTerms:
+        """Log-ratio of the actions, and KL of (k, a)."""
+        old: Mixture = samples.recorded
+        new, log_std, old_log_std = actor.mixture(samples.obs), actor.noise_log_std(), samples.log_std.unsqueeze(1)
+        log_ratio = mixture_log_prob(samples.action, new, log_std) - mixture_log_prob(samples.action, old, old_log_std)
+        kl = old.log_weight - new.log_weight + gaussian_kl(old.mean, old_log_std, new.mean, log_std)
+        return RatioTerms(log_ratio, (old.log_weight.exp() * kl).sum(1))
 
 
 class ChainSteps(NamedTuple):
@@ -282,13 +306,14 @@ class FPOPlusPlusRatio(FPORatio):
 
 
 RatioName: TypeAlias = Literal[
-    "interpolation", "endpoint", "adjoint", "marginal", "chain", "chain_steps", "fpo", "fpo++"
+    "interpolation", "endpoint", "adjoint", "marginal", "mixture", "chain", "chain_steps", "fpo", "fpo++"
 ]
 RATIOS: dict[str, type[Ratio]] = {
     "interpolation": InterpolationRatio,
     "endpoint": EndpointRatio,
     "adjoint": AdjointRatio,
     "marginal": MarginalRatio,
+    "mixture": MixtureRatio,
     "chain": ChainRatio,
     "chain_steps": ChainStepsRatio,
     "fpo": FPORatio,

@@ -2,7 +2,7 @@
 
 Given an observation s::
 
-    z ~ base(s)                     base: N(0, base_std^2), N(0, s^2) or N(m(s), s^2), or z = 0
+    z ~ base(s)                     base: N(0, base_std^2), N(0, s^2) or N(m(s), s^2), one of K points, or z = 0
     x1 = phi_1(z; s)                phi: the flow of dx/dt = v(t, x, s) from t = 0 to 1, or an SDE of the same v
     action = x1 + n,  n ~ N(0, std^2)
 
@@ -21,7 +21,6 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
-from torch.distributions import Normal
 
 from ...dynamics.fields import MLPField
 from ...dynamics.ode import FieldLike, odeint
@@ -31,6 +30,7 @@ from ..common.observations import RunningNorm
 from ..common.policy import BoxPolicy
 from ..storage.values import storable
 from .chunks import predict_next
+from .gaussians import Mixture, Points, gaussian_log_prob, mixture_log_prob
 
 LOG_STD_RANGE = (-5.0, 2.0)
 
@@ -38,7 +38,8 @@ LOG_STD_RANGE = (-5.0, 2.0)
 class FlowNoise(NamedTuple):
     """Standard normals that a draw from the policy takes: for z and the action [B, D], for the flow's path [K, B, D].
 
-    K is 0 where the flow is an ODE, the number of solver steps of an SDE, one less of a chain.
+    K is 0 where the flow is an ODE, the number of solver steps of an SDE, one less of a chain. A base of points takes
+    the first normal of a row alone.
     """
 
     base: Tensor
@@ -67,7 +68,8 @@ class FlowActor(nn.Module):
         action_dim: number of action dimensions, D.
         hidden: widths of the velocity field's hidden layers, and of the base's mean network; none: both are linear.
         activation: a key of `ACTIVATIONS`.
-        base: "standard" N(0, base_std^2), fixed; "learned" N(0, s^2), s a parameter; "gaussian" N(m(obs), s^2).
+        base: "standard" N(0, base_std^2), fixed; "learned" N(0, s^2), s a parameter; "gaussian" N(m(obs), s^2);
+            "mixture" one of K learned `Points`: the action is a mixture of K Gaussians, whose density is exact.
         base_std: (initial) standard deviation of the base; 0, if it is fixed: z = 0, a Gaussian policy.
         log_std_init: initial log standard deviation of the action noise.
         solver: name of the ODE solver.
@@ -75,12 +77,13 @@ class FlowActor(nn.Module):
         langevin_eps: noise of the flow while sampling, see `langevin_flow`; 0: an ODE. Above 0 only by euler.
         chained: learned noise at every step instead, see `gaussian_chain`; only by euler.
         action_std_min: floor of the standard deviation of the action noise; None: that of `LOG_STD_RANGE`.
+        components: K of the mixture.
     """
 
     def __init__(
         self, obs_dim: int, action_dim: int, *, hidden: tuple[int, ...], activation: str, base: str, base_std: float,
         log_std_init: float, solver: str, solver_steps: int, langevin_eps: float = 0.0, chained: bool = False,
-        action_std_min: float | None = None,
+        action_std_min: float | None = None, components: int = 5,
     ) -> None:  # fmt: skip
         super().__init__()
         self.log_std_range = (math.log(action_std_min), LOG_STD_RANGE[1]) if action_std_min else LOG_STD_RANGE
@@ -99,15 +102,23 @@ class FlowActor(nn.Module):
             else AffineField(action_dim, obs_dim)
         )
         self.base_mean = mlp([obs_dim, *hidden, action_dim], activation, 0.0) if base == "gaussian" else None
-        self.has_latent, base_log_std = base_std > 0, math.log(base_std) if base_std else -math.inf
-        self.base_log_std = nn.Parameter(torch.full((action_dim,), base_log_std), requires_grad=base != "standard")
+        is_mixture = base == "mixture"
+        self.points = Points(obs_dim, action_dim, components, hidden, activation, base_std) if is_mixture else None
+        self.has_latent = base_std > 0 and not is_mixture
+        """Whether z has a density. Else the action is a `mixture` of Gaussians, without points of one."""
+        self.base_log_std = nn.Parameter(
+            torch.full((action_dim,), math.log(base_std) if self.has_latent else -math.inf),
+            requires_grad=base in ("learned", "gaussian"),
+        )
         self.log_std = nn.Parameter(torch.full((action_dim,), float(log_std_init)))
         inner = torch.full((solver_steps - 1, action_dim), float(log_std_init))
         self.chain_log_std = nn.Parameter(inner) if chained else None
 
     def base(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log standard deviation of z given obs [B, O]; both [B, D]."""
+        """Mean and log standard deviation of z given obs [B, O]; both [B, D]. Of points, the most probable one."""
         log_std = self.base_log_std.clamp(*LOG_STD_RANGE).expand(obs.shape[0], -1)
+        if self.points is not None:
+            return self.points.most_probable(obs), log_std
         return (torch.zeros_like(log_std) if self.base_mean is None else self.base_mean(obs)), log_std
 
     def noise_log_std(self) -> Tensor:
@@ -118,16 +129,16 @@ class FlowActor(nn.Module):
         """Mean and log standard deviation of z, [B, D] each, given obs [B, O]; the latter of the action noise, [D]."""
         return *self.base(obs), self.noise_log_std()
 
-    def gaussian_entropy(self) -> Tensor:
-        """Entropy of all learned Gaussians together, in nats per sample, up to a constant; a scalar.
+    def joint_entropy(self, obs: Tensor) -> Tensor:
+        """Entropy of all that is drawn given obs [B, O], in nats per sample, up to a constant; a scalar, mean over obs.
 
-        Those of the action noise, of the base (one without spread adds nothing) and of a chain's inner steps.
+        That of the action noise, of the base (one without spread adds nothing) and of a chain's inner steps.
         """
         base_log_std = self.base_log_std.nan_to_num(neginf=0.0)
         entropy = (self.noise_log_std() + base_log_std + math.log(2 * math.pi * math.e)).sum()
         if self.chain_log_std is not None:
             entropy = entropy + self.chain_log_std.clamp(*LOG_STD_RANGE).sum()
-        return entropy
+        return entropy if self.points is None else entropy + self.points.entropy(obs)
 
     def norms(self) -> Tensor:
         """Norms of all parameters: they differ as soon as it has learned, been loaded or been written to."""
@@ -158,8 +169,11 @@ class FlowActor(nn.Module):
 
     def sample(self, obs: Tensor, noise: FlowNoise) -> FlowSample:
         """Draw given obs [B, O]."""
-        mean, log_std = self.base(obs)
-        z = mean + log_std.exp() * noise.base if self.has_latent else mean
+        if self.points is not None:
+            z = self.points.draw(obs, noise.base)
+        else:
+            mean, log_std = self.base(obs)
+            z = mean + log_std.exp() * noise.base if self.has_latent else mean
         x1 = self.flow(z, obs, noise.path)
         return FlowSample(z, x1, x1 + self.noise_log_std().exp() * noise.action)
 
@@ -167,13 +181,26 @@ class FlowActor(nn.Module):
         """The deterministic action [B, D]: the ODE from the mean of the base, no noise."""
         return self.flow(self.base(obs)[0], obs)
 
+    def mixture(self, obs: Tensor) -> Mixture:
+        """The law of the action given obs [B, O] where z has no density: K Gaussians, or one."""
+        assert not self.has_latent
+        if self.points is None:
+            return Mixture(obs.new_zeros(len(obs), 1), self.mode(obs).unsqueeze(1))
+        log_weight = self.points.log_weight(obs)
+        size, count = log_weight.shape
+        x1 = self.flow(self.points.places.repeat(size, 1), obs.repeat_interleave(count, 0))
+        return Mixture(log_weight, x1.view(size, count, -1))
+
     def log_prob(self, obs: Tensor, sample: FlowSample) -> Tensor:
-        """Joint log-density of (z, action) given obs and the path's noise, [B], in nats, of uncorrelated actions."""
+        """Joint log-density of (z, action) given obs and the path's noise, [B], in nats, of uncorrelated actions.
+
+        Of a mixture, that of the action.
+        """
         mean, base_log_std, log_std = self.gaussians(obs)
-        density: Tensor = Normal(sample.x1, log_std.exp()).log_prob(sample.action).sum(-1)
-        if self.has_latent:
-            density = density + Normal(mean, base_log_std.exp()).log_prob(sample.z).sum(-1)
-        return density
+        if self.points is not None:
+            return mixture_log_prob(sample.action, self.mixture(obs), log_std)
+        density = gaussian_log_prob(sample.action, sample.x1, log_std)
+        return density + gaussian_log_prob(sample.z, mean, base_log_std) if self.has_latent else density
 
 
 @storable
@@ -186,7 +213,8 @@ class FlowPolicy(BoxPolicy):
         lr_schedule: progress remaining (1 to 0) -> learning rate.
         net_arch: widths of the hidden layers, one list for both networks or {"pi": [...], "vf": [...]}.
         activation_fn: a key of `ACTIVATIONS` or one of its torch modules.
-        base, base_std, log_std_init, solver, solver_steps, langevin_eps, chained, action_std_min: see `FlowActor`.
+        base, base_std, components, log_std_init, solver, solver_steps, langevin_eps, chained, action_std_min: see
+            `FlowActor`.
         critic_gain: of the critic's last layer at the start; 0: all values are 0, no state is preferred.
         normalize_observation: standardise observations with running statistics.
         ema_decay: decay of the weight average used for prediction; 0 for none.
@@ -206,7 +234,7 @@ class FlowPolicy(BoxPolicy):
         base: str = "learned", base_std: float = 0.1, log_std_init: float = math.log(0.5), solver: str = "euler",
         solver_steps: int = 2, langevin_eps: float = 0.0, chained: bool = False, critic_gain: float = 1.0,
         normalize_observation: bool = True, ema_decay: float = 0.0, action_std_min: float | None = None,
-        chunk: int = 1, execute: int | None = None,
+        chunk: int = 1, execute: int | None = None, components: int = 5,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
@@ -218,14 +246,17 @@ class FlowPolicy(BoxPolicy):
             net_arch = dict.fromkeys(("pi", "vf"), [64, 64] if net_arch is None else net_arch)
         net_arch = {"pi": [], "vf": []} | net_arch
         self.net_arch = net_arch
-        if base not in ("standard", "learned", "gaussian"):
-            raise ValueError(f"base: got {base!r}, expected standard, learned or gaussian")
+        if base not in ("standard", "learned", "gaussian", "mixture"):
+            raise ValueError(f"base: got {base!r}, expected standard, learned, gaussian or mixture")
         if not (base_std > 0 or (base_std == 0 and base == "standard")):
             raise ValueError(f"base_std: got {base_std}, expected a number above 0, or 0 with base standard")
         if not 0 <= langevin_eps <= 1:
             raise ValueError(f"langevin_eps: got {langevin_eps}, expected a number in [0, 1]")
         if (langevin_eps or chained) and solver != "euler":
             raise ValueError(f"solver: got {solver}, expected euler, the one that integrates the flow as an SDE")
+        if base == "mixture" and (langevin_eps or chained or components < 2):
+            got = f"langevin_eps {langevin_eps}, chained {chained}, components {components}"
+            raise ValueError(f"base: got mixture with {got}; expected 0, False and at least 2")
         if langevin_eps and chained:
             raise ValueError(f"langevin_eps: got {langevin_eps}, expected 0 with chained, which has noise of its own")
         activation = activation_name(activation_fn)
@@ -234,14 +265,15 @@ class FlowPolicy(BoxPolicy):
             "log_std_init": log_std_init, "solver": solver, "solver_steps": solver_steps, "langevin_eps": langevin_eps,
             "chained": chained, "critic_gain": critic_gain, "normalize_observation": normalize_observation,
             "ema_decay": ema_decay, "action_std_min": action_std_min, "chunk": chunk, "execute": execute,
-            "optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs,
+            "components": components, "optimizer_class": optimizer_class,
+            "optimizer_kwargs": optimizer_kwargs,
         }  # fmt: skip
         self.obs_norm = RunningNorm(self.obs_dim, enabled=normalize_observation)
         self.return_norm = RunningNorm(1)
         self.actor = FlowActor(
             self.obs_dim, self.action_dim, hidden=tuple(net_arch["pi"]), activation=activation, base=base,
             base_std=base_std, log_std_init=log_std_init, solver=solver, solver_steps=solver_steps,
-            langevin_eps=langevin_eps, chained=chained, action_std_min=action_std_min,
+            langevin_eps=langevin_eps, chained=chained, action_std_min=action_std_min, components=components,
         )  # fmt: skip
         self.critic = mlp([self.obs_dim, *net_arch["vf"], 1], activation, critic_gain)
         self.averaging = 1 - ema_decay
@@ -259,7 +291,7 @@ class FlowPolicy(BoxPolicy):
         return value.squeeze(-1)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised actions [B, D] (unclipped), values [B, 1] and joint log-densities of (z, action) [B].
+        """Normalised actions [B, D] (unclipped), values [B, 1] and log-densities [B] as of `FlowActor.log_prob`.
 
         Args:
             obs: batch of observations.

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .gaussians import gaussian_log_prob, mixture_log_prob
 from .policy import FlowActor
-from .ratios import Samples, gaussian_log_prob
+from .ratios import Samples
 
 LATENTS, OF_DRAWN = 16, 0.1  # of the posterior of the noise, and what the drawn latent's weight counts there
 FROM_TANGENT = 0.5
@@ -25,9 +26,9 @@ class Latents(NamedTuple):
 
 
 def action_log_density(actor: FlowActor, samples: Samples, generator: torch.Generator, count: int) -> Tensor:
-    """Estimate ``log pi(action | obs)``, [B], in nats, by `latents_given_action`; exact without a latent."""
+    """Estimate ``log pi(action | obs)``, [B], in nats, by `latents_given_action`; exact if z has no density."""
     if not actor.has_latent:
-        return gaussian_log_prob(samples.action, samples.x1, samples.log_std)
+        return mixture_log_prob(samples.action, actor.mixture(samples.obs), samples.log_std.unsqueeze(1))
     weight = latents_given_action(actor, samples, generator, count).log_weight
     return torch.logsumexp(weight, 1) - math.log(count)
 
@@ -40,6 +41,7 @@ def posterior_noise(actor: FlowActor, samples: Samples, generator: torch.Generat
     draws the mean towards the noise that was drawn, away from the flow. So it counts for little where others explain
     the action, and for nearly all where none does.
     """
+    assert actor.points is None
     noise = samples.action - samples.x1
     if not actor.has_latent:
         return noise

@@ -4,8 +4,8 @@ The field learns to carry the policy's own base to the demonstrated actions (Lip
 
     loss = E |v(t, (1 - t) z + t a, s) - (a - z)|^2,   z ~ p(z | s), t ~ U(0, 1)
 
-A Gaussian policy (base_std 0) maximises the likelihood of the actions, and so learns its noise, too. Observations are
-standardised by the statistics of the demonstrations, which from then on stay as they are.
+A Gaussian policy (base_std 0) and a mixture of Gaussians maximise the likelihood of the actions, and so learn their
+noise, too. Observations are standardised by the statistics of the demonstrations, which from then on stay as they are.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ...dynamics.paths import LINEAR, flow_matching_loss
 from ..common.config import validate
 from ..common.demonstrations import Demonstrations
 from ..common.weights import warmed_up
+from .gaussians import mixture_log_prob
 from .policy import FlowActor, FlowPolicy
 
 
@@ -39,17 +40,15 @@ class Expert(NamedTuple):
 def imitation_loss(actor: FlowActor, expert: Expert) -> Tensor:
     """What a policy minimises to act as demonstrated, a scalar.
 
-    Of a flow the flow-matching loss (the base is held fixed in it), of a Gaussian policy the negative log-density, both
-    divided by the number of action dimensions.
+    Of a flow the flow-matching loss (the base is held fixed in it), of a Gaussian policy and of a mixture the negative
+    log-density, both divided by the number of action dimensions.
     """
     dim = expert.action.shape[1]
     if actor.has_latent:
         mean, log_std = (each.detach() for each in actor.base(expert.obs))
         z = mean + log_std.exp() * expert.base
         return flow_matching_loss(actor.field, LINEAR, z, expert.action, expert.time, expert.obs).mean() / dim
-    log_std, mode = actor.noise_log_std(), actor.mode(expert.obs)
-    error = (expert.action - mode) * torch.exp(-log_std)
-    return (0.5 * error.square() + log_std + 0.5 * math.log(2 * math.pi)).mean()
+    return -mixture_log_prob(expert.action, actor.mixture(expert.obs), actor.noise_log_std()).mean() / dim
 
 
 @dataclass(frozen=True)
@@ -122,15 +121,9 @@ class Pretraining:
         self._obs, self._actions = normalised(policy, rest)
         self.learner = copy.deepcopy(policy.actor).requires_grad_(False)
         # A base that is learned starts from where it was set: fine-tuning moves it.
-        learning = [self.learner.field] if self.learner.has_latent else [self.learner.field, self.learner]
-        names = ["field", ""][: len(learning)]
-        self._names = [
-            f"{prefix}.{name}".strip(".")
-            for prefix, module in zip(names, learning, strict=True)
-            for name, _ in module.named_parameters(recurse=prefix != "")
-            if prefix or name == "log_std"
-        ]
-        self._names = [name for name in self._names if name not in frozen]
+        learning = ("field.",) if self.learner.has_latent else ("field.", "points.", "log_std")
+        names = [name for name, _ in self.learner.named_parameters() if name not in frozen]
+        self._names = [name for prefix in learning for name in names if name.startswith(prefix)]
         if not self._names:
             raise ValueError("pretraining: got weights that are all frozen, expected one at least that learns")
         self._weights = [self.learner.get_parameter(name).requires_grad_(True) for name in self._names]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ...dynamics.ode import SOLVERS
+from .gaussians import gaussian_kl, gaussian_log_prob
 from .policy import FlowActor, FlowSample
 
 if TYPE_CHECKING:
@@ -117,17 +118,6 @@ class RatioTerms(NamedTuple):
     log_ratio: Tensor  # [B], or several per sample [B, N], in nats
     kl: Tensor  # [B], in nats: KL(old || new) of the virtual policy whose ratio this is
     velocity: Tensor | None = None  # [B, D]: v(t, x_t) where the ratio evaluates it, for the regularizers to share
-
-
-def gaussian_log_prob(x: Tensor, mean: Tensor | float, log_std: Tensor) -> Tensor:
-    """Log-density of a diagonal Gaussian: x [B, D], mean and log_std broadcast to it; returns [B], in nats."""
-    return (-0.5 * ((x - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-
-def gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor | float, other_log_std: Tensor) -> Tensor:
-    """KL(N(mean, std^2) || N(other_mean, other_std^2)) of diagonal Gaussians, [B, D] each; returns [B], in nats."""
-    scaled = torch.exp(2 * (log_std - other_log_std)) + ((mean - other_mean) * torch.exp(-other_log_std)).square()
-    return (other_log_std - log_std + 0.5 * scaled - 0.5).sum(-1)
 
 
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:

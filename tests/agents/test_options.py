@@ -60,6 +60,7 @@ FLOW_OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "langevin_eps": (0.3, {}),
     "base": ("gaussian", {}),
     "base_std": (0.3, {}),
+    "components": (3, {"base": "mixture", "ratio": "mixture"}),
     "action_std": (0.3, {}),
     "action_std_min": (0.5, {}),
     "exploration_noise": ("ou", {}),
@@ -233,6 +234,7 @@ OTHER_OPTIMIZER = {"optimizer_class": torch.optim.SGD}
         (PolicyFlow, {"hurst": 0.6}, "hurst: got 0.6, which changes nothing without exploration_noise fractional"),
         (PolicyFlow, {"noise_time": 3.0}, "noise_time: got 3.0, which changes nothing without exploration_noise ou"),
         (PolicyFlow, {"spread_std": 0.3}, "spread_std: got 0.3, which changes nothing without spread_coef above 0"),
+        (PolicyFlow, {"components": 3}, "components: got 3, which changes nothing without base mixture"),
         (PolicyFlow, {"ratio_draws": 3}, "ratio_draws: got 3, which changes nothing without ratio marginal, fpo"),
         (PolicyFlow, {"collapse_drop": 0.3}, "collapse_drop: got 0.3, which changes nothing without on_collapse"),
         (PolicyFlow, {"lr_schedule": "constant", "desired_kl": 0.1}, "desired_kl: got 0.1, which changes nothing"),
@@ -389,7 +391,7 @@ def test_policy_arguments_are_in_the_config() -> None:
 
 def test_entropy_reaches_all_learned_noises() -> None:
     agent = small(PolicyFlow, ratio="chain", solver_steps=3, ent_coef=1.0)
-    entropy: Tensor = agent.policy.actor.gaussian_entropy()
+    entropy: Tensor = agent.policy.actor.joint_entropy(torch.zeros(1, agent.policy.obs_dim))
     entropy.backward()
     inner = agent.policy.actor.chain_log_std
     assert torch.equal(inner.grad, torch.ones_like(inner))

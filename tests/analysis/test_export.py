@@ -28,6 +28,8 @@ ACTIONS = spaces.Box(np.array([-2.0, 0.0, -0.1], np.float32), np.array([2.0, 1.0
 CASES: list[tuple[str, type[Any], dict[str, Any], bool]] = [  # file, policy, its options, sampled
     (".onnx", FlowPolicy, {"base": "gaussian", "solver": "rk4", "activation_fn": "mish"}, True),
     (".onnx", FlowPolicy, {"solver_steps": 3, "langevin_eps": 0.5, "ema_decay": 0.9}, True),
+    (".onnx", FlowPolicy, {"base": "mixture", "base_std": 1.0}, True),
+    (".pt2", FlowPolicy, {"base": "mixture", "base_std": 1.0}, False),
     (".onnx", SACPolicy, {}, True),
     (".onnx", SACPolicy, {"normalize_observation": True, "activation_fn": "elu"}, False),
     (".pt2", FlowPolicy, {"solver": "midpoint", "ema_decay": 0.9, "normalize_observation": False}, False),

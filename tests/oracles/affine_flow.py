@@ -1,7 +1,7 @@
 """The affine flow, whose gradient, mean and bias of every importance ratio have an answer in closed form.
 
-The field is ``v = A x + b`` and the advantage of an action quadratic: actions are Gaussian, and so the expected
-advantage and its gradient are known. Beside the exact figures are the estimates by the ratios under test.
+The field is ``v = A x + b`` and the advantage of an action quadratic: the moments of the actions are known, and so the
+expected advantage and its gradient. Beside the exact figures are the estimates by the ratios under test.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from driftrl.dynamics import VelocityField
 STEPS, BASE_STD, ACTION_STD, CHAIN_STD = 4, 0.5, 0.3, 0.2
 MATRIX = [[-1.0, 2.0], [-2.0, -1.0]]  # contracts and rotates
 OFFSET = [0.5, -0.3]
+POINTS, LOGITS = [[0.6, -0.4], [-0.5, 0.2], [0.1, 0.7]], [0.3, -0.5, 0.0]  # of the mixture
+OF_POINTS = ("points.places", "points.logits.2.bias")
 SLOPE, CURVATURE = (1.0, -0.5), (1.0, 0.5)  # of the advantage
 
 
@@ -37,10 +39,14 @@ class AffineField(VelocityField):
 
 def make_actor(name: str, base: str = "standard", scale: float = 1.0) -> FlowActor:
     """The policy that acts; with the chain's ratios it has noise at every step. `scale` multiplies A."""
+    base = "mixture" if name == "mixture" else base
     actor = FlowActor(
         1, 2, hidden=(4,), activation="silu", base=base, base_std=BASE_STD, log_std_init=math.log(ACTION_STD),
-        solver="euler", solver_steps=STEPS, chained=name.startswith("chain"),
+        solver="euler", solver_steps=STEPS, chained=name.startswith("chain"), components=len(POINTS),
     ).double()  # fmt: skip
+    if actor.points is not None:
+        actor.points.places.data.copy_(torch.tensor(POINTS))
+        actor.get_parameter("points.logits.2.bias").data.copy_(torch.tensor(LOGITS))
     if actor.chain_log_std is not None:
         actor.chain_log_std.data.fill_(math.log(CHAIN_STD))
     field = AffineField()
@@ -51,9 +57,9 @@ def make_actor(name: str, base: str = "standard", scale: float = 1.0) -> FlowAct
 
 
 def parameters(actor: FlowActor) -> dict[str, nn.Parameter]:
-    """What the gradient is taken of: field, action noise, and base and chain where they are learned."""
+    """What the gradient is taken of: field, action noise, and base, points and chain where they are learned."""
     named = dict(actor.named_parameters())
-    names = ("field.matrix", "field.offset", "log_std", "base_log_std", "chain_log_std")
+    names = ("field.matrix", "field.offset", "log_std", "base_log_std", "chain_log_std", *OF_POINTS)
     return {name: named[name] for name in names if name in named and named[name].requires_grad}
 
 
@@ -63,6 +69,10 @@ def moments(actor: FlowActor) -> tuple[Tensor, Tensor]:
     assert isinstance(field, AffineField)
     step = torch.eye(2, dtype=torch.float64) + field.matrix / STEPS
     mean, covariance = torch.zeros(2, dtype=torch.float64), torch.diag(torch.exp(2 * actor.base_log_std))
+    if actor.points is not None:
+        weight = actor.get_parameter("points.logits.2.bias").softmax(0)  # observations are 0
+        mean = weight @ actor.points.places
+        covariance = (weight * (actor.points.places - mean).T) @ (actor.points.places - mean)
     for k in range(STEPS):
         mean, covariance = step @ mean + field.offset / STEPS, step @ covariance @ step.T
         if actor.chain_log_std is not None and k < STEPS - 1:

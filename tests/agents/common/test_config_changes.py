@@ -109,7 +109,7 @@ def test_a_batch_larger_than_the_rollout_is_the_rollout_with_a_warning_at_any_ti
     assert torch.equal(*weights)
 
 
-INERT = {"noise_time": 9.0, "spread_std": 0.2, "ratio_draws": 3, "collapse_drop": 0.2, "hurst": 0.6}
+INERT = {"noise_time": 9.0, "spread_std": 0.2, "ratio_draws": 3, "collapse_drop": 0.2, "hurst": 0.6, "components": 3}
 MADE = {"weight_decay": 0.1, "action_std": 0.1, "base_std": 0.4, "critic_gain": 0.1, "actor_hidden": (3,)}
 
 

@@ -49,6 +49,7 @@ NOISES: list[dict[str, Any]] = [
         *((ratio, noise) for ratio in ("interpolation", "endpoint") for noise in NOISES),
         *((ratio, {}) for ratio in ("adjoint", "marginal", "chain", "chain_steps")),
         *((ratio, {"base": "standard"}) for ratio in ("fpo", "fpo++")),
+        ("mixture", {"base": "mixture", "spread_coef": 0.0, "transport_coef": 0.0}),
         ("interpolation", {"spread": "score", "target_entropy": (2.0, 1.0), "on_collapse": "rollback"}),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -45,6 +46,8 @@ from driftrl.agents.policyflow.ratios import (
 )
 
 RIVALS = [name for name in RATIOS if name not in ("interpolation", "endpoint")]
+BASE = {"fpo": "standard", "fpo++": "standard", "mixture": "mixture"}  # of the ratios that take one alone
+MIXTURE = {"base": "mixture", "ratio": "mixture"}
 OBS_DIM, ACTION_DIM, STEPS = 3, 2, 3
 
 
@@ -53,7 +56,7 @@ def make_actor(name: str = "adjoint", base: str | None = None, steps: int = STEP
     torch.manual_seed(0)
     actor = FlowActor(
         OBS_DIM, ACTION_DIM, hidden=(16, 16), activation="silu", base_std=0.4, log_std_init=math.log(0.3),
-        base=base or ("standard" if name.startswith("fpo") else "learned"), solver="euler", solver_steps=steps,
+        base=base or BASE.get(name, "learned"), solver="euler", solver_steps=steps,
         chained=name.startswith("chain"),
     ).double()  # fmt: skip
     perturb(actor, 0.3)
@@ -92,7 +95,7 @@ def recorded(name: str, actor: FlowActor, batch: Samples, draws: int = 8) -> Sam
     [
         (name, base)
         for name in RIVALS
-        for base in (("standard",) if name.startswith("fpo") else ("standard", "learned", "gaussian"))
+        for base in ((BASE[name],) if name in BASE else ("standard", "learned", "gaussian"))
     ],
 )
 def test_ratio_is_exactly_one_and_kl_exactly_zero_for_the_policy_that_acted(name: str, base: str, steps: int) -> None:
@@ -102,12 +105,18 @@ def test_ratio_is_exactly_one_and_kl_exactly_zero_for_the_policy_that_acted(name
     assert torch.equal(terms.kl, torch.zeros(64, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("base", ["standard", "learned"])
-@pytest.mark.parametrize("name", ["endpoint", "adjoint", "marginal", "chain", "chain_steps"])
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        *itertools.product(("endpoint", "adjoint", "marginal", "chain", "chain_steps"), ("standard", "learned")),
+        ("mixture", "mixture"),
+    ],
+)
 def test_gradient_is_the_policy_gradient(toy: ModuleType, name: str, base: str) -> None:
     gradient = toy.gradient(name, 100_000, draws=4, base=base)
     share = 1 / (1 + toy.STEPS) if name == "chain_steps" else 1  # its surrogate is a mean over z and the steps
     names = {"field.matrix", "field.offset", "log_std"} | ({"base_log_std"} if base == "learned" else set())
+    names |= {"points.places", "points.logits.2.bias"} if base == "mixture" else set()
     assert names <= set(gradient.exact)
     for parameter, exact in gradient.exact.items():
         assert (gradient.estimate[parameter] - share * exact).abs().lt(4.5 * gradient.error[parameter]).all(), parameter
@@ -303,6 +312,16 @@ def test_every_ratio_can_be_chosen() -> None:
             {"base_std": 0.0, "base": "standard", "ratio": "endpoint", "spread_coef": 0.1},
             "spread: got 'consistent', expected score with base_std 0",
         ),
+        ({"base": "mixture"}, "ratio: got 'interpolation', expected mixture with base mixture"),
+        ({"base": "mixture", "ratio": "chain"}, "ratio: got 'chain', expected mixture with base mixture"),
+        ({"ratio": "mixture"}, "base: got 'learned', expected mixture with ratio mixture"),
+        (MIXTURE | {"langevin_eps": 0.1}, "langevin_eps: got 0.1, expected 0.0 with ratio mixture"),
+        (MIXTURE | {"exploration_noise": "ou"}, "exploration_noise: got 'ou', expected gaussian with ratio mixture"),
+        (MIXTURE | {"spread_coef": 0.1}, "spread_coef: got 0.1, expected 0 with base mixture"),
+        (MIXTURE | {"transport_coef": 0.1}, "transport_coef: got 0.1, expected 0 with base mixture"),
+        (MIXTURE | {"freeze_flow": True}, "base: got 'mixture', expected learned or gaussian with freeze_flow"),
+        (MIXTURE | {"base_std": 0.0}, "base: got 'mixture', expected standard with base_std 0"),
+        (MIXTURE | {"components": 1}, "components: got 1, expected an integer of at least 2"),
         ({"base_std": -0.1}, "base_std: got -0.1, expected a number of at least 0"),
         ({"ratio_draws": 0}, "ratio_draws: got 0, expected an integer of at least 1"),
         ({"target_entropy": (1.0, 0.0)}, "spread_coef: got 0.0, expected a number above 0 with target_entropy"),
@@ -333,15 +352,17 @@ def test_without_latent_the_policy_and_its_ratio_are_those_of_gaussian_ppo() -> 
 
 
 def settings(name: str) -> dict[str, Any]:
-    return {"ratio": name, "base_std": 0.3} | ({"base": "standard"} if name.startswith("fpo") else {})
+    return {"ratio": name, "base_std": 0.3} | ({"base": BASE[name]} if name in BASE else {})
 
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_trains_reproducibly_and_loads(name: str, tmp_path: Path) -> None:
+    spreading: dict[str, Any] = {} if name == "mixture" else {"spread_coef": 0.01, "transport_coef": 0.01}
+
     def train(seed: int) -> PolicyFlow:
         agent = PolicyFlow(
-            "MlpPolicy", "Pendulum-v1", n_steps=32, batch_size=16, n_epochs=2, spread_coef=0.01, transport_coef=0.01,
-            jacobian_coef=0.01, diagnostics_interval=1, seed=seed, device="cpu", **settings(name),
+            "MlpPolicy", "Pendulum-v1", n_steps=32, batch_size=16, n_epochs=2, jacobian_coef=0.01,
+            diagnostics_interval=1, seed=seed, device="cpu", **spreading, **settings(name),
         )  # fmt: skip
         return agent.learn(96)
 

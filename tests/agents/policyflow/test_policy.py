@@ -12,13 +12,13 @@ from gymnasium import spaces
 from torch import nn
 from torch.distributions import Independent, Normal
 
+from driftrl.agents.policyflow.gaussians import gaussian_kl, gaussian_log_prob
 from driftrl.agents.policyflow.policy import (
     FlowActor,
     FlowNoise,
     FlowPolicy,
     FlowSample,
 )
-from driftrl.agents.policyflow.ratios import gaussian_kl, gaussian_log_prob
 from driftrl.dynamics.ode import odeint
 
 BOX = spaces.Box(-np.inf, np.inf, (3,))
