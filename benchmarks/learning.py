@@ -202,6 +202,21 @@ def interval(scores: np.ndarray, digits: int = 0) -> str:
     return f"**{interquartile_mean(scores):.{digits}f}** [{low:.{digits}f}, {high:.{digits}f}]"
 
 
+def screening(envs: Sequence[str], arms: Sequence[str], total_timesteps: int) -> str:
+    """Markdown: an arm a row, an environment a column, to compare many: means over seeds of the deterministic policy's
+    return and, which scatters less, of the training return over the second half of the run; and the number of seeds.
+    """
+    lines = [f"| agent | {' | '.join(envs)} |", "|---" * (len(envs) + 1) + "|"]
+    for arm in arms:
+        cells = []
+        for results in (load(env, arm, total_timesteps) for env in envs):
+            last = [np.mean(r["evaluation"]["deterministic"]["returns"]) for r in results]
+            late = [np.mean([value for _, value in r["curve"][len(r["curve"]) // 2 :]]) for r in results]
+            cells.append(f"{np.mean(last):.0f}, {np.mean(late):.0f} ({len(results)})" if results else "-")
+        lines.append(f"| {LABELS.get(arm, arm)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def table(envs: Sequence[str], arms: Sequence[str], total_timesteps: int) -> str:
     """Markdown: IQM over seeds with a 95 % bootstrap interval, every seed's value, median steps per CPU second."""
     from driftrl.analysis.statistics import interquartile_mean
@@ -312,6 +327,7 @@ def main(
     total_timesteps: int = 1_000_000,
     jobs: int = 2,
     table_only: bool = False,
+    screen: bool = False,
     figure: Path = Path("docs/figures/learning.png"),
 ) -> None:
     """Run what is missing and print the table.
@@ -323,11 +339,12 @@ def main(
         total_timesteps: length of a run, in environment steps.
         jobs: runs at a time, one thread each.
         table_only: only read the kept results.
+        screen: print one small cell for each task, to compare many arms.
         figure: where the learning curves are drawn.
     """
     if not table_only:
         run_missing([Run(env, arm, seed, total_timesteps) for seed in seeds for env in envs for arm in arms], jobs)
-    print(table(envs, arms, total_timesteps))
+    print((screening if screen else table)(envs, arms, total_timesteps))
     if "sb3-zoo" in arms:
         print("\n" + time_table(envs, arms, total_timesteps))
     plot(envs, arms, total_timesteps, figure)
