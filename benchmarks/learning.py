@@ -203,8 +203,10 @@ def interval(scores: np.ndarray, digits: int = 0) -> str:
 
 
 def screening(envs: Sequence[str], arms: Sequence[str], total_timesteps: int) -> str:
-    """Markdown: an arm a row, an environment a column, to compare many: means over seeds of the deterministic policy's
-    return and, which scatters less, of the training return over the second half of the run; and the number of seeds.
+    """Markdown: an arm a row, an environment a column, to compare many.
+
+    A cell has means over seeds of the deterministic policy's return and, which scatters less, of the training return
+    over the second half of the run; and the number of seeds.
     """
     lines = [f"| agent | {' | '.join(envs)} |", "|---" * (len(envs) + 1) + "|"]
     for arm in arms:

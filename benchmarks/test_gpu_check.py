@@ -176,7 +176,7 @@ def test_the_packages_that_driftrl_depends_on_are_those_of_pyproject() -> None:
 
 
 def test_bad_options_are_refused(tmp_path: Path) -> None:
-    for options in (["--unknown"], ["--parts", "tests,nothing", "--cpu"]):
+    for options in (["--unknown"], ["--parts", "tests,nothing", "--cpu"], ["--budget", "abc"]):
         done = _check(tmp_path, *options)
         assert done.returncode == 2
         assert "usage" in done.stderr

@@ -69,9 +69,10 @@ class TensorStep(NamedTuple):
     terminated: Tensor
     truncated: Tensor
     reached: Tensor  # observations reached, before episodes begin anew, [N, O]
+    ends: Ends  # for `TensorVecEnv.infos`
 
 
-class _Ends(NamedTuple):
+class Ends(NamedTuple):
     """What is known of the episodes that ended in a step, [N]; elsewhere of those that go on."""
 
     ended: Tensor  # of those that are reported
@@ -84,6 +85,13 @@ _STATE = {
     "states": "state", "returns": "_returns", "lengths": "_lengths", "limits": "_limits", "observation": "obs",
 }  # fmt: skip
 """What `get_state` returns -> the attribute that holds it."""
+
+
+def indexed(device: torch.device | str) -> torch.device:
+    """A device by its number: "cuda" is the present one, as the tensors say that are made there."""
+    named = torch.device(device)
+    is_open = named.type == "cuda" and str(named) == "cuda"
+    return torch.device("cuda", torch.cuda.current_device()) if is_open else named
 
 
 class TensorVecEnv(VecEnv):
@@ -117,16 +125,18 @@ class TensorVecEnv(VecEnv):
             raise ValueError(f"task: got {task}, expected a TensorTask")
         if missing := [each for each in ("observation_space", "action_space", "limit") if not hasattr(task, each)]:
             raise ValueError(f"task: got a {type(task).__name__} without {', '.join(missing)}")
-        if n_envs < 1:
+        if n_envs < 1 or n_envs % 1:
             raise ValueError(f"n_envs: got {n_envs}, expected an integer of at least 1")
         if stagger and task.limit == math.inf:
             raise ValueError("stagger: got True, but episodes of the task have no limit")
-        self.task, self.device, self.dtype = task, torch.device(device), dtype
+        if not task.limit >= 1:
+            raise ValueError(f"limit: got a task whose episodes have {task.limit} steps, expected 1 at least, or inf")
+        self.task, self.device, self.dtype = task, indexed(device), dtype
         self.stagger, self.diverged = stagger, 0
         self.render_mode = None
         self._generator = torch.Generator(self.device)
         self._generator.seed()
-        self._ends: list[_Ends] = []
+        self._ends: list[Ends] = []
         self._began = time.time()
         bounds = torch.as_tensor(np.stack([task.action_space.low, task.action_space.high]), dtype=torch.float32)
         self._low, self._high = bounds.to(self.device)
@@ -160,6 +170,8 @@ class TensorVecEnv(VecEnv):
     @torch.no_grad()
     def step_tensor(self, actions: Tensor) -> TensorStep:
         """Act by actions [N, D] in the task's units, which are clipped to its bounds. Nothing waits for the device."""
+        if not hasattr(self, "state"):
+            raise RuntimeError("step: got no first observation yet, call reset before")
         task, inside = self.task, torch.minimum(torch.maximum(actions, self._low), self._high)
         state, reward, terminated, info = task.step(self.state, inside.to(self.dtype))
         self._check("step", "states", state, self.state.shape[1:])
@@ -173,13 +185,14 @@ class TensorVecEnv(VecEnv):
         if self.stagger:
             whole = ended & (self._limits >= task.limit)
             self._limits = self._limits.masked_fill(ended, task.limit)
-        self._ends.append(_Ends(whole, self._returns, self._lengths, info))
+        ends = Ends(whole, self._returns, self._lengths, info)
+        self._ends.append(ends)
         reached = task.observe(state)
         begun = task.start(self.num_envs, self._generator).to(self.dtype)
         self.state = torch.where(ended[:, None], begun, state)
-        self._returns, self._lengths = self._returns * ~ended, self._lengths * ~ended
+        self._returns, self._lengths = self._returns.masked_fill(ended, 0), self._lengths * ~ended
         self.obs = torch.where(ended[:, None], task.observe(self.state), reached)
-        return TensorStep(self.obs, reward.float(), terminated, truncated, reached)
+        return TensorStep(self.obs, reward.float(), terminated, truncated, reached, ends)
 
     def episodes(self) -> list[dict[str, Any]]:
         """The infos of the episodes that ended since this was last called, as Monitor's; waits for the device."""
@@ -189,7 +202,7 @@ class TensorVecEnv(VecEnv):
             self.diverged += int(torch.stack(diverged).sum())
         return self._said(ends)
 
-    def _said(self, ends: list[_Ends]) -> list[dict[str, Any]]:
+    def _said(self, ends: list[Ends]) -> list[dict[str, Any]]:
         if not ends:
             return []
         ended, returns, lengths = (torch.stack(each) for each in zip(*(each[:3] for each in ends), strict=True))
@@ -222,8 +235,8 @@ class TensorVecEnv(VecEnv):
         return step.obs.cpu().numpy().copy(), step.reward.cpu().numpy(), dones, infos
 
     def infos(self, step: TensorStep) -> list[dict[str, Any]]:
-        """The infos of the latest step; waits for the device."""
-        ends = self._ends[-1]
+        """The infos of a step; waits for the device."""
+        ends = step.ends
         columns = {"TimeLimit.truncated": step.truncated, **ends.info}
         rows = zip(*(_column(each) for each in columns.values()), strict=True)
         infos: list[dict[str, Any]] = [dict(zip(columns, row, strict=True)) for row in rows]
@@ -285,14 +298,19 @@ def _column(values: Tensor) -> Any:
     return values.tolist() if values.ndim == 1 else values.cpu().numpy()
 
 
-class OnDemand(Sequence[Any]):
-    """A list that is made when somebody looks at it: callbacks mostly do not, and making it waits for the device."""
+class OnDemand(Sequence[Any], np.lib.mixins.NDArrayOperatorsMixin):
+    """A list or array that is made when somebody looks: callbacks mostly do not, and making it waits for the device.
+
+    Args:
+        length: of it.
+        make: what makes it; an array can be calculated with as one.
+    """
 
     def __init__(self, length: int, make: Callable[[], Any]) -> None:
         self._length, self._make = length, make
         self._made: Any = None
 
-    def _list(self) -> Any:
+    def _value(self) -> Any:
         if self._made is None:
             self._made = self._make()
         return self._made
@@ -301,10 +319,19 @@ class OnDemand(Sequence[Any]):
         return self._length
 
     def __getitem__(self, index: Any) -> Any:
-        return self._list()[index]
+        return self._value()[index]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._list())
+        return iter(self._value())
+
+    def __getattr__(self, name: str) -> Any:  # sum, shape, any, ...
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._value(), name)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        return np.asarray(self._list(), dtype=dtype)
+        return np.asarray(self._value(), dtype=dtype)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **keywords: Any) -> Any:
+        made = [each._value() if isinstance(each, OnDemand) else each for each in inputs]
+        return getattr(ufunc, method)(*made, **keywords)

@@ -33,7 +33,8 @@ class Goals(TensorTask):
         """At rest."""
         position = self._positions(count, generator)
         if self._point is not None:
-            position = self._point.to(position.device).expand(count, 2)
+            self._point = self._point.to(position.device)  # once: a copy to the device waits for it
+            position = self._point.expand(count, 2)
         size = self.observation_space.shape[0]
         return torch.cat([position, position.new_zeros(count, size - 2)], 1)
 
@@ -43,7 +44,8 @@ class Goals(TensorTask):
 
     def nearest(self, position: Tensor) -> Tensor:
         """Squared distance [N] from positions [N, 2] to the nearest goal."""
-        return (position[:, None] - self._goals.to(position)).square().sum(-1).amin(1)
+        self._goals = self._goals.to(position)
+        return (position[:, None] - self._goals).square().sum(-1).amin(1)
 
 
 class MultiGoal(Goals):
@@ -109,7 +111,8 @@ class Avoid(TensorTask):
 
     def _touched(self, before: Tensor, after: Tensor) -> Tensor:
         """Whether the straight ways from positions [N, 2] to others touch an obstacle, [N]."""
-        way, to = after - before, self._obstacles.to(before) - before[:, None]  # [N, 2], [N, obstacles, 2]
+        self._obstacles = self._obstacles.to(before)
+        way, to = after - before, self._obstacles - before[:, None]  # [N, 2], [N, obstacles, 2]
         length = way.square().sum(1)
         along = (to * way[:, None]).sum(-1)
         share = (along / torch.where(length > 0, length, 1)[:, None]).clamp(0, 1)  # of the way, to its nearest point

@@ -13,7 +13,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import mujoco
 import mujoco_warp as mjw
@@ -24,7 +24,7 @@ from torch import Tensor
 from .batch import make_prototype
 from .known import bare_task_of_id
 from .mujoco_tasks import TASKS, Batch, Task
-from .tensor import TensorTask, TensorVecEnv
+from .tensor import TensorTask, TensorVecEnv, indexed
 
 Solver = Literal["model", "newton"]
 
@@ -35,11 +35,15 @@ _DRAWS = 32
 
 
 @wp.kernel  # type: ignore[untyped-decorator]
-def _keep_most(contacts: wp.array[int], constraints: wp.array[int], most: wp.array[int]) -> None:
-    """Largest number of contacts in all worlds, and of constraints in one, so far."""
+def _keep_most(contacts: wp.array[int], pairs: wp.array[int], constraints: wp.array[int], most: wp.array[int]) -> None:
+    """Largest number of contacts in all worlds, and of constraints in one, so far.
+
+    Pairs of bodies that may touch need the same room: those above it are dropped before they become contacts.
+    """
     world = wp.tid()
     if world == 0:
         wp.atomic_max(most, 0, contacts[0])
+        wp.atomic_max(most, 0, pairs[0])
     if constraints[world] > most[1]:
         wp.atomic_max(most, 1, constraints[world])
 
@@ -91,7 +95,8 @@ class Worlds(Batch):
     def _simulate(self) -> None:
         for _ in range(self.env.frame_skip):
             mjw.step(self._model, self._data)
-            wp.launch(_keep_most, self._n, inputs=[self._data.nacon, self._data.nefc], outputs=[self._most])
+            counts = [self._data.nacon, self._data.ncollision, self._data.nefc]
+            wp.launch(_keep_most, self._n, inputs=counts, outputs=[self._most])
         if self._task.contact_forces:
             mjw.rne_postconstraint(self._model, self._data)
 
@@ -105,7 +110,7 @@ class Worlds(Batch):
         eager()
         if not self._device.is_cuda:
             return eager
-        with wp.ScopedCapture(self._device) as capture:
+        with wp.ScopedDevice(self._device), wp.ScopedCapture(self._device) as capture:
             run()
         wp.synchronize_device(self._device)
         where = wp.device_to_torch(self._device)
@@ -290,7 +295,12 @@ class WarpVecEnv(TensorVecEnv):
         self, id: str, n_envs: int, device: torch.device | str = "cpu", *, solver: Solver = "model",
         contacts: int | None = None, constraints: int | None = None, stagger: bool = True, **env_kwargs: Any,
     ) -> None:  # fmt: skip
-        task = WarpTask(id, n_envs, torch.device(device), solver, contacts, constraints, env_kwargs)
+        if solver not in get_args(Solver):
+            raise ValueError(f"warp_solver: got {solver!r}, expected {' or '.join(get_args(Solver))}")
+        for name, room in (("n_envs", n_envs), ("warp_contacts", contacts), ("warp_constraints", constraints)):
+            if room is not None and (room < 1 or room % 1):
+                raise ValueError(f"{name}: got {room}, expected an integer of at least 1")
+        task = WarpTask(id, n_envs, indexed(device), solver, contacts, constraints, env_kwargs)
         super().__init__(task, n_envs, device, stagger=stagger and task.limit < math.inf)
 
 

@@ -151,8 +151,12 @@ class _CudaGraph:
         """Call it. For shapes seen before only these are checked, not everything that the graph was made of."""
         shapes = tuple(tensor.shape for tensor in tensors_in(arguments))
         torch.compiler.cudagraph_mark_step_begin()
-        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=shapes in self._seen):
-            result = self._graph(*arguments)
+        try:
+            with torch.compiler.set_stance("default", skip_guard_eval_unsafe=shapes in self._seen):
+                result = self._graph(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:  # Triton needs a C compiler
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CompilerError(f"compile: PyTorch's compiler failed, {why[:300]}; use compile='off'") from error
         self._seen.add(shapes)
         return result
 

@@ -59,6 +59,7 @@ class BoxPolicy(BasePolicy):
         )
         self.obs_dim = get_flattened_obs_dim(observation_space)
         self.chunk, self._action_shape = chunk, action_space.shape
+        self._bounds: Tensor | None = None  # of the actions, where they were last asked for
         self.action_dim = chunk * get_flattened_obs_dim(action_space)
         self.averaging = 1.0
         """Share of the followed weights in the average, per update."""
@@ -237,8 +238,11 @@ class BoxPolicy(BasePolicy):
         return float(half[half > 0].log().sum())
 
     def _middle_and_half(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        box: Any = self.action_space
-        low, high = torch.as_tensor(np.stack([box.low.ravel(), box.high.ravel()])).to(like).repeat(1, self.chunk)
+        if self._bounds is None or self._bounds.device != like.device or self._bounds.dtype != like.dtype:
+            box: Any = self.action_space
+            both = torch.as_tensor(np.stack([box.low.ravel(), box.high.ravel()]))
+            self._bounds = both.to(like).repeat(1, self.chunk)  # kept: a copy to the device waits for it
+        low, high = self._bounds
         return (low + high) / 2, (high - low) / 2
 
     def features(self, obs: PyTorchObs) -> Tensor:

@@ -75,12 +75,14 @@ class Ranked(Checkpointed, Configured, Updates, OnPolicyAlgorithm):
         if ranks.size == 1:
             return ranks
         ranks.begin()
+        groups = [{name: repr(each) for name, each in group.items() if name != "params"}
+                  for group in self.policy.optimizer.param_groups]  # fmt: skip
         moments = [each for state in self.policy.optimizer.state.values() for each in state.values()]
         mine = {
             **{name: getattr(self, name) for name in AGREED},
             "config": self.config, "total_timesteps": total_timesteps, "device": self.device.type,
             "weights": [(name, each.shape, each.requires_grad) for name, each in self.policy.named_parameters()],
-            "optimizer": [repr(each.double().sum().item()) for each in moments if isinstance(each, Tensor)],
+            "optimizer": [groups, *(repr(each.double().sum().item()) for each in moments if isinstance(each, Tensor))],
         }  # fmt: skip
         all_of_them = ranks.gather(mine)
         if other := [name for name in mine if any(each[name] != all_of_them[0][name] for each in all_of_them)]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -218,13 +219,20 @@ def chord_velocities(actor: FlowActor, samples: Samples) -> Tensor:
     return torch.stack([actor.field(t, chord_point(samples, t), samples.obs) for t in times], 1)
 
 
+@lru_cache(64)
+def _on_device(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Values as a tensor, copied to the device once: a copy waits for it."""
+    return torch.tensor(values, device=device, dtype=dtype)
+
+
 def draw_chord(actor: FlowActor, velocities: Tensor, generator: torch.Generator) -> Chord:
     """One time per sample, and the velocity there, of `chord_velocities` [B, M, D].
 
     t is drawn with the weights of the solver's quadrature, so that ``E_t[dv]`` is the endpoint's shift to zeroth order
     in the Jacobian, for any solver.
     """
-    times, weights = (velocities.new_tensor(values) for values in quadrature(actor))
+    like = velocities.device, velocities.dtype
+    times, weights = (_on_device(tuple(values), *like) for values in quadrature(actor))
     index = torch.multinomial(weights, len(velocities), replacement=True, generator=generator)
     return Chord(times[index], velocities[torch.arange(len(index), device=index.device), index])
 

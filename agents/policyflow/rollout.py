@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from ...dynamics.noise import StepNoise, step_noise
-from ...envs.tensor import OnDemand, TensorVecEnv
+from ...envs.tensor import OnDemand, TensorVecEnv, indexed
 from ..common.networks import lazy_zeros
 from ..common.observations import batch_of_one, blame, observation_vectors, to_box
 from .advantages import chunk_advantage, discounted_returns, generalized_advantage
@@ -196,7 +196,7 @@ class FlowRollouts(Ranked):
     def _stays_on_device(self, env: VecEnv) -> bool:
         """Whether a rollout needs the host only at its end."""
         plain = self.config.chunk == 1 and self.config.nonfinite == "raise" and self._ranks.size == 1
-        return plain and isinstance(env, TensorVecEnv) and env.device.type == self.device.type
+        return plain and isinstance(env, TensorVecEnv) and env.device == indexed(self.device)
 
     def _act_on_device(self, env: TensorVecEnv, callback: BaseCallback, noise: Tensor, further: Tensor) -> Steps | None:
         """The steps of a rollout whose environments are tensors; None if a callback ended training.
@@ -217,12 +217,16 @@ class FlowRollouts(Ranked):
             if self._exploration is not None:
                 moments.append(self._remember(noise[step], further[step], start))
             drawn[:, step] = self._act(features[step], noise[step])
-            result = env.step_tensor(policy.to_units(FlowSample(*drawn[:, step]).action.clamp(-1, 1)))
-            features[step + 1], rewards[step], terminated[step], truncated[step], reached[step] = result
+            action = policy.to_units(FlowSample(*drawn[:, step]).action)
+            clipped = policy.to_units(FlowSample(*drawn[:, step]).action.clamp(-1, 1))
+            result = env.step_tensor(clipped)
+            features[step + 1], rewards[step], terminated[step], truncated[step], reached[step] = result[:5]
             start = result.terminated | result.truncated
             self.num_timesteps += envs
-            infos, dones = OnDemand(envs, partial(env.infos, result)), OnDemand(envs, partial(_to_host, start))
-            callback.update_locals({**locals(), "new_obs": result.obs, "rewards": result.reward})
+            arrays = {"new_obs": result.obs, "rewards": result.reward, "dones": start, "actions": action,
+                      "clipped_actions": clipped}  # fmt: skip
+            shown = {name: OnDemand(envs, partial(_to_host, each)) for name, each in arrays.items()}
+            callback.update_locals({**locals(), **shown, "infos": OnDemand(envs, partial(env.infos, result))})
             goes_on = callback.on_step()
             self.steps_collected = step + 1
             if not goes_on:

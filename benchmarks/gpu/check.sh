@@ -22,7 +22,7 @@ while (($#)); do
   case $1 in
     --wheels) wheels=${2:?$usage}; shift ;;
     --warp) warp=${2:?$usage}; shift ;;
-    --budget) budget=${2:?$usage}; shift ;;
+    --budget) budget=${2:?$usage}; [[ $budget =~ ^[0-9]+$ ]] || { echo "$usage" >&2; exit 2; }; shift ;;
     --out | --parts) arguments+=("$1" "${2:?$usage}"); shift ;;
     --small | --cpu) arguments+=("$1") ;;
     *) echo "$usage" >&2; exit 2 ;;
@@ -43,6 +43,7 @@ if [[ -n $wheels ]]; then
   paths=$paths:$scratch/site
 fi
 if [[ -n $warp ]]; then
+  [[ -f $warp ]] || { echo "--warp: no file $warp" >&2; exit 2; }
   "$python" -m tarfile -e "$warp" "$scratch/warp"
   paths=$paths:$scratch/warp
 fi

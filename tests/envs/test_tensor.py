@@ -21,7 +21,7 @@ from driftrl.commands import train
 from driftrl.envs import make_vec
 from driftrl.envs.avoid import AVOID, Avoid
 from driftrl.envs.multigoal import GOAL_TASKS
-from driftrl.envs.tensor import TensorTask, TensorVecEnv
+from driftrl.envs.tensor import TensorTask, TensorVecEnv, indexed
 from driftrl.envs.tensor_tasks import TENSOR_TASKS
 
 from .small_agent import agent
@@ -143,6 +143,48 @@ def test_a_rollout_on_the_device_is_that_of_the_host(fields: dict[str, Any]) -> 
     assert device.ep_info_buffer is not None and host.ep_info_buffer is not None
     assert [each["r"] for each in device.ep_info_buffer] == [each["r"] for each in host.ep_info_buffer]
     assert looks[0].episodes == looks[1].episodes != []
+
+
+class Arrays(BaseCallback):
+    """Uses what Stable-Baselines3's callbacks find in their locals, and keeps the infos of a step for the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: Any = None
+        self.late = 0
+
+    def _on_step(self) -> bool:
+        dones, rewards = self.locals["dones"], self.locals["rewards"]
+        assert int(dones.sum()) == int((~dones).size - np.sum(~dones))
+        assert np.isclose(np.mean(rewards), np.asarray(rewards).mean()) and (rewards * 2).shape == (8,)
+        assert self.locals["actions"].shape == self.locals["clipped_actions"].shape == (8, 2)
+        assert np.abs(self.locals["clipped_actions"]).max() <= 1
+        if self.kept is not None:  # looked at only now
+            before, infos = self.kept
+            assert [bool(each) for each in before] == ["episode" in info for info in infos]
+            self.late += sum(before)
+        self.kept = dones[:], self.locals["infos"]
+        return True
+
+    def _on_rollout_end(self) -> None:
+        assert len([info["TimeLimit.truncated"] for info in self.locals["infos"]]) == 8
+
+
+def test_callbacks_find_arrays_and_the_infos_of_their_step() -> None:
+    callback = Arrays()
+    agent(tensor_env(AVOID)).learn(8 * 20 * 4, callback)
+    assert callback.late > 5
+
+
+def test_a_reward_that_is_not_finite_does_not_outlive_its_episode() -> None:
+    env = tensor_env(AVOID, 2)
+    env.reset()
+    env._returns[0] = math.nan
+    reported = []
+    for _ in range(3 * 50):
+        *_, infos = env.step(np.zeros((2, 2), np.float32))
+        reported += [info["episode"]["r"] for info in infos[:1] if "episode" in info]
+    assert len(reported) >= 2 and math.isnan(reported[0]) and np.isfinite(reported[1:]).all()
 
 
 class Quiet(BaseCallback):
@@ -271,8 +313,21 @@ def test_staggered_episodes_go_on_from_a_saved_state_and_infos_leave_them_out() 
 def test_what_is_no_task_is_refused() -> None:
     with pytest.raises(ValueError, match=r"task: got <class .*Wrong'>, expected a TensorTask"):
         TensorVecEnv(Wrong, 8)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="n_envs: got 0, expected an integer of at least 1"):
-        TensorVecEnv(Wrong(), 0)
+    for number in (0, 2.5):
+        with pytest.raises(ValueError, match=f"n_envs: got {number}, expected an integer of at least 1"):
+            TensorVecEnv(Wrong(), number)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="call reset before"):
+        tensor_env(AVOID).step_tensor(torch.zeros(8, 2))
+    endless = Wrong()
+    endless.limit = math.nan
+    with pytest.raises(ValueError, match="limit: got a task whose episodes have nan steps"):
+        TensorVecEnv(endless, 2)
+
+
+def test_the_present_gpu_is_the_one_without_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    found = [str(indexed(each)) for each in ("cpu", "cuda", torch.device("cuda"), "cuda:1")]
+    assert found == ["cpu", "cuda:3", "cuda:3", "cuda:1"]
 
 
 def test_a_run_goes_on_exactly() -> None:

@@ -206,6 +206,26 @@ def test_overflow_of_contacts_is_said() -> None:
             env.step(np.zeros((2, 6), np.float32))
 
 
+def test_pairs_that_are_dropped_before_they_are_contacts_are_said() -> None:
+    env = warp_env("HalfCheetah-v5", 4, contacts=1, stagger=False)  # two robots of four fell through the floor
+    with pytest.warns(RuntimeWarning, match="warp_contacts: got room for 1 per world, but"):
+        for _ in range(20):
+            env.step(np.zeros((4, 6), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": "cg"}, "warp_solver: got 'cg', expected model or newton"),
+        ({"contacts": 0}, "warp_contacts: got 0, expected an integer of at least 1"),
+        ({"constraints": 2.5}, r"warp_constraints: got 2\.5, expected an integer of at least 1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        warp_env("HalfCheetah-v5", 2, **options)
+
+
 class Quiet(BaseCallback):
     def _on_step(self) -> bool:
         return True

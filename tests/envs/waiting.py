@@ -33,7 +33,7 @@ class _Operations(TorchDispatchMode):
 
 @contextmanager
 def waits() -> Iterator[list[str]]:
-    """Names of the operations that would wait for a device, and of the transfers to the host, as they are called."""
+    """Names of what would wait for a device as it is called: operations, transfers to the host and from it."""
     seen: list[str] = []
 
     def telling(name: str) -> Any:
@@ -45,7 +45,18 @@ def waits() -> Iterator[list[str]]:
 
         return told
 
+    def making(name: str) -> Any:
+        original = getattr(torch, name)
+
+        def made(*args: Any, **keywords: Any) -> Any:
+            seen.append(name)
+            return original(*args, **keywords)
+
+        return made
+
     with pytest.MonkeyPatch.context() as patch, _Operations(seen):
-        for name in ("cpu", "numpy", "tolist"):
+        for name in ("cpu", "numpy", "tolist", "new_tensor"):
             patch.setattr(Tensor, name, telling(name))
+        for name in ("as_tensor", "tensor", "from_numpy"):  # a copy of what the host has follows, which waits
+            patch.setattr(torch, name, making(name))
         yield seen

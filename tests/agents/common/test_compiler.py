@@ -163,4 +163,13 @@ def test_a_compiler_that_fails_is_an_error_where_it_is_asked_for_and_else_a_warn
     with pytest.warns(RuntimeWarning, match="failed, why; .*; training is eager"):
         assert torch.equal(offered(torch.ones(7)), torch.full((7,), 3.0))
     assert offered.failed
+    graph = Compiled(lambda x: 3 * x, torch.device("cuda"))
+    _warn_of_failure.cache_clear()
+
+    def triton(*arguments: Any) -> None:
+        raise torch._dynamo.exc.TorchDynamoException("no C compiler\nmuch")
+
+    monkeypatch.setattr(graph._compiled, "_graph", triton)
+    with pytest.warns(RuntimeWarning, match="failed, no C compiler; .*; training is eager"):
+        assert torch.equal(graph(torch.ones(7)), torch.full((7,), 3.0))
     assert torch.equal(offered(torch.ones(7)), torch.full((7,), 3.0))
