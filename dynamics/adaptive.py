@@ -22,6 +22,7 @@ from .step_control import (
     Trial,
     check_problem,
     coarse,
+    may_learn,
     retrace,
     search,
     select,
@@ -89,10 +90,6 @@ def odeint_adaptive(
     span, times = _times(x, t0, t1, at)
     velocity, starts = bind(field, cond), x.new_full(x.shape[:1], span[0])
     slope = velocity(starts, x)
-    if slope.shape != x.shape:
-        raise ValueError(
-            f"field must return shape {list(x.shape)}, got {list(slope.shape)}; it is called with t of shape [B]"
-        )
     forwards, within = span[1] >= span[0], len(times) > 0 or event is not None
     readout = Readout(times.detach(), forwards) if len(times) else None
     with torch.no_grad():
@@ -106,7 +103,8 @@ def odeint_adaptive(
         if readout is not None:
             result = replace(result, states=_until(result.t, times, readout.states(x, slope, span[0]), forwards))
     result = replace(result, calls=len(solver.c) * (result.accepted + result.rejected) + 2)
-    learns = any(isinstance(each, Tensor) and each.requires_grad for each in (x, slope, t0, t1, times))
+    given = (x, slope, t0, t1, times)
+    learns = may_learn(field, event) or any(isinstance(each, Tensor) and each.requires_grad for each in given)
     if not (torch.is_grad_enabled() and learns):
         return result
 

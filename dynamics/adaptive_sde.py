@@ -10,7 +10,19 @@ from torch import Tensor
 from .brownian_tree import BrownianTree
 from .ode import check_batch, fixed_time
 from .sde import SDE, Bound, SDESolver, bind_sde, check_direction, get_solver
-from .step_control import AdaptiveResult, Carry, Problem, Span, Step, Trial, check_problem, retrace, search, select
+from .step_control import (
+    AdaptiveResult,
+    Carry,
+    Problem,
+    Span,
+    Step,
+    Trial,
+    check_problem,
+    may_learn,
+    retrace,
+    search,
+    select,
+)
 
 _BEGIN = 0.01
 """The first step, as a fraction of the time to integrate: the controller finds the right size within a few steps."""
@@ -110,7 +122,7 @@ def sdeint_adaptive(
     calls = (3 * len(solver.c) - 1) * (result.accepted + result.rejected) + 1
     t = torch.where(result.t == end, t1, noise.t0 + length * result.t).to(x.dtype)
     result = replace(result, t=t, calls=calls, error=length * result.error)
-    learns = any(isinstance(part, Tensor) and part.requires_grad for part in (x, drift, level))
+    learns = may_learn(sde) or any(isinstance(part, Tensor) and part.requires_grad for part in (x, drift, level))
     if not (torch.is_grad_enabled() and learns):
         return result
     last, _, error = retrace(replace(problem, x=x), course, result.accepted)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .fields import Time, VelocityField
-from .ode import FieldLike
 
 
 class ControlPath:
@@ -23,7 +22,7 @@ class ControlPath:
         values: [B, N, C]; nan where a channel was not observed.
 
     Raises:
-        ValueError: if times do not rise or values are not [B, N, C].
+        ValueError: if times do not rise or values are not [B, N, C] or no floating point numbers.
     """
 
     def __init__(self, times: Sequence[float], values: Tensor) -> None:
@@ -32,7 +31,10 @@ class ControlPath:
             raise ValueError(f"times must rise and be at least two, got {self.times}")
         if values.ndim != 3 or values.shape[1] != len(self.times):
             raise ValueError(f"values must have shape [B, {len(self.times)}, C], got {list(values.shape)}")
-        self.values = _without_gaps(torch.tensor(self.times, dtype=values.dtype, device=values.device), values)
+        if not values.is_floating_point():
+            raise ValueError(f"values must be floating point numbers, got {values.dtype}")
+        # In float64, for times may be large, and their differences small.
+        self.values = _without_gaps(torch.tensor(self.times, dtype=torch.float64, device=values.device), values)
 
     def at(self, t: float) -> Tensor:
         """Values at a time, [B, C]; those of the nearest end outside of the times."""
@@ -40,16 +42,28 @@ class ControlPath:
         share = (t - self.times[k]) / (self.times[k + 1] - self.times[k])
         return torch.lerp(self.values[:, k], self.values[:, k + 1], min(max(share, 0.0), 1.0))
 
-    def drive(self, field: VelocityField) -> FieldLike:
-        """The drift ``(t, z) -> field(t, z, X(t))`` of a controlled equation, for t a number.
+    def drive(self, field: VelocityField) -> VelocityField:
+        """The drift ``(t, z) -> field(t, z, X(t))`` of a controlled equation, for t a number, with the field's weights.
 
         With `LangevinSDE`, `LinearNoiseSDE` or `GeometricSDE` this is a stable neural SDE with its control path.
         """
+        return _Driven(self, field)
 
-        def drift(t: Time, z: Tensor, cond: Tensor | None) -> Tensor:
-            return field(t, z, self.at(float(t)))
 
-        return drift
+class _Driven(VelocityField):
+    """See `ControlPath.drive`."""
+
+    def __init__(self, path: ControlPath, field: VelocityField) -> None:
+        super().__init__(field.dim)
+        self.path, self.field = path, field
+
+    def forward(self, t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Velocity [B, D] at a time that all rows share."""
+        self.check_state(t, x)
+        self.check_cond(cond)
+        if isinstance(t, Tensor) and t.numel() > 1:
+            raise ValueError(f"t must be a number with a control path, got {list(t.shape)}: take equal steps")
+        return self.field(t, x, self.path.at(float(t)))
 
 
 def _without_gaps(times: Tensor, values: Tensor) -> Tensor:
@@ -62,6 +76,6 @@ def _without_gaps(times: Tensor, values: Tensor) -> Tensor:
     left = torch.where(before < 0, after, before).clamp(max=len(times) - 1)
     right = torch.where(after == len(times), before, after).clamp(min=0)
     known = values.nan_to_num()
-    gap = (times[right] - times[left]).clamp(min=torch.finfo(values.dtype).tiny)
-    share = ((times[place] - times[left]) / gap).clamp(0, 1)
+    gap = (times[right] - times[left]).clamp(min=torch.finfo(times.dtype).tiny)
+    share = ((times[place] - times[left]) / gap).clamp(0, 1).to(values.dtype)
     return torch.lerp(known.gather(1, left), known.gather(1, right), share)

@@ -36,9 +36,12 @@ def entropic_plan(x0: Tensor, x1: Tensor, scale: float, *, iterations: int = 200
     """
     if x0.ndim != 2 or x1.ndim != 2 or x0.shape[1] != x1.shape[1]:
         raise ValueError(f"x0 and x1 must have shapes [N, D] and [M, D], got {list(x0.shape)} and {list(x1.shape)}")
+    if not len(x0) or not len(x1):
+        raise ValueError(f"x0 and x1 must have a row at least, got {len(x0)} and {len(x1)}")
     if not scale > 0 or iterations < 1:
         raise ValueError(f"scale must be positive and iterations at least 1, got {scale} and {iterations}")
-    kernel = torch.cdist(x0, x1).square() / (-2 * scale**2)
+    middle = x1.mean(0)  # far from the origin the squares of distances would be differences of large numbers
+    kernel = torch.cdist(x0 - middle, x1 - middle).square() / (-2 * scale**2)
     log_n, log_m = math.log(len(x0)), math.log(len(x1))
     u = kernel.new_zeros(len(x0), 1)
     for _ in range(iterations):

@@ -60,6 +60,11 @@ class Readout:
         return states.index_put((which, rows), values)
 
 
+def _sign(value: Tensor) -> Tensor:
+    """-1, 0 or 1, and nan of nan, of which `torch.sign` makes 0: where an event is nan it does not happen."""
+    return torch.where(value.isnan(), value, value.sign())
+
+
 class Events:
     """Stops each row where the event happens first; a `Watch` of `search`.
 
@@ -79,16 +84,16 @@ class Events:
         value = event(t, x, cond)
         if value.shape != t.shape:
             raise ValueError(f"event must return shape {list(t.shape)}, got {list(value.shape)}; one number per row")
-        self._sign = value.detach().sign()
+        self._sign = _sign(value.detach())
 
     def __call__(self, rows: Tensor, span: Span, x: Tensor, carry: Carry, trial: Trial, accepted: Tensor) -> Stop:
         """Which rows stop within this step, and where."""
         if self._readout is not None:
             self._readout(rows, span, x, carry, trial, accepted)
-        sign, before = self._event(span.end, trial.x, select(self._cond, rows)).sign(), self._sign[rows]
+        sign, before = _sign(self._event(span.end, trial.x, select(self._cond, rows))), self._sign[rows]
         # On a row that starts where the event is 0 it happens when it comes back to 0.
         stops = accepted & (before != 0) & (sign * before <= 0)
-        self._sign[rows] = torch.where(accepted & (sign != 0), sign, before)
+        self._sign[rows] = torch.where(accepted & (sign != 0) & ~sign.isnan(), sign, before)
         t, end = span.end.clone(), trial.x.clone()
         (which,) = stops.nonzero(as_tuple=True)
         if len(which):
@@ -104,7 +109,7 @@ class Events:
         low, high = torch.zeros_like(span.t), torch.ones_like(span.t)
         for _ in range(torch.finfo(low.dtype).eps.as_integer_ratio()[1].bit_length()):
             middle = 0.5 * (low + high)
-            passed = self._event(span.t + middle * span.h, interpolate(*step, middle), cond).sign() * before <= 0
+            passed = _sign(self._event(span.t + middle * span.h, interpolate(*step, middle), cond)) * before <= 0
             low, high = torch.where(passed, low, middle), torch.where(passed, middle, high)
         return torch.where(high < 1, span.t + high * span.h, span.end), interpolate(*step, high)
 

@@ -198,11 +198,13 @@ def fractional_sdeint(
         States at the step boundaries, [steps + 1, B, D], the first of them x, and the divergence of each row, [B].
 
     Raises:
-        ValueError: if the shapes differ or dt is not positive.
+        ValueError: if the shapes differ, dt is not positive, or the steps go beyond the noise's horizon.
     """
     y, weights = noise.initial(*x.shape), noise.weights
     if normal.ndim != 4 or normal.shape[1:] != y.shape:
         raise ValueError(f"normal must have shape [steps, *{list(y.shape)}], got {list(normal.shape)}")
+    if len(normal) * dt > noise.horizon * (1 + 1e-6):
+        raise ValueError(f"dt must be at most horizon / steps = {noise.horizon / len(normal):.4g}, got {dt}")
     decay, factor = noise.transition(dt)
     reach = (1 - decay) / noise.rates  # of a control, held over the step, in each Y_k
     states, divergence = [x], x.new_zeros(len(x))
@@ -210,6 +212,8 @@ def fractional_sdeint(
         after = noise.step(y, z, (decay, factor))
         if control is not None:
             u = control(k * dt, x, y)
+            if u.shape != x.shape:
+                raise ValueError(f"control must return the shape of x, {list(x.shape)}, got {list(u.shape)}")
             after = torch.addcmul(after, u.unsqueeze(-1), reach)
             divergence = torch.add(divergence, u.square().sum(-1), alpha=0.5 * dt)
         x = torch.add(x, drift(k * dt, x), alpha=dt) + scale * ((after - y) @ weights)

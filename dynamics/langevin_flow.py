@@ -186,6 +186,8 @@ class LangevinFlow(nn.Module):
         """
         if reward.shape != action.shape[:2]:
             raise ValueError(f"reward must have shape {list(action.shape[:2])}, as action's, got {list(reward.shape)}")
+        if len(obs) != len(action) + 1:
+            raise ValueError(f"obs must have {len(action) + 1} steps, one more than action, got {len(obs)}")
         path = self.path(obs, action, noise, observed)
         seen, paid = self.decode(path, action)
         std = self.log_std.exp()

@@ -166,11 +166,20 @@ def stage_times(tableau: Tableau, steps: list[tuple[float, float]]) -> tuple[flo
 
 
 def bind(field: FieldLike, cond: Tensor | None, times: Sequence[float] = ()) -> Callable[[Time, Tensor], Tensor]:
-    """``(t, x) -> v`` with cond fixed; a VelocityField embeds cond and the times to come once, here."""
-    if isinstance(field, VelocityField):
-        embedded = field.embed(cond, times)
-        return lambda t, x: field.forward_embedded(t, x, embedded)
-    return lambda t, x: field(t, x, cond)
+    """``(t, x) -> v`` with cond fixed; a VelocityField embeds cond and the times to come once, here.
+
+    Raises:
+        ValueError: by a call of it, if v has not the shape of x: it would be added to x all the same, and enlarge it.
+    """
+    embedded = field.embed(cond, times) if isinstance(field, VelocityField) else None
+
+    def velocity(t: Time, x: Tensor) -> Tensor:
+        v = field.forward_embedded(t, x, embedded) if isinstance(field, VelocityField) else field(t, x, cond)
+        if v.shape != x.shape:
+            raise ValueError(f"field must return the shape of x, {list(x.shape)}, got {list(v.shape)}")
+        return v
+
+    return velocity
 
 
 def advance(velocity: Callable[[Time, Tensor], Tensor], tableau: Tableau, t: Time, h: Time, x: Tensor) -> Tensor:

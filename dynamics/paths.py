@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .fields import Time
-from .ode import FieldLike
+from .ode import FieldLike, bind
 
 Schedule: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 """A coefficient of the path: t -> (value, time derivative), elementwise."""
@@ -207,7 +207,7 @@ def flow_matching_loss(
     Raises:
         ValueError: if shapes do not fit, or z is missing or superfluous.
     """
-    error = field(t, path.sample(t, x0, x1, z), cond) - path.velocity(t, x0, x1)
+    error = bind(field, cond)(t, path.sample(t, x0, x1, z)) - path.velocity(t, x0, x1)
     return error.square().sum(-1)
 
 
@@ -234,5 +234,5 @@ def denoising_loss(
     Raises:
         ValueError: if the path has no noise term or shapes do not fit.
     """
-    error = denoiser(t, path.sample(t, x0, x1, z), cond) - z
+    error = bind(denoiser, cond)(t, path.sample(t, x0, x1, z)) - z
     return error.square().sum(-1)

@@ -69,7 +69,8 @@ def sdeint_reversible(
         return method.run(x, cond)[0]
     weights = [w for w in (*sde.parameters(), *sde.buffers()) if w.requires_grad]
     if torch.is_grad_enabled():
-        _check_leaves(method.terms(t0, x.detach(), None if cond is None else cond.detach()), weights)
+        for t in {t0, course[len(course) // 2][0], course[-1][0]}:  # a term may set in later
+            _check_leaves(method.terms(t, x.detach(), None if cond is None else cond.detach()), weights)
     end: Tensor = _ReversibleGradient.apply(method, x, cond, *weights)  # type: ignore[no-untyped-call]
     return end
 

@@ -279,11 +279,18 @@ def check_direction(t0: float, t1: float) -> None:
 def bind_sde(sde: SDE, solver: SDESolver, cond: Tensor | None, times: Sequence[float] = ()) -> Bound:
     """The equation in the solver's sense, with cond and the times to come embedded once, here."""
     drift = sde.bind(cond, times)
+
+    def level(t: Time, x: Tensor) -> float | Tensor:
+        g = sde.diffusion(t, x)
+        if isinstance(g, Tensor) and torch.broadcast_shapes(g.shape, x.shape) != x.shape:
+            raise ValueError(f"diffusion must broadcast with x, {list(x.shape)}, got {list(g.shape)}")
+        return g
+
     if sde.additive:
-        return Bound(drift, sde.diffusion, None)
+        return Bound(drift, level, None)
     if not solver.stratonovich:
-        return Bound(drift, sde.diffusion, sde.correction)
-    return Bound(lambda t, y: torch.sub(drift(t, y), sde.correction(t, y), alpha=0.5), sde.diffusion, sde.correction)
+        return Bound(drift, level, sde.correction)
+    return Bound(lambda t, y: torch.sub(drift(t, y), sde.correction(t, y), alpha=0.5), level, sde.correction)
 
 
 def _noise(

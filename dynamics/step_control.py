@@ -9,10 +9,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _SAFETY = 0.9
 _FACTORS = (0.2, 10.0)
@@ -20,6 +20,16 @@ _FACTORS = (0.2, 10.0)
 
 _LEAST_ERROR = 1e-4
 """Floor of the previous error in the controller, as in Hairer's DOPRI5."""
+
+
+def may_learn(*functions: Any) -> bool:
+    """Whether the gradient of one may be wanted: a module says so by its weights, of another function nobody knows."""
+    return any(
+        any(each.requires_grad for each in (*function.parameters(), *function.buffers()))
+        if isinstance(function, nn.Module)
+        else function is not None
+        for function in functions
+    )
 
 
 class Status(enum.IntEnum):

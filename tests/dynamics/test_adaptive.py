@@ -1,10 +1,12 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from driftrl.dynamics.adaptive import odeint_adaptive
-from driftrl.dynamics.fields import Time
+from driftrl.dynamics.fields import Time, VelocityField
 from driftrl.dynamics.ode import HEUN, RK4, odeint
 from driftrl.dynamics.step_control import AdaptiveResult, Status
 
@@ -120,6 +122,22 @@ def test_other_pairs_work() -> None:
     assert torch.equal(result.calls, 2 * (result.accepted + result.rejected) + 2)
 
 
+def test_a_weight_that_acts_late_gets_its_gradient() -> None:
+    class Late(VelocityField):
+        def __init__(self) -> None:
+            super().__init__(1)
+            self.k = torch.nn.Parameter(torch.tensor(0.5, dtype=F64))
+
+        def forward(self, t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
+            assert isinstance(t, Tensor)
+            return torch.where(t.unsqueeze(-1) < 0.5, torch.zeros_like(x), -self.k * x) if (t > 0.4).any() else 0 * x
+
+    field = Late()
+    end = odeint_adaptive(field, torch.ones(1, 1, dtype=F64), rtol=1e-9, atol=1e-9).x
+    (gradient,) = torch.autograd.grad(end.sum(), field.k)
+    assert gradient.item() == pytest.approx(-0.5 * math.exp(-0.25), rel=1e-5)
+
+
 def test_counts_are_those_of_the_calls() -> None:
     rows = 0
 
@@ -128,10 +146,12 @@ def test_counts_are_those_of_the_calls() -> None:
         rows += len(x)
         return riccati(t, x, cond)
 
-    result = odeint_adaptive(counted, STARTS[20:21])
+    with torch.no_grad():  # with gradients the steps found are made once more
+        result = odeint_adaptive(counted, STARTS[20:21])
     assert result.calls.item() == rows == 2 + 6 * (result.accepted + result.rejected).item()
     rows = 0
-    result = odeint_adaptive(counted, STARTS)
+    with torch.no_grad():
+        result = odeint_adaptive(counted, STARTS)
     assert result.calls.sum() <= rows < 32 * result.calls.max()  # finished rows are held for a while, not to the end
 
 
@@ -244,5 +264,5 @@ def test_bad_arguments_are_refused() -> None:
         odeint_adaptive(riccati, x, solver=RK4)
     with pytest.raises(ValueError, match=r"x must have shape \[B, D\], got \[2\]"):
         odeint_adaptive(riccati, torch.zeros(2))
-    with pytest.raises(ValueError, match=r"field must return shape \[4, 1\], got \[4, 4\]; it is called with t of"):
+    with pytest.raises(ValueError, match=r"field must return the shape of x, \[4, 1\], got \[4, 4\]"):
         odeint_adaptive(lambda t, x, cond: t * x, torch.zeros(4, 1))

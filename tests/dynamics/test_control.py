@@ -88,3 +88,20 @@ def test_bad_arguments_are_refused() -> None:
         ControlPath([0, 0.5, 0.5], rand(2, 3, 1))
     with pytest.raises(ValueError, match=r"values must have shape \[B, 6, C\], got \[2, 5, 1\]"):
         ControlPath(TIMES, rand(2, 5, 1))
+
+
+def test_a_driven_field_has_its_weights_refuses_cond_and_times_of_rows() -> None:
+    field = MLPField(1, cond_dim=1)
+    drift = ControlPath([0, 1], torch.zeros(2, 2, 1)).drive(field)
+    assert [*map(id, LangevinSDE(drift, 0.3).parameters())] == [*map(id, field.parameters())]
+    with pytest.raises(ValueError, match="cond must be None"):
+        drift(0.5, torch.zeros(2, 1), torch.zeros(2, 1))
+    with pytest.raises(ValueError, match=r"t must be a number with a control path, got \[2\]"):
+        drift(torch.zeros(2), torch.zeros(2, 1))
+
+
+def test_gaps_between_large_times_are_filled_in_float64() -> None:
+    times, values = [1.7e9, 1.7e9 + 60, 1.7e9 + 120], torch.tensor([[[0.0], [float("nan")], [10.0]]])
+    assert ControlPath(times, values).at(1.7e9 + 60).item() == pytest.approx(5)
+    with pytest.raises(ValueError, match=r"values must be floating point numbers, got torch\.int64"):
+        ControlPath([0, 1], torch.zeros(1, 2, 1, dtype=torch.long))

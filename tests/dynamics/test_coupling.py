@@ -41,3 +41,14 @@ def test_bad_arguments_are_refused() -> None:
         entropic_plan(x, torch.zeros(4, 3), 1.0)
     with pytest.raises(ValueError, match=r"scale must be positive and iterations at least 1, got 0\.0 and 200"):
         entropic_plan(x, x, 0.0)
+
+
+def test_plans_do_not_depend_on_where_the_origin_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 100, 2, generator=generator)
+    exact = entropic_plan(a.double(), b.double(), 0.2)
+    for shift in (0.0, 1000.0):
+        far = entropic_plan(((a.double() + shift).float()), (b.double() + shift).float(), 0.2)
+        assert (far - exact).abs().sum() / 2 < 2e-3  # the rounding of the points themselves
+    with pytest.raises(ValueError, match="must have a row at least, got 0 and 100"):
+        entropic_plan(a[:0], b, 0.2)

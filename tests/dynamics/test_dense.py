@@ -195,6 +195,30 @@ def test_gradients_in_times_in_closed_form() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_where_an_event_is_nan_it_does_not_happen() -> None:
+    def oscillator(t: Time, x: Tensor, cond: Tensor | None) -> Tensor:
+        return torch.stack([x[:, 1], -x[:, 0]], 1)
+
+    start = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    never = odeint_adaptive(oscillator, start, t1=4.0, event=lambda t, x, c: torch.sqrt(x[:, 0] + 0.5) - 5)
+    assert never.status.item() == Status.DONE and never.t.item() == 4
+    # It is nan from cos t < -1/2 to cos t > -1/2, and 0 only where cos t = 1/2.
+    once = odeint_adaptive(
+        oscillator, start, t1=6.0, rtol=1e-9, atol=1e-9, event=lambda t, x, c: torch.sqrt(x[:, 0] + 0.5) - 1
+    )
+    assert once.status.item() == Status.EVENT and once.t.item() == pytest.approx(math.pi / 3, abs=1e-6)
+
+
+def test_the_time_of_an_event_has_the_gradient_of_its_level_alone() -> None:
+    level = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    ones = torch.ones(1, 1, dtype=torch.float64)
+    found = odeint_adaptive(
+        lambda t, x, c: -x, ones, t1=3.0, rtol=1e-9, atol=1e-9, event=lambda t, x, c: x[:, 0] - level
+    )
+    (gradient,) = torch.autograd.grad(found.t.sum(), level)
+    assert gradient.item() == pytest.approx(-1 / 0.3, rel=1e-6)  # t = -log(level)
+
+
 def test_a_later_start_delays_the_event() -> None:
     x, t0 = torch.tensor([[1.0, 0.0]], dtype=F64), torch.tensor(0.3, dtype=F64, requires_grad=True)
     result = odeint_adaptive(falling, x, t0=t0, t1=3.0, event=height)

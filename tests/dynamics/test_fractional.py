@@ -262,3 +262,12 @@ def test_bad_arguments_are_refused() -> None:
         noise.step(noise.initial(3, 1), torch.zeros(3, 1), noise.transition(0.1))
     with pytest.raises(ValueError, match="hurst must lie in"):
         FractionalSteps(0.2, (2, 1))
+
+
+def test_controls_of_another_shape_and_steps_beyond_the_horizon_are_refused() -> None:
+    noise, x = FractionalNoise(0.7), torch.zeros(3, 2)
+    normal = torch.randn(4, *noise.initial(3, 2).shape, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"control must return the shape of x, \[3, 2\], got \[3, 1\]"):
+        fractional_sdeint(noise, lambda t, x: -x, x, normal, dt=0.25, control=lambda t, x, y: torch.ones(3, 1))
+    with pytest.raises(ValueError, match=r"dt must be at most horizon / steps = 0\.25, got 1"):
+        fractional_sdeint(noise, lambda t, x: -x, x, normal, dt=1.0)

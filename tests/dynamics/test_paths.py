@@ -176,3 +176,12 @@ def test_bad_arguments_are_refused() -> None:
         score_from_velocity(brownian_bridge(), 0.5, x, x)
     with pytest.raises(ValueError, match=r"x and velocity must have the same shape .*got \[4, 2\] and \[4, 1\]"):
         score_from_velocity(LINEAR, 0.5, x, x[:, :1])
+
+
+@pytest.mark.parametrize("wrong", [lambda t, x, c: x[:, 0], lambda t, x, c: x[:, :1]])
+def test_fields_of_another_shape_are_refused_where_they_would_broadcast(wrong: Callable[..., Tensor]) -> None:
+    x0, x1, t = rand(4, 2), rand(4, 2, seed=1), torch.full((4,), 0.3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"field must return the shape of x, \[4, 2\], got"):
+        flow_matching_loss(wrong, LINEAR, x0, x1, t)
+    with pytest.raises(ValueError, match=r"field must return the shape of x, \[4, 2\], got"):
+        denoising_loss(wrong, brownian_bridge(0.3), x0, x1, t, rand(4, 2, seed=2))

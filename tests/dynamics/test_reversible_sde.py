@@ -136,3 +136,11 @@ def test_bad_arguments_are_refused() -> None:
     hidden = torch.ones(3, dtype=F64, requires_grad=True)
     with pytest.raises(ValueError, match=r"needs a gradient for a tensor of shape \[3\] that is no parameter"):
         sdeint_reversible(LangevinSDE(lambda t, x, cond: -x * hidden.exp(), 1.0), x, steps=1, noise=tree())
+
+
+def test_a_tensor_that_acts_late_and_is_no_parameter_is_refused() -> None:
+    c = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    sde = LangevinSDE(lambda t, x, _: -x if float(t) < 0.5 else -c * x, 0.3)
+    noise = BrownianTree(0, (2, 1), dtype=torch.float64)
+    with pytest.raises(ValueError, match="parameter"):
+        sdeint_reversible(sde, torch.ones(2, 1, dtype=torch.float64), steps=8, noise=noise)

@@ -358,3 +358,11 @@ def test_bad_arguments_are_refused() -> None:
             run(noise=BrownianGrid(0.5, good.w.to("meta")))
         with pytest.raises(ValueError, match=r"noise must have dt = \(t1 - t0\) / steps = 1\.0, got 0\.5"):
             run(t1=2.0)
+
+
+def test_terms_that_would_enlarge_the_state_are_refused() -> None:
+    x, generator = torch.ones(4, 1, dtype=F64), torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match=r"field must return the shape of x, \[4, 1\], got \[4\]"):
+        sdeint(LangevinSDE(lambda t, x, c: -x[:, 0], 0.3), x, steps=3, generator=generator)
+    with pytest.raises(ValueError, match=r"diffusion must broadcast with x, \[4, 1\], got \[4\]"):
+        sdeint(LangevinSDE(lambda t, x, c: -x, lambda t: torch.ones(4, dtype=F64)), x, steps=3, generator=generator)
