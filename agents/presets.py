@@ -13,7 +13,7 @@ from typing import Any
 WIDE: dict[str, Any] = {"actor_hidden": (128, 128), "critic_hidden": (128, 128)}
 # Rollouts of 1,024 samples: twice as many iterations as with 2,048, and each moves the policy by about desired_kl.
 # On tasks that no preset was tuned on they learn in fewer steps (docs/policyflow.md).
-DEFAULT: dict[str, Any] = WIDE | {"n_envs": 16, "n_steps": 64, "batch_size": 128}
+DEFAULT: dict[str, Any] = WIDE | {"n_envs": 16, "n_steps": 64, "batch_size": 128, "desired_kl": 0.02}
 # Many environments for few steps: the cheapest samples.
 LARGE: dict[str, Any] = {"n_envs": 64, "n_steps": 32, "batch_size": 256}
 
