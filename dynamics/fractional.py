@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from .noise import StepNoise
 
+_SLOWEST = 0.1  # rate, per horizon
 _ROUGHEST = 0.3
 _SERIES = 500
 """Terms for rates up to 200: those beyond are below e^-100 of the largest."""
@@ -53,11 +54,11 @@ class FractionalNoise(nn.Module):
             )
         if not 2 <= terms <= 8:
             raise ValueError(f"terms must lie in [2, 8], got {terms}")
-        if not horizon > 0:
-            raise ValueError(f"horizon must be positive, got {horizon}")
+        if not 0 < horizon < math.inf:
+            raise ValueError(f"horizon must be positive and finite, got {horizon}")
         if learnable and not _ROUGHEST < hurst < 1:
             raise ValueError(f"hurst must lie within ({_ROUGHEST}, 1) to be learned, got {hurst}")
-        rates = torch.logspace(math.log10(0.1), math.log10(200), terms, dtype=torch.float64, device="cpu")
+        rates = torch.logspace(math.log10(_SLOWEST), math.log10(200), terms, dtype=torch.float64, device="cpu")
         weights = _fractional_weights(torch.tensor(hurst, dtype=torch.float64), rates, horizon)
         self.horizon = horizon
         self.register_buffer("rates", (rates / horizon).to(torch.get_default_dtype()))
@@ -83,6 +84,10 @@ class FractionalNoise(nn.Module):
             return self._fixed
         rates = self.rates.double() * self.horizon
         return _fractional_weights(self.hurst.double(), rates, self.horizon).to(self.rates)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.horizon = _SLOWEST / self.rates[0].item()  # the rates say which it was
 
     def initial(self, batch: int, dim: int) -> Tensor:
         """The state at t = 0, zeros [B, D, K]."""

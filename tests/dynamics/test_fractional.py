@@ -253,7 +253,7 @@ def test_bad_arguments_are_refused() -> None:
         fractional_sdeint(FractionalNoise(0.5), lambda t, x: x, torch.zeros(3, 1), torch.zeros(3, 1, 6), dt=0.1)
     with pytest.raises(ValueError, match=r"terms must lie in \[2, 8\], got 9"):
         FractionalNoise(0.5, terms=9)
-    with pytest.raises(ValueError, match=r"horizon must be positive, got 0\.0"):
+    with pytest.raises(ValueError, match=r"horizon must be positive and finite, got 0\.0"):
         FractionalNoise(0.5, horizon=0.0)
     noise = FractionalNoise(0.5)
     with pytest.raises(ValueError, match=r"dt must be positive, got 0\.0"):
@@ -271,3 +271,13 @@ def test_controls_of_another_shape_and_steps_beyond_the_horizon_are_refused() ->
         fractional_sdeint(noise, lambda t, x: -x, x, normal, dt=0.25, control=lambda t, x, y: torch.ones(3, 1))
     with pytest.raises(ValueError, match=r"dt must be at most horizon / steps = 0\.25, got 1"):
         fractional_sdeint(noise, lambda t, x: -x, x, normal, dt=1.0)
+
+
+def test_saved_noise_keeps_its_horizon() -> None:
+    saved = FractionalNoise(0.6, horizon=3.0, learnable=True)
+    other = FractionalNoise(0.6, learnable=True)
+    other.load_state_dict(saved.state_dict())
+    assert other.horizon == saved.horizon == pytest.approx(3, rel=1e-6)
+    assert torch.equal(other.weights, saved.weights)
+    with pytest.raises(ValueError, match="horizon must be positive and finite, got inf"):
+        FractionalNoise(0.6, horizon=math.inf)
