@@ -9,6 +9,8 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from .make import with_module
+
 Array: TypeAlias = NDArray[Any]
 
 
@@ -42,6 +44,18 @@ def play(env: gymnasium.Env[Any, Any], obs: dict[str, Array], act: Callable[[dic
     last = ends.copy()
     last[-1] = True
     return Episode(columns, np.stack(actions), np.array(rewards), ends, last)
+
+
+def scripted(
+    env_id: str, episodes: int, seed: int, success: float, noise: float, episode: Callable[..., Episode]
+) -> list[Episode]:
+    """Episodes of a task, each by ``episode(env, whether it shall succeed, noise, random numbers)``."""
+    check_script(episodes, success, noise)
+    env, rng = gymnasium.make(with_module(env_id)), np.random.default_rng(seed)
+    good = good_episodes(episodes, success)
+    played = [episode(env, bool(good[i]), noise, rng) for i in range(episodes)]
+    env.close()
+    return played
 
 
 def check_script(episodes: int, success: float, noise: float) -> None:

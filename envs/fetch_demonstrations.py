@@ -10,13 +10,13 @@ Needs the extra `maze` (Gymnasium-Robotics).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gymnasium
 import numpy as np
 
-from .episodes import Array, Episode, check_script, good_episodes, play
-from .make import with_module
+from .episodes import Array, Episode, play, scripted
 
 GAIN = 8.0
 """Action per metre of what is left of the way."""
@@ -85,16 +85,11 @@ def fetch_demonstrations(
     Raises:
         ValueError: if an argument is outside its range.
     """
-    check_script(episodes, success, noise)
-    env, rng = gymnasium.make(with_module(env_id)), np.random.default_rng(seed)
-    good = good_episodes(episodes, success)
-    played = [_episode(env, FETCH[env_id], bool(good[i]), noise, rng) for i in range(episodes)]
-    env.close()
-    return played
+    return scripted(env_id, episodes, seed, success, noise, partial(_episode, FETCH[env_id]))
 
 
 def _episode(
-    env: gymnasium.Env[Any, Any], script: Callable[..., Array], good: bool, noise: float, rng: np.random.Generator
+    script: Callable[..., Array], env: gymnasium.Env[Any, Any], good: bool, noise: float, rng: np.random.Generator
 ) -> Episode:
     obs, _ = env.reset(seed=int(rng.integers(2**31)))
     goal = obs["desired_goal"]

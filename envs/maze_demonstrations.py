@@ -15,8 +15,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from .episodes import Array, Episode, check_script, good_episodes, play
-from .make import with_module
+from .episodes import Array, Episode, play, scripted
 
 MAZE = "driftrl/PointMazeMedium-v0"
 Cell = tuple[int, int]
@@ -56,12 +55,7 @@ def maze_demonstrations(episodes: int, seed: int, *, success: float = 1.0, noise
     Raises:
         ValueError: if an argument is outside its range.
     """
-    check_script(episodes, success, noise)
-    env, rng = gymnasium.make(with_module(MAZE)), np.random.default_rng(seed)
-    good = good_episodes(episodes, success)
-    played = [_episode(env, bool(good[i]), noise, rng) for i in range(episodes)]
-    env.close()
-    return played
+    return scripted(MAZE, episodes, seed, success, noise, _episode)
 
 
 def _episode(env: gymnasium.Env[Any, Any], good: bool, noise: float, rng: np.random.Generator) -> Episode:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import gymnasium
 import numpy as np
 import pytest
 
@@ -12,7 +11,8 @@ pytest.importorskip("gymnasium_robotics", reason="needs the extra maze")
 
 from driftrl.envs.episodes import Episode
 from driftrl.envs.fetch_demonstrations import FETCH, fetch_demonstrations
-from driftrl.envs.make import with_module
+
+from .courses import assert_course
 
 
 def solved(episode: Episode) -> bool:
@@ -28,20 +28,7 @@ def test_scripts_solve_their_task_and_fail_as_often_as_asked(env_id: str) -> Non
 
 @pytest.mark.parametrize("env_id", FETCH)
 def test_demonstrations_are_courses_of_the_environment(env_id: str) -> None:
-    env: Any = gymnasium.make(with_module(env_id))
-    rng = np.random.default_rng(3)
-    (episode,) = fetch_demonstrations(env_id, 1, 3)
-    assert isinstance(episode.observations, dict)
-    obs, _ = env.reset(seed=int(rng.integers(2**31)))
-    for step, action in enumerate(episode.actions):
-        for name, rows in episode.observations.items():
-            assert np.array_equal(rows[step], obs[name])
-        assert env.action_space.contains(action)
-        obs, reward, terminated, truncated, _ = env.step(action)
-        assert (reward, terminated, truncated) == (
-            episode.rewards[step], episode.terminated[step], episode.truncated[step],
-        )  # fmt: skip
-    assert truncated and step == 49
+    assert_course(env_id, fetch_demonstrations(env_id, 1, 3)[0], 3, 50)
 
 
 def test_the_same_seed_gives_the_same_demonstrations() -> None:

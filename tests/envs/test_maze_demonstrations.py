@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import gymnasium
 import numpy as np
 import pytest
 
 pytest.importorskip("gymnasium_robotics", reason="needs the extra maze")
 
 from driftrl.envs.episodes import Episode
-from driftrl.envs.make import with_module
 from driftrl.envs.maze_demonstrations import MAZE, Cell, maze_demonstrations, route
+
+from .courses import assert_course
 
 
 def distances(episode: Episode) -> np.ndarray:
@@ -32,19 +32,7 @@ def test_the_script_reaches_its_goal_and_others_as_often_as_asked() -> None:
 
 
 def test_demonstrations_are_courses_of_the_environment() -> None:
-    env = gymnasium.make(with_module(MAZE))
-    (episode,), rng = maze_demonstrations(1, 3), np.random.default_rng(3)
-    assert isinstance(episode.observations, dict)
-    obs, _ = env.reset(seed=int(rng.integers(2**31)))
-    for step, action in enumerate(episode.actions):
-        for name, rows in episode.observations.items():
-            assert np.array_equal(rows[step], obs[name])
-        assert env.action_space.contains(action)
-        obs, reward, terminated, truncated, _ = env.step(action)
-        assert (reward, terminated, truncated) == (
-            episode.rewards[step], episode.terminated[step], episode.truncated[step],
-        )  # fmt: skip
-    assert truncated and step == 599
+    assert_course(MAZE, maze_demonstrations(1, 3)[0], 3, 600)
 
 
 def test_routes_are_ways_through_free_cells_and_differ() -> None:
