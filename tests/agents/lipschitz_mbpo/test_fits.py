@@ -45,7 +45,7 @@ def fit(model: TransitionModel, gradient: Any, rows: int = 200) -> dict[str, flo
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind in ("members", "langevin") else []) for kind in KINDS]
+    "kind", [pytest.param(kind, marks=[] if kind == "homoscedastic" else [pytest.mark.slow]) for kind in KINDS]
 )
 def test_a_compiled_fit_is_the_eager_one(kind: str) -> None:
     eager, compiled = make(kind), make(kind)
