@@ -63,7 +63,7 @@ class PolicyFlowConfig:
     target_kl: float | None = None
     """End the epochs of an iteration when the KL exceeds 1.5 x this, > 0; None: never."""
     ratio: RatioName = "interpolation"
-    """Importance ratio: the paper's approximation, the exact one given z, or one of those in docs/flow_ratios.md."""
+    """Importance ratio: the paper's, the exact one given z, or one of docs/flow_ratios.md."""
     ratio_draws: int = 8
     """ratio marginal: latents, ratio fpo, fpo++: pairs (time, noise), per sample, >= 1."""
     solver: Literal["euler", "midpoint", "heun", "rk4"] = "euler"
@@ -74,8 +74,7 @@ class PolicyFlowConfig:
     """Noise of the flow while sampling, in [0, 1], in units of the base's variance / flow time. 0: the flow is an ODE;
     above 0 an SDE, by Euler and Maruyama (solver euler)."""
     base: Literal["standard", "learned", "gaussian", "mixture"] = "learned"
-    """Base of z: standard N(0, base_std^2); learned N(0, s^2), s learned from base_std; gaussian N(m(obs), s^2);
-    mixture: one of some learned points, which makes the action a mixture of Gaussians."""
+    """Law of z: standard N(0, base_std^2); learned, its std; gaussian N(m(obs), s^2); mixture of points."""
     base_std: float = 0.1
     """(Initial) standard deviation of the base, >= 0, in units of half the action range; 0: Gaussian PPO."""
     components: int = 5
