@@ -79,9 +79,13 @@ class Fitted(nn.Module, abc.ABC):
         """Of all weights. Checkpoints need its state: it is not part of the module's ``state_dict``."""
         return self.settings.optimizer((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
+    def _learning(self) -> list[nn.Parameter]:
+        """The weights that learn, in their order."""
+        return [each for each in self.parameters() if each.requires_grad]
+
     def adopt_weights(self) -> None:
         """Let the optimizer know weights that were replaced; others keep their moments. ValueError if none learns."""
-        learning = {p for p in self.parameters() if p.requires_grad}
+        learning = set(self._learning())
         if not learning:
             raise ValueError("weights: got a model none of which learns, expected one at least; use requires_grad_")
         held = {p for group in self.optimizer.param_groups for p in group["params"]}
@@ -138,7 +142,7 @@ class Fitted(nn.Module, abc.ABC):
         self, data: FitData, generator: torch.Generator, max_epochs: int, deadline: float,
         gradient: Callable[..., tuple[Tensor, ...]],
     ) -> dict[str, float]:  # fmt: skip
-        parts = {p: slice(None, self.members) for p in self.parameters() if p.requires_grad}  # of the scores
+        parts = dict.fromkeys(self._learning(), slice(None, self.members))  # of the scores
         if self.terminal_net is not None:
             parts |= {p: slice(self.members, None) for p in self.terminal_net.parameters()}
         held = self.holdout_rows.expand(self.members, -1)
@@ -200,8 +204,7 @@ class Fitted(nn.Module, abc.ABC):
                 total = total + self.prior(step, x, probe, self.settings.jacobian_coef).sum()
             if ends:
                 total = total + self._terminal_loss(*ends)
-            learning = [each for each in self.parameters() if each.requires_grad]
-            return losses.detach().mean(), *torch.autograd.grad(total, learning, materialize_grads=True)
+            return losses.detach().mean(), *torch.autograd.grad(total, self._learning(), materialize_grads=True)
 
     def _step(
         self, data: FitData, rows: Tensor, generator: torch.Generator, gradient: Callable[..., tuple[Tensor, ...]]
@@ -215,7 +218,7 @@ class Fitted(nn.Module, abc.ABC):
         if rows.shape[1] != self.settings.batch_size:  # the last minibatch of an epoch, each time of another size
             gradient = self.gradient
         loss, *gradients = gradient(x, y, noise, probe, ends)
-        for each, found in zip([each for each in self.parameters() if each.requires_grad], gradients, strict=True):
+        for each, found in zip(self._learning(), gradients, strict=True):
             # The fused optimizer goes by the memory: a gradient must lie in it as its weight does.
             each.grad = found if found.stride() == each.stride() else torch.empty_like(each).copy_(found)
         self.optimizer.step()

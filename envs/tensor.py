@@ -90,8 +90,7 @@ _STATE = {
 def indexed(device: torch.device | str) -> torch.device:
     """A device by its number: "cuda" is the present one, as the tensors say that are made there."""
     named = torch.device(device)
-    is_open = named.type == "cuda" and str(named) == "cuda"
-    return torch.device("cuda", torch.cuda.current_device()) if is_open else named
+    return torch.device("cuda", torch.cuda.current_device()) if str(named) == "cuda" else named
 
 
 class TensorVecEnv(VecEnv):

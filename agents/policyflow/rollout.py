@@ -217,8 +217,8 @@ class FlowRollouts(Ranked):
             if self._exploration is not None:
                 moments.append(self._remember(noise[step], further[step], start))
             drawn[:, step] = self._act(features[step], noise[step])
-            action = policy.to_units(FlowSample(*drawn[:, step]).action)
-            clipped = policy.to_units(FlowSample(*drawn[:, step]).action.clamp(-1, 1))
+            action = FlowSample(*drawn[:, step]).action
+            clipped = policy.to_units(action.clamp(-1, 1))
             result = env.step_tensor(clipped)
             features[step + 1], rewards[step], terminated[step], truncated[step], reached[step] = result[:5]
             start = result.terminated | result.truncated
