@@ -14,7 +14,7 @@ import torch
 import tyro
 from known_kinematics import collect
 from torch import Tensor
-from two_moons import energy_distance, two_moons
+from two_moons import energy_distance, minimise, two_moons
 
 from driftrl.dynamics import (
     LINEAR,
@@ -62,21 +62,19 @@ def fit(draw: Draw, hidden: tuple[int, ...], iterations: int, coef: float) -> ML
     data, cond = draw(1, generator)
     torch.manual_seed(0)
     field = MLPField(data.shape[1], 0 if cond is None else cond.shape[1], hidden)
-    optimizer = torch.optim.Adam(field.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    for _ in range(iterations):
+
+    def loss() -> Tensor:
         data, cond = draw(BATCH, generator)
         z, t = torch.randn(data.shape, generator=generator), torch.rand(BATCH, generator=generator)
-        loss = flow_matching_loss(field, LINEAR, z, data, t, cond).mean()
-        if coef:
-            x, left = LINEAR.sample(t, z, data)[:PENALIZED], 1 - t[:PENALIZED, None]
-            given = None if cond is None else cond[:PENALIZED]
-            residual = left.square() * fokker_planck_residual(field, t[:PENALIZED], x, given)
-            loss = loss + coef * residual.square().sum(1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        matching = flow_matching_loss(field, LINEAR, z, data, t, cond).mean()
+        if not coef:
+            return matching
+        x, left = LINEAR.sample(t, z, data)[:PENALIZED], 1 - t[:PENALIZED, None]
+        given = None if cond is None else cond[:PENALIZED]
+        residual = left.square() * fokker_planck_residual(field, t[:PENALIZED], x, given)
+        return matching + coef * residual.square().sum(1).mean()
+
+    minimise(field.parameters(), loss, iterations)
     return field
 
 

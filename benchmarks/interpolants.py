@@ -17,7 +17,7 @@ import matplotlib
 import torch
 import tyro
 from torch import Tensor
-from two_moons import IMAGES, energy_distance, two_moons
+from two_moons import IMAGES, energy_distance, minimise, two_moons
 
 from driftrl.dynamics import MLPField, flow_matching_loss, interpolant_sde, sdeint_path
 from driftrl.dynamics.coupling import entropic_plan
@@ -65,18 +65,15 @@ def entropic_pairs(generator: torch.Generator) -> Pairs:
 def fit(pairs: Pairs, iterations: int, generator: torch.Generator) -> Fit:
     torch.manual_seed(0)
     fields = Fit(MLPField(2, hidden=(128, 128, 128)), MLPField(2, hidden=(128, 128, 128)))
-    optimizer = torch.optim.Adam([*fields.velocity.parameters(), *fields.denoiser.parameters()], lr=5e-3)
-    schedule, path = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations), brownian_bridge(SCALE)
-    for _ in range(iterations):
+    path = brownian_bridge(SCALE)
+
+    def loss() -> Tensor:
         x0, x1 = pairs()
         t, z = torch.rand(BATCH, generator=generator), torch.randn(BATCH, 2, generator=generator)
-        loss = flow_matching_loss(fields.velocity, path, x0, x1, t, z=z) + denoising_loss(
-            fields.denoiser, path, x0, x1, t, z
-        )
-        optimizer.zero_grad()
-        loss.mean().backward()
-        optimizer.step()
-        schedule.step()
+        matching = flow_matching_loss(fields.velocity, path, x0, x1, t, z=z)
+        return (matching + denoising_loss(fields.denoiser, path, x0, x1, t, z)).mean()
+
+    minimise([*fields.velocity.parameters(), *fields.denoiser.parameters()], loss, iterations)
     return fields
 
 

@@ -8,6 +8,7 @@ Takes two minutes. Needs matplotlib (a dev dependency).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -49,19 +50,28 @@ def two_moons(n: int, generator: torch.Generator) -> Tensor:
     return 1.4 * points + 0.1 * torch.randn(n, 2, generator=generator)
 
 
+def minimise(parameters: Iterable[Tensor], loss: Callable[[], Tensor], iterations: int) -> None:
+    """Descend a loss that is drawn anew each time, by Adam whose rate falls to 0 by a cosine."""
+    optimizer = torch.optim.Adam(parameters, lr=5e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    for _ in range(iterations):
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        schedule.step()
+
+
 def fit(iterations: int, generator: torch.Generator, path: FlowPath = LINEAR) -> MLPField:
     torch.manual_seed(0)
     field = MLPField(dim=2, hidden=(128, 128, 128))
-    optimizer = torch.optim.Adam(field.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    for _ in range(iterations):
+
+    def loss() -> Tensor:
         data = two_moons(512, generator)
         z, t = torch.randn(512, 2, generator=generator), torch.rand(512, generator=generator)
-        loss = flow_matching_loss(field, path, z, data, t).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        return flow_matching_loss(field, path, z, data, t).mean()
+
+    minimise(field.parameters(), loss, iterations)
     return field
 
 
