@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .dense import Event, Events, Readout, at_event
 from .fields import Time
-from .ode import DOPRI5, FieldLike, Tableau, bind, check_batch, combine, error_estimate
+from .ode import DOPRI5, FieldLike, Tableau, bind, check_batch, check_one, combine, error_estimate
 from .step_control import (
     AdaptiveResult,
     Carry,
@@ -84,7 +84,7 @@ def odeint_adaptive(
             of the shape of x, or the event's not [B].
     """
     check_batch(x)
-    check_problem(x, rtol, atol, max_steps)
+    check_problem(x, cond, rtol, atol, max_steps)
     if not solver.error:
         raise ValueError(f"solver must have an error estimate, as DOPRI5 and HEUN have, got {solver.name!r}")
     span, times = _times(x, t0, t1, at)
@@ -129,6 +129,8 @@ def odeint_adaptive(
 
 def _times(x: Tensor, t0: Time, t1: Time, at: Sequence[float] | Tensor) -> tuple[tuple[float, float], Tensor]:
     """Start and end time, and the times between them, of each row, [T, B] in the type of x."""
+    check_one("t0", t0)
+    check_one("t1", t1)
     start, end = (float(time.detach()) if isinstance(time, Tensor) else float(time) for time in (t0, t1))
     span = start, end
     for name, time in zip(("t0", "t1"), span, strict=True):

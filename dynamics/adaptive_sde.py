@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .brownian_tree import BrownianTree
+from .brownian_tree import BrownianTree, check_tree
 from .ode import check_batch, fixed_time
 from .sde import SDE, Bound, SDESolver, bind_sde, check_direction, get_solver
 from .step_control import (
@@ -86,7 +86,7 @@ def sdeint_adaptive(
             does not take the equation.
     """
     check_batch(x)
-    check_problem(x, rtol, atol, max_steps)
+    check_problem(x, cond, rtol, atol, max_steps)
     solver = get_solver(("sra1" if sde.additive else "milstein") if solver is None else solver, sde)
     if solver.pairs:
         raise ValueError(f"solver must have one state, got {solver.name!r}; use 'stochastic_heun'")
@@ -95,9 +95,7 @@ def sdeint_adaptive(
             f"solver must be of order 1 or more for {type(sde).__name__}, got {solver.name!r} of order "
             f"{solver.order:g}: with step sizes that depend on the path it goes wrong; use 'milstein'"
         )
-    expected, got = (x.shape, x.dtype, x.device), (noise.shape, noise.dtype, noise.device)
-    if got != expected:
-        raise ValueError(f"noise must be like x, {list(x.shape)} {x.dtype} on {x.device}, got a tree of {got}")
+    check_tree(noise, x)
     t0, t1 = (noise.t0 if t0 is None else fixed_time("t0", t0)), (noise.t1 if t1 is None else fixed_time("t1", t1))
     check_direction(t0, t1)
     length = noise.t1 - noise.t0

@@ -40,7 +40,7 @@ class BrownianTree:
         device: of the results.
 
     Raises:
-        ValueError: if t1 is not above t0, or a size of shape is below 1.
+        ValueError: if t1 is not above t0, shape is not (B, D), each at least 1, or dtype has no fractions.
     """
 
     def __init__(
@@ -56,10 +56,12 @@ class BrownianTree:
         t0, t1 = fixed_time("t0", t0), fixed_time("t1", t1)
         if not t1 > t0:
             raise ValueError(f"t1 must be above t0, got t0={t0} and t1={t1}")
-        if min(shape) < 1:
+        if len(tuple(shape)) != 2 or min(shape) < 1:
             raise ValueError(f"shape must be (B, D), each at least 1, got {tuple(shape)}")
         self.t0, self.t1 = t0, t1
         self._dtype = dtype or torch.get_default_dtype()
+        if not self._dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point type, got {dtype}")
         count = torch.arange(2 * math.prod(shape), device=device).view(*shape, 2).movedim(-1, 0)
         self._counter = count * _GOLDEN
         self._seed = _hash(torch.tensor(_signed(operator.index(seed)), device=device))
@@ -106,10 +108,13 @@ class BrownianTree:
     def walk(self, times: Iterable[Time]) -> Iterator[tuple[Tensor, Tensor]]:
         """(w, h) between consecutive times, each [B, D], one pair at a time, for one query per time.
 
-        The times may fall: w is then what leads back. Raises as a query at each of them.
+        The times may fall: w is then what leads back. Raises as a query at each of them, and ValueError where two that
+        follow each other are the same, in any row: the area of no time has no value.
         """
         places = map(self._fraction, times)
         for (start, before), (end, after) in pairwise((place, self.state(place)) for place in places):
+            if (start == end).any():
+                raise ValueError("times must differ from those before them")
             w, h = self.step(start, end, before, after)
             yield w.to(self._dtype), h.to(self._dtype)
 
@@ -177,6 +182,15 @@ class BrownianTree:
         uniform = ((bits >> 11 & (2**53 - 1)).double() + 0.5) * 2.0**-53
         radius, angle = torch.sqrt(-2 * torch.log(uniform[:, 0])), (2 * math.pi) * uniform[:, 1]
         return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], 1)
+
+
+def check_tree(noise: BrownianTree, x: Tensor) -> None:
+    """Raise ValueError unless the noise is a tree whose results are like x."""
+    if not isinstance(noise, BrownianTree):
+        raise ValueError(f"noise must be a BrownianTree, got {type(noise).__name__}")
+    expected, got = (f"{list(like.shape)} {like.dtype} on {like.device}" for like in (x, noise))
+    if got != expected:
+        raise ValueError(f"noise must be like x, {expected}, got {got}")
 
 
 _DEPTH = 53

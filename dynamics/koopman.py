@@ -19,14 +19,18 @@ def koopman_matrix(before: Tensor, after: Tensor, control: Tensor | None = None)
         control: actions, [N, C], or None.
 
     Raises:
-        ValueError: if shapes do not fit or rows are too few.
+        ValueError: if shapes do not fit, rows are too few, or a number is not finite.
     """
+    if control is not None and (control.ndim != 2 or len(control) != len(before)):
+        raise ValueError(f"control must have shape [{len(before)}, C], got {list(control.shape)}")
     inputs = before if control is None else torch.cat([before, control], 1)
     if before.ndim != 2 or after.shape != before.shape or len(inputs) <= inputs.shape[1]:
         raise ValueError(
             f"before and after must have the same shape [N, O] with N above {inputs.shape[-1]}, the number of inputs, "
             f"got {list(before.shape)} and {list(after.shape)}"
         )
+    if not (inputs.is_floating_point() and inputs.isfinite().all() and after.isfinite().all()):
+        raise ValueError("before, after and control must hold finite floating-point numbers")
     scale = inputs.std(0).clamp(min=torch.finfo(inputs.dtype).eps)
     centred = (inputs - inputs.mean(0)) / scale
     # A pseudo-inverse: inputs that never change, or repeat others, get the least coefficients.

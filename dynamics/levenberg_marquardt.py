@@ -55,8 +55,8 @@ def levenberg_marquardt(
         Positions [B, D], and the acceptance probability of every step, [steps, B].
 
     Raises:
-        ValueError: if step, damping or temperature is not positive, B is odd or below 4, a shape differs, or the energy
-            is not [B].
+        ValueError: if step, damping or temperature is not positive, B is odd or below 4, a shape differs, the energy
+            is not [B], or a position or gradient is not finite (not when compiled).
     """
     check_steps(x, noise, step, temperature, None)
     if not damping > 0:
@@ -72,7 +72,10 @@ def levenberg_marquardt(
     for z, level in zip(noise.unbind(), uniform.unbind(), strict=True):
         found = []
         for i, part in enumerate(rows):
-            metric = damped_metric(halves[1 - i].x, halves[1 - i].gradient, damping)
+            try:
+                metric = damped_metric(halves[1 - i].x, halves[1 - i].gradient, damping)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                raise ValueError("positions and gradients must be finite: they make the other half's metric") from error
             halves[i], probability = adjusted_step(
                 values[i], halves[i], z[part], level[part], step, temperature, metric
             )

@@ -120,12 +120,13 @@ def intervals(steps: int, t0: float, t1: float) -> list[tuple[float, float]]:
     """Start and size (t, h) of each of the equal steps from t0 to t1; ``t + h`` of the last is t1 exactly on [0, 1].
 
     Raises:
-        ValueError: if ``steps`` is below 1, or a time is a number and not finite.
+        ValueError: if ``steps`` is below 1, or a time is a number and not finite, or a tensor of several.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    times_given: tuple[float | Tensor, ...] = (t0, t1)
-    for name, time in zip(("t0", "t1"), times_given, strict=True):
+    times_given: tuple[tuple[str, float | Tensor], ...] = ("t0", t0), ("t1", t1)
+    for name, time in times_given:
+        check_one(name, time)
         if not isinstance(time, Tensor) and not math.isfinite(time):
             raise ValueError(f"{name} must be finite, got {time}")
     times = [t0 + (t1 - t0) * k / steps for k in range(steps)] + [t1]
@@ -136,13 +137,20 @@ def fixed_time(name: str, time: float | Tensor) -> float:
     """A time as a number, for a solver that gives no gradient with respect to it.
 
     Raises:
-        ValueError: if the time requires one, or is not finite.
+        ValueError: if the time requires one, is not finite, or a tensor of several.
     """
+    check_one(name, time)
     if isinstance(time, Tensor) and time.requires_grad:
         raise ValueError(f"{name} must not require a gradient, which this solver does not give; use odeint")
     if not math.isfinite(time):
         raise ValueError(f"{name} must be finite, got {time}")
     return float(time)
+
+
+def check_one(name: str, time: float | Tensor) -> None:
+    """Raise ValueError unless the time is one number, the same for all rows."""
+    if isinstance(time, Tensor) and time.ndim:
+        raise ValueError(f"{name} must be one number, got a tensor of shape {list(time.shape)}")
 
 
 def time_grid(steps: int, solver: Tableau | str = "midpoint", t0: float = 0.0, t1: float = 1.0) -> tuple[float, ...]:
@@ -301,7 +309,11 @@ def odeint_path(
     return torch.stack(states)
 
 
-def check_batch(x: Tensor) -> None:
-    """Raise ValueError unless x is [B, D]."""
+def check_batch(x: object) -> None:
+    """Raise ValueError unless x is a tensor [B, D] whose numbers can change by small steps."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x must be a floating-point tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be a floating-point tensor, got {x.dtype}")
     if x.ndim != 2:
         raise ValueError(f"x must have shape [B, D], got {list(x.shape)}; flatten or add the batch dimension")

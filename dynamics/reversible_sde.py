@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .brownian import BrownianGrid
-from .brownian_tree import BrownianTree
+from .brownian_tree import BrownianTree, check_tree
 from .ode import check_batch, fixed_time, intervals
 from .reversible import GradientSums
 from .sde import REVERSIBLE_HEUN, SDE, bind_sde, check_direction, check_noise
@@ -61,9 +61,8 @@ def sdeint_reversible(
         check_noise(noise, x, steps, (t1 - t0) / steps)
         if noise.w.requires_grad and gradient == "reversible":
             raise ValueError("noise must not require a gradient, got one; use gradient='direct'")
-    elif (noise.shape, noise.dtype, noise.device) != (x.shape, x.dtype, x.device):
-        expected = f"{list(x.shape)} {x.dtype} on {x.device}"
-        raise ValueError(f"noise must be like x, {expected}, got {noise.shape} {noise.dtype} on {noise.device}")
+    else:
+        check_tree(noise, x)
     method = _ReversibleHeun(sde, course, t1, noise)
     if gradient == "direct":
         return method.run(x, cond)[0]

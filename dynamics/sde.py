@@ -311,6 +311,8 @@ def _noise(
 
 def check_noise(noise: BrownianGrid, x: Tensor, steps: int, dt: float) -> None:
     """Raise ValueError unless the noise is for so many steps of x."""
+    if not isinstance(noise, BrownianGrid):
+        raise ValueError(f"noise must be a BrownianGrid, such as BrownianTree.grid gives, got {type(noise).__name__}")
     expected, got = ([steps, *x.shape], x.dtype, x.device), (list(noise.w.shape), noise.w.dtype, noise.w.device)
     if got != expected:
         raise ValueError(f"noise must be {expected}, got {got}")

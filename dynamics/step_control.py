@@ -173,12 +173,15 @@ Course: TypeAlias = list[tuple[Tensor, Tensor, Span]]
 """Accepted steps, by attempt: rows, how many steps they had made before, where."""
 
 
-def check_problem(x: Tensor, rtol: float, atol: float, max_steps: int) -> None:
+def check_problem(x: Tensor, cond: Tensor | None, rtol: float, atol: float, max_steps: int) -> None:
     """Refuse what no adaptive solver takes.
 
     Raises:
-        ValueError: if x has no dimension, or is neither float32 nor float64, a tolerance or ``max_steps`` out of range.
+        ValueError: if x has no dimension, or is neither float32 nor float64, cond has not its rows, a tolerance or
+            ``max_steps`` out of range.
     """
+    if cond is not None and len(cond) not in (1, len(x)):
+        raise ValueError(f"cond must have {len(x)} rows like x, or 1 row, got {len(cond)}")
     if not (rtol >= 0 and atol > 0):
         raise ValueError(f"rtol must be at least 0 and atol positive, got {rtol} and {atol}")
     if not x.shape[1]:

@@ -129,6 +129,9 @@ class Critics(nn.Module):
         spectral_layers: "all" hidden layers have that bound, or the "last" of them alone (Gogianu et al. 2021, arXiv
             2105.05246).
         bounded: values are ``center + half_width * network``, where the last layer starts at 0.
+
+    Raises:
+        ValueError: if ``spectral_layers`` is neither.
     """
 
     center: Tensor
@@ -139,6 +142,8 @@ class Critics(nn.Module):
         spectral_bound: float | None = None, bounded: bool = False, spectral_layers: str = "all",
     ) -> None:  # fmt: skip
         super().__init__()
+        if spectral_layers not in ("all", "last"):
+            raise ValueError(f"spectral_layers must be 'all' or 'last', got {spectral_layers!r}")
         first, output = 0 if spectral_layers == "all" else len(hidden) - 1, len(hidden)
         layers: list[nn.Module] = []
         for i, (fan_in, fan_out) in enumerate(pairwise((inputs, *hidden, 1))):

@@ -105,7 +105,7 @@ def test_a_slope_whose_square_overflows() -> None:
     assert result.accepted.item() < 30
 
 
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
 def test_types_that_do_not_resolve_an_error_are_refused(kind: torch.dtype) -> None:
     with pytest.raises(ValueError, match=r"x must be float32 or float64, got torch"):
         odeint_adaptive(lambda t, x, cond: -x, torch.ones(1, 1, dtype=kind))

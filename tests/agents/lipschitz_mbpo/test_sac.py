@@ -216,3 +216,8 @@ def test_the_averaged_actor_acts_deterministically_and_follows_geometrically_aft
     noise = torch.randn(1, 5, 1)
     assert torch.equal(policy.decide(obs, noise), policy.actor.sample(obs, noise[0]).action)
     assert not [name for name in policy._own_parameters() if name.startswith("averaged_actor")]
+
+
+def test_unknown_choice_of_bounded_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="spectral_layers must be 'all' or 'last', got 'lst'"):
+        Critics(5, (8, 8), "relu", spectral_bound=1.0, spectral_layers="lst")
