@@ -101,7 +101,11 @@ class TransitionRing:
     def append(self, obs: Tensor, action: Tensor, next_obs: Tensor, reward: Tensor, terminated: Tensor) -> None:
         """Add transitions: obs and next_obs [B, O], action [B, D], reward and terminated [B]."""
         scalars = torch.stack([reward, terminated.to(reward.dtype)], 1)
-        rows = torch.cat([obs, action, next_obs, scalars], 1)[-self.capacity :]
+        self.append_rows(torch.cat([obs, action, next_obs, scalars], 1))
+
+    def append_rows(self, rows: Tensor) -> None:
+        """Add transitions as rows [B, W], the columns in the order of `Transitions`."""
+        rows = rows[-self.capacity :]
         first = min(len(rows), self.capacity - self.position)
         self.rows[self.position : self.position + first] = rows[:first]
         self.rows[: len(rows) - first] = rows[first:]
@@ -177,9 +181,10 @@ class TensorReplay(ReplayBuffer):
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
         vectors = [observation_vectors(each, self.observation_space) for each in (obs, next_obs)]
         kept = np.array([LEFT_OUT not in info for info in infos])
-        columns = (vectors[0], action.reshape(len(done), -1), vectors[1], reward, done & ~truncated)
-        rows = (torch.as_tensor(each[kept], dtype=torch.float32, device=self.device) for each in columns)
-        self.transitions.append(*rows)
+        scalars = reward[:, None], (done & ~truncated)[:, None]
+        # One array, as a step of the environments then costs one copy to the device.
+        rows = np.concatenate([vectors[0], action.reshape(len(done), -1), vectors[1], *scalars], 1, dtype=np.float32)
+        self.transitions.append_rows(torch.from_numpy(rows[kept]).to(self.device))
         self._note()
 
     def get_state(self) -> dict[str, Any]:

@@ -294,7 +294,7 @@ def random_state(agent: Checkpointed) -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if agent.device.type == "cuda" else [],
+        "cuda": [torch.cuda.get_rng_state(agent.device)] if agent.device.type == "cuda" else [],
         "action_space": agent.action_space.np_random.bit_generator.state,
     }
 
@@ -304,8 +304,8 @@ def set_random_state(agent: Checkpointed, state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and agent.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"][0], agent.device)
     agent.action_space.np_random.bit_generator.state = state["action_space"]
 
 
