@@ -34,7 +34,8 @@ def describe_preset(entry: AgentSpec, defaults: Arguments, arguments: Arguments)
     chosen, before = (
         {name: getattr(each, name) for name in run} | dataclasses.asdict(each.config) for each in (arguments, defaults)
     )
-    yours = {key: value for key, value in chosen.items() if value != before[key]}
+    off = arguments.config.switched_off()  # by another choice; the preset's value is back at the default
+    yours = {key: value for key, value in chosen.items() if value != before[key] and key not in off}
     tuned = {key: chosen[key] for key in preset if key not in yours and chosen[key] != standard.get(key)}
     tuned_for = entry.presets[arguments.preset]
     title = arguments.env if task_name(arguments.env) in tuned_for else f"default (none is tuned for {arguments.env})"

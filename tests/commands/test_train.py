@@ -77,6 +77,13 @@ def start(*options: str, env: str = "InvertedPendulum-v5", steps: int = 96) -> i
     return train.main(["policyflow", "--env", env, "--total-timesteps", str(steps), *SMALL, *options])
 
 
+def test_what_another_choice_switched_off_is_not_called_the_users(capsys: pytest.CaptureFixture[str]) -> None:
+    assert start("--lr-schedule", "constant", "--env", "Pendulum-v1") == 0
+    (yours,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("set by you:"))
+    assert "lr_schedule=constant" in yours
+    assert "desired_kl" not in yours
+
+
 def test_a_run_from_start_to_resumption(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         start("--seed", "3", "--checkpoint-interval", "32", "--gamma", "0.9", "--keep-checkpoints", "2", steps=640) == 0
