@@ -1,9 +1,10 @@
-"""Pretrained, fine-tuned and steered policies on demonstrations of Avoid: success and routes, over seeds.
+"""Pretrained, fine-tuned and steered policies on demonstrations: success and routes, over seeds.
 
     OMP_NUM_THREADS=1 python benchmarks/demonstrations.py --seeds 0 1 2 3 4
+    OMP_NUM_THREADS=1 python benchmarks/demonstrations.py --task push --seeds 0 1 2    # pip install 'driftrl[maze]'
 
-Each run is one `train.py` with Avoid's preset. Its evaluations are kept in `benchmarks/results/demonstrations/`, and a
-run that is kept is not repeated. The table of all that are kept is printed at the end and written into
+Each run is one `train.py` with the preset of its task. Its evaluations are kept in benchmarks/results/demonstrations,
+and a run that is kept is not repeated. The table of all that are kept is printed at the end and written into
 docs/demonstrations.md. The Gaussian is the same policy with a base of width 0, the mixture that with a base of five
 points; from scratch is the flow without demonstrations. With chunks of c actions, all of which are done, a rollout
 holds a c-th of the decisions. Minibatches are smaller by as much.
@@ -16,8 +17,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from learning import write_between
@@ -25,104 +27,177 @@ from paired import machine, write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "demonstrations"
-ENV = "driftrl/Avoid-v0"
-PRETRAIN = ["--pretrain-steps", "5000"]
 HEADS = {
     "flow": [],
     "flow with a learned base": ["--base", "gaussian", "--base-std", "0.5"],  # steering needs one
     "gaussian": ["--base-std", "0", "--action-std", "0.3"],
     "mixture": ["--base", "mixture", "--ratio", "mixture", "--action-std", "0.3"],
 }
+COMPARED = ("flow", "gaussian", "mixture")
 STAGES = {
     "pretrained": ["--total-timesteps", "0"],
     "fine-tuned": [],
     "steering": ["--freeze-flow", "--learning-rate", "3e-4"],
     "from scratch": ["--critic-warmup", "0"],
 }
-COMPARED = ("flow", "gaussian", "mixture")
-ARMS = [
-    *(("good", head, "pretrained", chunk) for chunk in (1, 4) for head in COMPARED),
-    *(("half", head, "fine-tuned", chunk) for chunk in (1, 4) for head in COMPARED),
-    ("half", "flow with a learned base", "steering", 1),
-    ("none", "flow", "from scratch", 1),
-]
-"""Data (all demonstrations good, half of them, or none), head, stage, actions in a chunk."""
-CHUNKS = {1: [], 4: ["--chunk", "4", "--batch-size", "166"]}
 
 
-def dataset(runs: Path, data: str) -> Path:
+class Arm(NamedTuple):
+    """What one row of a table is made of."""
+
+    data: str
+    """A key of the task's `shares`, or "none"."""
+    head: str
+    stage: str
+    chunk: int = 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is compared on one environment."""
+
+    env: str
+    demonstrations: int
+    """Episodes."""
+    shares: dict[str, float]
+    """Data sets -> share of the episodes that aim at their goal."""
+    pretrain_steps: int
+    arms: tuple[Arm, ...]
+    episodes: int | None = None
+    """Of an evaluation; None: those that training itself reports of a task with several solutions."""
+
+
+TASKS = {
+    "avoid": Task(
+        "driftrl/Avoid-v0", 600, {"good": 1.0, "half": 0.5}, 5000,
+        (
+            *(Arm("good", head, "pretrained", chunk) for chunk in (1, 4) for head in COMPARED),
+            *(Arm("half", head, "fine-tuned", chunk) for chunk in (1, 4) for head in COMPARED),
+            Arm("half", "flow with a learned base", "steering"),
+            Arm("none", "flow", "from scratch"),
+        ),
+    ),
+    "push": Task(
+        "FetchPush-v4", 2000, {"mixed": 0.6}, 10_000,
+        (
+            *(Arm("mixed", head, "fine-tuned") for head in COMPARED),
+            *(Arm("mixed", head, "pretrained", chunk) for chunk in (4, 8) for head in COMPARED),
+            Arm("none", "flow", "from scratch"),
+        ),
+        episodes=500,
+    ),
+}  # fmt: skip
+CHUNKS = {1: [], 4: ["--chunk", "4", "--batch-size", "166"], 8: ["--chunk", "8", "--batch-size", "83"]}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm of a task with one seed."""
+
+    task: str
+    arm: Arm
+    seed: int
+
+    @property
+    def kept(self) -> Path:
+        """Where its result is kept."""
+        data, head, stage, chunk = self.arm
+        prefix, chunks = "" if self.task == "avoid" else f"{self.task}-", f"-chunk_{chunk}" if chunk > 1 else ""
+        return RESULTS / f"{prefix}{data}-{head}-{stage}{chunks}".replace(" ", "_") / f"s{self.seed}.json"
+
+    def execute(self, runs: Path) -> None:
+        """Train and evaluate, unless the result is there."""
+        if self.kept.exists():
+            return
+        task, folder = TASKS[self.task], runs / self.kept.parent.name / self.kept.stem
+        found = next(iter(folder.rglob("config.json")), None)
+        if found is not None:
+            options = ["--resume", str(found.parent)]
+        else:
+            options = ["policyflow", "--env", task.env, "--seed", str(self.seed), "--run-dir", str(folder)]
+            options += [*HEADS[self.arm.head], *STAGES[self.arm.stage], *CHUNKS[self.arm.chunk]]
+            if self.arm.data != "none":
+                options += ["--demonstrations", str(dataset(runs, self.task, self.arm.data))]
+                options += ["--pretrain-steps", str(task.pretrain_steps)]
+        print(f"{folder.parent.name}, seed {self.seed} ...", flush=True)
+        call("train.py", *options)
+        (report,) = folder.rglob("eval.json")
+        pretrained = report.parent / "pretrained.zip"
+        after = evaluation(task, report, report.parent)
+        before = evaluation(task, pretrained.with_suffix(".json"), pretrained) if pretrained.exists() else after
+        write(self.kept, {"machine": machine("torch", "numpy"), "before": before, "after": after})
+
+
+def call(script: str, *options: str) -> None:
+    subprocess.run([sys.executable, script, *options], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def dataset(runs: Path, name: str, data: str) -> Path:
     """The demonstrations, written if they are not there."""
-    target = runs / "data" / f"{data}-v0"
+    task = TASKS[name]
+    target = runs / "data" / name / f"{data}-v0"
     if not target.exists():
-        success = {"good": "1", "half": "0.5"}[data]
-        command = [sys.executable, "-m", "driftrl.commands.demonstrate", str(target), "--success", success]
+        command = [sys.executable, "-m", "driftrl.commands.demonstrate", str(target), "--env", task.env]
+        command += ["--episodes", str(task.demonstrations), "--success", str(task.shares[data])]
         subprocess.run(command, cwd=ROOT, check=True)
     return target
 
 
-def kept(data: str, head: str, stage: str, chunk: int, seed: int) -> Path:
-    """Where the result of a run is kept."""
-    chunks = f"-chunk_{chunk}" if chunk > 1 else ""
-    return RESULTS / f"{data}-{head}-{stage}{chunks}".replace(" ", "_") / f"s{seed}.json"
+def evaluation(task: Task, report: Path, saved: Path) -> dict[str, Any]:
+    """Of a saved agent: the report that training wrote, or one of more episodes."""
+    if task.episodes is not None:
+        report = report.with_name("evaluation.json")
+        call("evaluate.py", str(saved), "--episodes", str(task.episodes), "--json", str(report))
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
 
 
-def run(runs: Path, data: str, head: str, stage: str, chunk: int, seed: int) -> None:
-    """Train one arm with one seed, unless it is complete, and keep its evaluations."""
-    result = kept(data, head, stage, chunk, seed)
-    if result.exists():
-        return
-    folder = runs / result.parent.name / result.stem
-    found = next(iter(folder.rglob("config.json")), None)
-    if found is not None:
-        command = ["--resume", str(found.parent)]
-    else:
-        command = ["policyflow", "--env", ENV, "--seed", str(seed), *HEADS[head], *STAGES[stage], *CHUNKS[chunk]]
-        command += ["--run-dir", str(folder)]
-        if data != "none":
-            command += ["--demonstrations", str(dataset(runs, data)), *PRETRAIN]
-    print(f"{folder.parent.name}, seed {seed} ...", flush=True)
-    subprocess.run([sys.executable, "train.py", *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    (report,) = folder.rglob("eval.json")
-    after, pretrained = json.loads(report.read_text()), report.parent / "pretrained.json"
-    before = json.loads(pretrained.read_text()) if pretrained.exists() else after
-    write(result, {"machine": machine("torch", "numpy"), "before": before, "after": after})
+def figures(report: dict[str, Any]) -> dict[str, float]:
+    """Share of episodes that succeeded, and entropy of the routes in bits where there are several."""
+    several = report.get("multimodality")
+    if several is None:
+        return {"success": report["success_rate"]}
+    return {"success": several["success"], "bits": several["entropy_bits"]}
 
 
-def rows(data: str, head: str, stage: str, chunk: int) -> list[dict[str, Any]]:
-    """What the complete runs of an arm came to: before reinforcement learning, and at the end."""
-    return [json.loads(each.read_text()) for each in sorted(kept(data, head, stage, chunk, 0).parent.glob("s*.json"))]
-
-
-def table() -> str:
-    """Success and entropy of routes of each arm: median and range over seeds."""
-    lines = ["| data | head | chunk | stage | seeds | policy | success before | after | bits before | after |",
-             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for data, head, stage, chunk in ARMS:
-        found = rows(data, head, stage, chunk)
+def table(name: str) -> str:
+    """Success and entropy of routes of each arm of a task: median and range over seeds."""
+    lines = list[str]()
+    for arm in TASKS[name].arms:
+        kept = sorted(Run(name, arm, 0).kept.parent.glob("s*.json"))
+        found = [json.loads(each.read_text()) for each in kept]
         for policy in ("sampled", "deterministic") if found else ():
+            before, after = ([figures(row[when][policy]) for row in found] for when in ("before", "after"))
+            if not lines:
+                titles = [f"{key} {when}" for key in before[0] for when in ("before", "after")]
+                lines = [f"| data | head | chunk | stage | seeds | policy | {' | '.join(titles)} |"]
+                lines.append("|---" * (6 + len(titles)) + "|")
             cells = []
-            for key, form in (("success", "{:.1%}"), ("entropy_bits", "{:.2f}")):
-                for when in ("before", "after"):
-                    values = [row[when][policy]["multimodality"][key] for row in found]
-                    low, middle, high = (form.format(each) for each in np.quantile(values, [0, 0.5, 1]))
-                    cells.append(f"{middle} [{low}, {high}]")
-            lines.append(f"| {data} | {head} | {chunk} | {stage} | {len(found)} | {policy} | {' | '.join(cells)} |")
+            for key in before[0]:
+                for each in (before, after):
+                    low, middle, high = np.quantile([row[key] for row in each], [0, 0.5, 1])
+                    form = "{:.1%} [{:.1%}, {:.1%}]" if key == "success" else "{:.2f} [{:.2f}, {:.2f}]"
+                    cells.append(form.format(middle, low, high))
+            stated = f"{arm.data} | {arm.head} | {arm.chunk} | {arm.stage}"
+            lines.append(f"| {stated} | {len(found)} | {policy} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--task", choices=tuple(TASKS), default="avoid")
     parser.add_argument("--runs", type=Path, default=Path("runs/demonstrations"), help="run folders and data")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="none: only print the table")
     parser.add_argument("--chunks", nargs="+", type=int, choices=tuple(CHUNKS), default=list(CHUNKS))
     parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=list(STAGES), help="which to run")
+    parser.add_argument("--heads", nargs="+", choices=tuple(HEADS), default=list(HEADS), help="which to run")
     args = parser.parse_args(argv)
-    for arm in ARMS:
-        for seed in args.seeds:
-            if arm[2] in args.stages and arm[3] in args.chunks:
-                run(args.runs.resolve(), *arm, seed)
-    print(table())
-    write_between(ROOT / "docs" / "demonstrations.md", "demonstrations", table())
+    for seed in args.seeds:
+        for arm in TASKS[args.task].arms:
+            if arm.stage in args.stages and arm.chunk in args.chunks and arm.head in args.heads:
+                Run(args.task, arm, seed).execute(args.runs.resolve())
+    print(table(args.task))
+    write_between(ROOT / "docs" / "demonstrations.md", f"demonstrations {args.task}", table(args.task))
     return 0
 
 

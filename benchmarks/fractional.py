@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from driftrl.dynamics.fractional import FractionalNoise, fractional_sdeint
 
 PAGE = Path(__file__).parents[1] / "docs" / "solvers.md"
-PATHS, SEEN, STEPS, AHEAD, NOISE = 64, 16, 128, 4, 0.05
+PATHS, SEEN, STEPS, AHEAD, NOISE = 64, 16, 512, 4, 0.1
 F64 = torch.float64
 
 
