@@ -71,7 +71,7 @@ TASKS = {
     "avoid": Task(
         "driftrl/Avoid-v0", 600, {"good": 1.0, "half": 0.5}, 5000,
         (
-            *(Arm("good", head, "pretrained", chunk) for chunk in (1, 4) for head in COMPARED),
+            *(Arm("good", head, "pretrained", chunk) for chunk in (1, 4, 8, 16) for head in COMPARED),
             *(Arm("half", head, "fine-tuned", chunk) for chunk in (1, 4) for head in COMPARED),
             Arm("half", "flow with a learned base", "steering"),
             Arm("none", "flow", "from scratch"),
@@ -87,7 +87,7 @@ TASKS = {
         episodes=500,
     ),
 }  # fmt: skip
-CHUNKS = {1: [], 4: ["--chunk", "4", "--batch-size", "166"], 8: ["--chunk", "8", "--batch-size", "83"]}
+CHUNKS = {chunk: ["--chunk", f"{chunk}", "--batch-size", f"{664 // chunk}"] for chunk in (4, 8, 16)} | {1: []}
 
 
 @dataclass(frozen=True)
