@@ -55,7 +55,8 @@ def odeint_adaptive(
 
     States within a step are those of the solver's interpolant, for which no further step is made: it adds ``O(h^5)`` to
     the error with DOPRI5 and ``O(h^4)`` with HEUN. The event is located on it to the last bit of the time. The gradient
-    of its time is that of the implicit function theorem.
+    of its time is that of the implicit function theorem, the first one only (``create_graph=True`` is an error); it
+    is infinite where the event does not change with time.
 
     Waits for the device once per step, and is not for ``torch.compile``. ``solver`` calls in a step: its number of
     stages; two more for the first.
@@ -81,7 +82,7 @@ def odeint_adaptive(
     Raises:
         ValueError: if x is not [B, D], a tolerance or ``max_steps`` out of range, the solver without error estimate, a
             time not finite or not between t0 and t1, x of another type than float32 and float64, the field's result not
-            of the shape of x, or the event's not [B].
+            of the shape of x, or the event's not [B], no floating-point numbers, or without a gradient that is wanted.
     """
     check_batch(x)
     check_problem(x, cond, rtol, atol, max_steps)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .brownian_tree import BrownianTree, check_tree
+from .brownian_tree import LEAST_INCREMENT, BrownianTree, check_tree
 from .ode import check_batch, fixed_time
 from .sde import SDE, Bound, SDESolver, bind_sde, check_direction, get_solver
 from .step_control import (
@@ -115,6 +115,7 @@ def sdeint_adaptive(
             lambda rows: _step(bind_sde(sde, scheme, select(cond, rows)), scheme, noise.rows(rows)),
             x.detach(), noise.state(at), torch.full_like(at, _BEGIN * (end - start)), (start, end), (rtol, atol),
             max(solver.order, 1.0) + 0.5, max_steps, _GAINS, _snap,
+            2 * LEAST_INCREMENT,
         )  # fmt: skip
         result, course = search(problem)
     calls = (3 * len(solver.c) - 1) * (result.accepted + result.rejected) + 1

@@ -87,24 +87,6 @@ class BrownianGrid:
         h = (fine.cumsum(1) - 0.5 * fine + self.h.unflatten(0, (-1, factor))).mean(1) - 0.5 * w
         return BrownianGrid(self.dt * factor, w, h)
 
-    def refine(self, generator: torch.Generator) -> BrownianGrid:
-        """A path over steps half as large that this grid is the coarsening of, drawn from its conditional law."""
-        z = torch.randn((2, *self.w.shape), generator=generator, dtype=self.w.dtype, device=self.w.device)
-        if self.h is None:
-            left = 0.5 * self.w + 0.5 * math.sqrt(self.dt) * z[0]
-            return BrownianGrid(0.5 * self.dt, torch.stack([left, self.w - left], 1).flatten(0, 1))
-        left, h_left, right, h_right = halve(self.dt, self.w, self.h, z[0], z[1])
-        w, h = (torch.stack(halves, 1).flatten(0, 1) for halves in ((left, right), (h_left, h_right)))
-        return BrownianGrid(0.5 * self.dt, w, h)
-
-
-def halve(dt: float, w: Tensor, h: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(w, h) of both halves of a step given (w, h) of the whole (arXiv 2405.06464, at the midpoint)."""
-    arch, split = (0.25 * math.sqrt(dt)) * z1, (0.5 * math.sqrt(dt / 12)) * z2
-    left = torch.add(0.5 * w + arch, h, alpha=1.5)
-    common = torch.sub(0.25 * h, arch, alpha=0.5)
-    return left, common + split, w - left, common - split
-
 
 def _kind(x: Tensor) -> tuple[list[int], torch.dtype, torch.device]:
     return list(x.shape), x.dtype, x.device

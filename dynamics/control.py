@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -22,17 +23,20 @@ class ControlPath:
         values: [B, N, C]; nan where a channel was not observed.
 
     Raises:
-        ValueError: if times do not rise or values are not [B, N, C] or no floating point numbers.
+        ValueError: if times do not rise or are not finite, or values are not [B, N, C], no floating point numbers, or
+            infinite.
     """
 
     def __init__(self, times: Sequence[float], values: Tensor) -> None:
         self.times = [float(t) for t in times]
-        if len(self.times) < 2 or not all(a < b for a, b in pairwise(self.times)):
-            raise ValueError(f"times must rise and be at least two, got {self.times}")
+        if len(self.times) < 2 or not all(-math.inf < a < b < math.inf for a, b in pairwise(self.times)):
+            raise ValueError(f"times must rise, be finite and at least two, got {self.times}")
         if values.ndim != 3 or values.shape[1] != len(self.times):
             raise ValueError(f"values must have shape [B, {len(self.times)}, C], got {list(values.shape)}")
         if not values.is_floating_point():
             raise ValueError(f"values must be floating point numbers, got {values.dtype}")
+        if not torch.compiler.is_compiling() and values.isinf().any():  # a compiled graph cannot ask
+            raise ValueError("values must be finite, or nan where nothing was observed, got infinite ones")
         # In float64, for times may be large, and their differences small.
         self.values = _without_gaps(torch.tensor(self.times, dtype=torch.float64, device=values.device), values)
 

@@ -41,7 +41,8 @@ def entropic_plan(x0: Tensor, x1: Tensor, scale: float, *, iterations: int = 200
     if not scale > 0 or iterations < 1:
         raise ValueError(f"scale must be positive and iterations at least 1, got {scale} and {iterations}")
     middle = x1.mean(0)  # far from the origin the squares of distances would be differences of large numbers
-    kernel = torch.cdist(x0 - middle, x1 - middle).square() / (-2 * scale**2)
+    exact = "donot_use_mm_for_euclid_dist"  # two far clusters have no middle that helps
+    kernel = torch.cdist(x0 - middle, x1 - middle, compute_mode=exact).square() / (-2 * scale**2)
     log_n, log_m = math.log(len(x0)), math.log(len(x1))
     u = kernel.new_zeros(len(x0), 1)
     for _ in range(iterations):

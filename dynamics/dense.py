@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ class Events:
         readout: also gets the steps, or None.
 
     Raises:
-        ValueError: if the event does not return [B].
+        ValueError: if the event does not return [B], or no floating-point numbers.
     """
 
     def __init__(self, event: Event, cond: Tensor | None, t: Tensor, x: Tensor, readout: Readout | None) -> None:
@@ -84,6 +85,8 @@ class Events:
         value = event(t, x, cond)
         if value.shape != t.shape:
             raise ValueError(f"event must return shape {list(t.shape)}, got {list(value.shape)}; one number per row")
+        if not value.is_floating_point():
+            raise ValueError(f"event must return floating-point numbers, whose sign changes, got {value.dtype}")
         self._sign = _sign(value.detach())
 
     def __call__(self, rows: Tensor, span: Span, x: Tensor, carry: Carry, trial: Trial, accepted: Tensor) -> Stop:
@@ -123,16 +126,37 @@ def at_event(event: Event, t: Tensor, x: Tensor, slope: Tensor, cond: Tensor | N
         x: state at this time, [R, D], differentiable in all but the time.
         slope: dx/dt there, [R, D].
         cond: conditioning of these rows.
+
+    Raises:
+        ValueError: if the gradient is wanted of an event that has none, in time or state.
     """
+    value, slope = event(t, x, cond), slope.detach()
+    if not (x.requires_grad or value.requires_grad):
+        return t, x
     with torch.enable_grad():
         time, state = t.detach().requires_grad_(), x.detach().requires_grad_()
         total = event(time, state, cond).sum()
+        if not total.requires_grad:
+            raise ValueError("event must be differentiable in t or x, as a gradient of its time is wanted")
         by_t, by_x = torch.autograd.grad(total, (time, state), materialize_grads=True)
-    slope = slope.detach()
-    rate = by_t + (by_x * slope).sum(-1)
-    value = event(t, x, cond)
-    shift = -(value - value.detach()) / rate
+    shift: Tensor = _Shift.apply(value, by_t + (by_x * slope).sum(-1))  # type: ignore[no-untyped-call]
     return t + shift, x + slope * shift.unsqueeze(-1)
+
+
+class _Shift(torch.autograd.Function):
+    """0, whose derivative in an event's value [R] is -1 / rate: infinite where the event does not change with time."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, rate: Tensor) -> Tensor:
+        ctx.save_for_backward(rate)
+        return torch.zeros_like(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():  # by create_graph; the rate is a constant here, so a second derivative were wrong
+            raise RuntimeError("the time of an event has first derivatives only, got create_graph=True")
+        (rate,) = ctx.saved_tensors
+        return torch.where(gradient == 0, 0.0, -gradient / rate), None
 
 
 def _part(rows: Tensor, span: Span, x: Tensor, carry: Carry, trial: Trial) -> tuple[Span, Tensor, Carry, Trial]:

@@ -221,7 +221,10 @@ def fractional_sdeint(
                 raise ValueError(f"control must return the shape of x, {list(x.shape)}, got {list(u.shape)}")
             after = torch.addcmul(after, u.unsqueeze(-1), reach)
             divergence = torch.add(divergence, u.square().sum(-1), alpha=0.5 * dt)
-        x = torch.add(x, drift(k * dt, x), alpha=dt) + scale * ((after - y) @ weights)
+        f = drift(k * dt, x)
+        if f.shape != x.shape:
+            raise ValueError(f"drift must return the shape of x, {list(x.shape)}, got {list(f.shape)}")
+        x = torch.add(x, f, alpha=dt) + scale * ((after - y) @ weights)
         y = after
         states.append(x)
     return torch.stack(states), divergence

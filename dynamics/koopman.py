@@ -31,9 +31,12 @@ def koopman_matrix(before: Tensor, after: Tensor, control: Tensor | None = None)
         )
     if not (inputs.is_floating_point() and inputs.isfinite().all() and after.isfinite().all()):
         raise ValueError("before, after and control must hold finite floating-point numbers")
-    scale = inputs.std(0).clamp(min=torch.finfo(inputs.dtype).eps)
-    centred = (inputs - inputs.mean(0)) / scale
-    # A pseudo-inverse: inputs that never change, or repeat others, get the least coefficients.
+    mean, scale, tiny = inputs.mean(0), inputs.std(0), torch.finfo(inputs.dtype).eps
+    # Inputs that never change say nothing; the mean of equal numbers is one of them but for rounding.
+    still = scale <= 100 * tiny * mean.abs() + tiny**2
+    scale = scale.masked_fill(still, 1.0)
+    centred = ((inputs - mean) / scale).masked_fill(still, 0.0)
+    # A pseudo-inverse: inputs that repeat others get the least coefficients.
     found = torch.linalg.pinv(centred) @ (after - after.mean(0))
     matrix: Tensor = (found / scale[:, None])[: before.shape[1]].mT
     return matrix

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -181,67 +181,48 @@ def kinetic(
     step: float,
     friction: float | Tensor,
     temperature: float = 1.0,
-    scheme: Literal["baoab", "obabo"] = "baoab",
     cond: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Underdamped Langevin dynamics ``dx = p dt, dp = F dt - friction p dt + sqrt(2 friction temperature) dW``.
 
-    Splittings into kick B, drift A and exact friction O (Leimkuhler and Matthews 2013), of order 2 in law, for unit
-    mass. One force call per step and one at the start. On ``U = k x^2 / 2`` they are stable for ``step < 2 / sqrt(k)``.
-    With T the temperature and ``s = 1 - step^2 k / 4``, the stationary variances are then, whatever the friction:
-
-        ======== ================= =============
-        scheme   position          velocity
-        ======== ================= =============
-        baoab    ``T / k`` (exact) ``T s``
-        obabo    ``T / (k s)``     ``T`` (exact)
-        ======== ================= =============
+    The splitting BAOAB into kick B, drift A and exact friction O (Leimkuhler and Matthews 2013), of order 2 in law, for
+    unit mass. One force call per step and one at the start. On ``U = k x^2 / 2`` it is stable for ``step < 2 /
+    sqrt(k)``. With T the temperature the stationary variances are then ``T / k`` of the position, which is exact, and
+    ``T (1 - step^2 k / 4)`` of the velocity, whatever the friction.
 
     Args:
         force: ``-grad U``.
         position: x, [B, D].
         velocity: p, [B, D].
-        noise: standard normal, [steps, B, D]; for OBABO two per step, [2 steps, B, D].
+        noise: standard normal, [steps, B, D].
         step: step size, in units of time.
         friction: in 1/time, positive: a number, or a tensor that broadcasts with x (goes unchecked).
         temperature: in units of U, positive.
-        scheme: "baoab" or "obabo".
         cond: conditioning, [B, C], or None.
 
     Returns:
         Position and velocity after the steps, [B, D] each, differentiable.
 
     Raises:
-        ValueError: if step, friction or temperature is not positive, the scheme unknown or a shape differs.
+        ValueError: if step, friction or temperature is not positive, or a shape differs.
     """
-    if scheme not in ("baoab", "obabo"):
-        raise ValueError(f"scheme must be 'baoab' or 'obabo', got {scheme!r}")
     check_steps(position, noise, step, temperature, None)
-    if velocity.shape != position.shape or (scheme == "obabo" and noise.shape[0] % 2):
+    if velocity.shape != position.shape:
         raise ValueError(
-            f"velocity must have the shape of position, {list(position.shape)}, and noise an even first axis for "
-            f"'obabo', got {list(velocity.shape)} and {list(noise.shape)}"
+            f"velocity must have the shape of position, {list(position.shape)}, got {list(velocity.shape)}"
         )
     if not isinstance(friction, Tensor) and not friction > 0:
         raise ValueError(f"friction must be positive, got {friction}")
     step, acceleration = fixed_time("step", step), bind(force, cond, (0.0,))
-    thermostat = OrnsteinUhlenbeck(friction, (2 * friction * temperature) ** 0.5)
-    decay, spread = thermostat.transition(step if scheme == "baoab" else 0.5 * step)
+    decay, spread = OrnsteinUhlenbeck(friction, (2 * friction * temperature) ** 0.5).transition(step)
     x, p, f = position, velocity, acceleration(0.0, position)
-    draws = noise.unbind()
-    for k in range(len(draws) if scheme == "baoab" else len(draws) // 2):
-        if scheme == "baoab":
-            p = torch.add(p, f, alpha=0.5 * step)
-            x = torch.add(x, p, alpha=0.5 * step)
-            p = decay * p + spread * draws[k]
-            x = torch.add(x, p, alpha=0.5 * step)
-            f = acceleration(0.0, x)
-            p = torch.add(p, f, alpha=0.5 * step)
-        else:
-            p = torch.add(decay * p + spread * draws[2 * k], f, alpha=0.5 * step)
-            x = torch.add(x, p, alpha=step)
-            f = acceleration(0.0, x)
-            p = decay * torch.add(p, f, alpha=0.5 * step) + spread * draws[2 * k + 1]
+    for z in noise.unbind():
+        p = torch.add(p, f, alpha=0.5 * step)
+        x = torch.add(x, p, alpha=0.5 * step)
+        p = decay * p + spread * z
+        x = torch.add(x, p, alpha=0.5 * step)
+        f = acceleration(0.0, x)
+        p = torch.add(p, f, alpha=0.5 * step)
     return x, p
 
 

@@ -49,7 +49,7 @@ def levenberg_marquardt(
         step: in units of Newton's step; 1 at most, as a rule.
         damping: in units of U / x^2, positive: about the least curvature that matters.
         temperature: in units of U, positive.
-        cond: conditioning, [B, C], or None.
+        cond: conditioning, [B, C] or [1, C], or None.
 
     Returns:
         Positions [B, D], and the acceptance probability of every step, [steps, B].
@@ -66,7 +66,7 @@ def levenberg_marquardt(
     check_uniform(uniform, noise)
     half = len(x) // 2
     rows = slice(None, half), slice(half, None)
-    values = [gradient_and_energy(energy, None if cond is None else cond[part]) for part in rows]
+    values = [gradient_and_energy(energy, cond if cond is None or len(cond) == 1 else cond[part]) for part in rows]
     halves = [Chains(x[part], *value(x[part])) for part, value in zip(rows, values, strict=True)]
     probabilities = []
     for z, level in zip(noise.unbind(), uniform.unbind(), strict=True):

@@ -84,8 +84,13 @@ class _InterpolantSDE(SDE):
         super().__init__()
         self.field, self.eps, self.path, self.denoiser = field, eps, path, denoiser
 
-    def _level(self, t: float) -> float:
-        return self.eps(t) if callable(self.eps) else self.eps
+    def _level(self, t: Time) -> float:
+        if isinstance(t, Tensor) and t.ndim:
+            raise ValueError("t must be one number for all rows with interpolant_sde: take sdeint, not sdeint_adaptive")
+        level = self.eps(float(t)) if callable(self.eps) else self.eps
+        if not level >= 0:
+            raise ValueError(f"eps must be at least 0, got {level} at t = {float(t):g}")
+        return level
 
     def bind(self, cond: Tensor | None, times: Sequence[float] = ()) -> Drift:
         velocity = bind(self.field, cond, times)
@@ -95,7 +100,7 @@ class _InterpolantSDE(SDE):
             raise ValueError("the score is singular at t = 1; use a solver without a stage there or t1 below 1")
 
         def drift(t: Time, x: Tensor) -> Tensor:
-            v, eps = velocity(t, x), self._level(float(t))
+            v, eps = velocity(t, x), self._level(t)
             return torch.add(v, score_from_velocity(self.path, t, x, v), alpha=eps) if eps else v
 
         return drift
@@ -113,12 +118,12 @@ class _InterpolantSDE(SDE):
 
         def drift(t: Time, x: Tensor) -> Tensor:
             g, dg = schedule(time_column(t, x))
-            return torch.addcmul(velocity(t, x), dg - self._level(float(t)) / g, noise(t, x))
+            return torch.addcmul(velocity(t, x), dg - self._level(t) / g, noise(t, x))
 
         return drift
 
     def diffusion(self, t: Time, x: Tensor) -> float:
-        return math.sqrt(2 * self._level(float(t)))
+        return math.sqrt(2 * self._level(t))
 
 
 def interpolant_sde(
@@ -143,8 +148,10 @@ def interpolant_sde(
         denoiser: e, fitted by `denoising_loss`, exactly for the paths with a noise term.
 
     Raises:
-        ValueError: if eps is negative, or the denoiser missing or superfluous.
+        ValueError: if eps is negative or a tensor, or the denoiser missing or superfluous.
     """
+    if isinstance(eps, Tensor):
+        raise ValueError("eps must be a number or a function of time, got a tensor; the noise level does not learn")
     if not callable(eps) and not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
     if (denoiser is None) != (path.g is None):

@@ -34,7 +34,10 @@ def odeint_reversible(
         y' = c y + (1 - c) z + psi_h(t, z),    z' = z - psi_-h(t + h, y')
 
     The backward pass recovers the states from the last pair. Its gradient is that of this discrete map, to rounding
-    that grows as ``coupling^-steps``; first derivatives only.
+    that grows as ``coupling^-steps``; first derivatives only. Not for stiff fields: y and z part where the field
+    contracts, by about ``e^(k T)`` for ``v = -k x`` over a time T, and the result itself is then wrong. Nor for fields
+    that draw random numbers, such as dropout: the way back calls them anew. A way back that misses the start by more
+    than a hundredth is an error. Not for ``torch.compile``, but with gradient="direct".
 
     Args:
         field: velocity field, whose parameters and buffers get gradients.
@@ -53,6 +56,7 @@ def odeint_reversible(
     Raises:
         ValueError: if ``steps`` is below 1, the solver or gradient unknown, the coupling outside (0, 1], x not [B, D],
             the field not a VelocityField, or a time in need of a gradient that only "direct" gives.
+        RuntimeError: in the backward pass, if the way back misses the start.
     """
     if not isinstance(field, VelocityField):
         raise ValueError(f"field must be a VelocityField, for its parameters to be known, got {type(field).__name__}")
@@ -69,6 +73,10 @@ def odeint_reversible(
     weights = [w for w in (*field.parameters(), *field.buffers()) if w.requires_grad]
     end: Tensor = _ReversibleGradient.apply(method, x, cond, *weights)  # type: ignore[no-untyped-call]
     return end
+
+
+_MAY_MISS = 0.01
+"""How far the way back may miss the start, relative to 1 + |x|: rounding of float32 grows to that over long solves."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,16 @@ class _Coupled:
     def increment(self, velocity: Callable[[Time, Tensor], Tensor], t: float, h: float, x: Tensor) -> Tensor:
         """psi_h(t, x), [B, D]."""
         return combine(torch.zeros_like(x), h, self.tableau.b, stage_slopes(velocity, self.tableau, t, h, x))
+
+
+def check_way_back(found: Tensor, start: Tensor) -> None:
+    """Raise RuntimeError if the states that were walked back to are not those of the start: no gradient is right."""
+    missed = ((found - start).abs() / (1 + start.abs())).max().item() if start.numel() else 0.0
+    if not missed <= _MAY_MISS:
+        raise RuntimeError(
+            f"the way back misses the start, by {missed:.2g} of 1 + |x|: the field contracts too fast for this method, "
+            "draws random numbers or changed since; use gradient='direct', or another solver"
+        )
 
 
 class GradientSums:
@@ -125,14 +143,14 @@ class _ReversibleGradient(torch.autograd.Function):
     def forward(ctx: Any, method: _Coupled, x: Tensor, cond: Tensor | None, *weights: Tensor) -> Tensor:
         y, z = method.run(x, cond)
         ctx.method = method
-        ctx.save_for_backward(y, z, cond, *weights)
+        ctx.save_for_backward(y, z, x, cond, *weights)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         method: _Coupled = ctx.method
-        y, z, cond, *weights = ctx.saved_tensors
+        y, z, start, cond, *weights = ctx.saved_tensors
         if cond is not None:
             cond = cond.detach().requires_grad_(ctx.needs_input_grad[2])
         sums = GradientSums(cond, *weights)
@@ -150,4 +168,5 @@ class _ReversibleGradient(torch.autograd.Function):
             z, grad_y = z + increment, grad_y + grad
             increment, grad = pull_back(t, h, z, grad_y)
             y, grad_z, grad_y = (y - (1 - c) * z - increment) / c, grad_z + (1 - c) * grad_y + grad, c * grad_y
+        check_way_back(y, start)
         return (None, grad_y + grad_z, *sums.totals())

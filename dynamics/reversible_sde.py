@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from .brownian import BrownianGrid
 from .brownian_tree import BrownianTree, check_tree
 from .ode import check_batch, fixed_time, intervals
-from .reversible import GradientSums
+from .reversible import GradientSums, check_way_back
 from .sde import REVERSIBLE_HEUN, SDE, bind_sde, check_direction, check_noise
 
 
@@ -34,6 +34,11 @@ def sdeint_reversible(
     holds none of them, a grid is the caller's. The gradient is that of the discrete map, up to the rounding of the way
     back; first derivatives only. One call of the drift and of the noise level per step, there and back each.
 
+    Not for stiff drifts: the method's two states part where the drift contracts, by about ``e^(k T)`` for ``-k x`` over
+    a time T, and the result itself is then wrong. Nor for equations that draw random numbers, such as dropout: the way
+    back calls them anew. A way back that misses the start by more than a hundredth is an error. Not for
+    ``torch.compile``, but with gradient="direct".
+
     Args:
         sde: the equation, whose parameters and buffers get gradients.
         x: state at t0, [B, D].
@@ -50,6 +55,7 @@ def sdeint_reversible(
     Raises:
         ValueError: if steps, times or x are not as above, the noise does not fit or requires a gradient that only
             "direct" gives, or the equation needs a gradient for a tensor that is no parameter or buffer of it.
+        RuntimeError: in the backward pass, if the way back misses the start.
     """
     if gradient not in ("reversible", "direct"):
         raise ValueError(f"gradient must be 'reversible' or 'direct', got {gradient!r}")
@@ -112,14 +118,14 @@ class _ReversibleGradient(torch.autograd.Function):
     def forward(ctx: Any, method: _ReversibleHeun, x: Tensor, cond: Tensor | None, *weights: Tensor) -> Tensor:
         end, z = method.run(x, cond)
         ctx.method = method
-        ctx.save_for_backward(end, z, cond, *weights)
+        ctx.save_for_backward(end, z, x, cond, *weights)
         return end
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
         method: _ReversibleHeun = ctx.method
-        x, z, cond, *weights = ctx.saved_tensors
+        x, z, start, cond, *weights = ctx.saved_tensors
         if cond is not None:
             cond = cond.detach().requires_grad_(ctx.needs_input_grad[2])
         sums = GradientSums(cond, *weights)
@@ -148,6 +154,7 @@ class _ReversibleGradient(torch.autograd.Function):
             grad_f, grad_g = 0.5 * h * grad_x + h * grad_z, half + (w * grad_z).sum_to_size(g.shape)
             grad_x, grad_z = grad_x + 2 * grad_z, -grad_z
             z, f, g, x = before, f_before, g_before, x.detach()
+        check_way_back(x, start)
         grad_start = grad_x + grad_z + pull_back(z, f, g, grad_f, grad_g)
         return (None, grad_start, *sums.totals())
 

@@ -284,6 +284,8 @@ def bind_sde(sde: SDE, solver: SDESolver, cond: Tensor | None, times: Sequence[f
         g = sde.diffusion(t, x)
         if isinstance(g, Tensor) and torch.broadcast_shapes(g.shape, x.shape) != x.shape:
             raise ValueError(f"diffusion must broadcast with x, {list(x.shape)}, got {list(g.shape)}")
+        if isinstance(g, Tensor) and g.ndim and g.dtype != x.dtype:
+            raise ValueError(f"diffusion must be {x.dtype} like x, got {g.dtype}")
         return g
 
     if sde.additive:

@@ -155,6 +155,7 @@ class Problem:
         max_steps: most steps of a row, accepted and rejected together.
         gains: of the error of this step and of the one before, in the size of the next.
         snap: ``(t, h) -> h``, sizes that the steps may have.
+        least_step: a row that needs a smaller one fails.
     """
 
     step: Callable[[Tensor], Step]
@@ -167,6 +168,7 @@ class Problem:
     max_steps: int
     gains: tuple[float, float] = (0.85, 0.2)
     snap: Callable[[Tensor, Tensor], Tensor] = lambda t, h: h
+    least_step: float = 0.0
 
 
 Course: TypeAlias = list[tuple[Tensor, Tensor, Span]]
@@ -202,7 +204,7 @@ def search(problem: Problem, watch: Watch | None = None) -> tuple[AdaptiveResult
     time exactly. Rows that are done leave the batch whenever they are half of it. Waits for the device once per step.
     """
     (rtol, atol), (t0, t1), x, h = problem.tolerances, problem.span, problem.x, problem.h
-    least_step = 8 * torch.finfo(h.dtype).eps * max(abs(t0), abs(t1))
+    least_step = max(8 * torch.finfo(h.dtype).eps * max(abs(t0), abs(t1)), problem.least_step)
     count = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     t = torch.full_like(h, t0)
     status = torch.full_like(count, Status.DONE if t0 == t1 else Status.MAX_STEPS)

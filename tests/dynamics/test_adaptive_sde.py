@@ -144,6 +144,36 @@ def test_gradients_against_finite_differences() -> None:
     assert torch.autograd.gradcheck(run, inputs)
 
 
+def slow_well(length: float) -> SDE:
+    return LangevinSDE(lambda t, x, cond: 3 * (x - x**3) / length, 0.0)
+
+
+def test_error_is_in_units_of_time_also_where_the_tree_is_longer_than_1() -> None:
+    """Four times as slow over four times the time: the same steps of the tree, four times as long."""
+    x = torch.linspace(1.5, 4, 5, dtype=F64).unsqueeze(1)
+    for wanted in (False, True):
+        errors = []
+        for length in (1.0, 4.0):
+            result = sdeint_adaptive(slow_well(length), x.clone().requires_grad_(wanted), noise=tree(5, t1=length))
+            errors.append(result.error.detach())
+        assert (errors[0] > 0).all()
+        torch.testing.assert_close(errors[1], 4 * errors[0])
+
+
+def test_rows_keep_their_conditioning_where_a_gradient_is_wanted() -> None:
+    cond, x = torch.tensor([[1.0], [40.0], [5.0]], dtype=F64), torch.ones(3, 1, dtype=F64)
+    sde = LangevinSDE(lambda t, x, cond: 0 * x if cond is None else -cond * x, 0.3)
+    plain = sdeint_adaptive(sde, x, noise=tree(3), cond=cond).checked()
+    again = sdeint_adaptive(sde, x.clone().requires_grad_(), noise=tree(3), cond=cond).checked()
+    torch.testing.assert_close(again.detach(), plain, rtol=1e-12, atol=0)
+
+
+def test_the_end_time_in_the_type_of_the_state_is_one_of_the_tree() -> None:
+    paths = BrownianTree(0, (2, 1), t1=0.1)
+    result = sdeint_adaptive(LangevinSDE(lambda t, x, cond: -x, 1.0), torch.zeros(2, 1), noise=paths)
+    torch.testing.assert_close(paths(result.t), paths(0.1))
+
+
 def test_rows_that_fail_are_reported_and_leave_the_others_alone() -> None:
     escaping = LangevinSDE(lambda t, x, cond: x.square(), 0.1)  # x0 / (1 - x0 t) without noise: a pole at 1 / x0
     x = torch.tensor([[0.2], [3.0], [math.nan]], dtype=F64)

@@ -45,29 +45,6 @@ def test_grid_moments() -> None:
     )
 
 
-def test_refined_halves_are_independent_and_have_the_moments_of_a_finer_grid() -> None:
-    fine = grid(1, N, 1, dt=1.0).refine(generator(1))
-    assert fine.h is not None
-    assert fine.dt == 0.5
-    assert_independent(
-        {"w0": (fine.w[0], 1 / 2), "w1": (fine.w[1], 1 / 2), "h0": (fine.h[0], 1 / 24), "h1": (fine.h[1], 1 / 24)}
-    )
-    plain = grid(1, N, 1, dt=1.0, levy=False).refine(generator(1))
-    assert_independent({"w0": (plain.w[0], 1 / 2), "w1": (plain.w[1], 1 / 2)})
-
-
-@pytest.mark.parametrize("levy", [True, False])
-def test_coarsening_undoes_refining(levy: bool) -> None:
-    coarse = grid(4, levy=levy)
-    again = coarse.refine(generator(1)).refine(generator(2)).coarsen(4)
-    assert again.dt == coarse.dt
-    torch.testing.assert_close(again.w, coarse.w, rtol=0, atol=1e-14)
-    if levy:
-        torch.testing.assert_close(again.h, coarse.h, rtol=0, atol=1e-14)
-    else:
-        assert again.h is None
-
-
 def test_levy_area_is_the_area_between_path_and_chord() -> None:
     """A path of straight pieces has no area within them; the trapezoidal rule is exact for it."""
     fine = BrownianGrid(0.1, grid(6).w, torch.zeros(6, 3, 2, dtype=F64))
@@ -215,3 +192,13 @@ def test_bad_arguments_are_refused() -> None:
         tree(torch.tensor([0.0, 0.5, 1.5]))
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         tree.grid(0)
+
+
+def test_increments_below_a_billionth_of_the_interval_are_refused() -> None:
+    paths = BrownianTree(11, (20_000, 1), t0=2.0, t1=5.0, dtype=F64)
+    size = 3 * 2.0**-30
+    w, h = paths.increment(3.5, 3.5 + size)
+    for found, expected in ((w.var(), size), (h.var(), size / 12)):
+        assert found.item() == pytest.approx(expected, rel=5 * math.sqrt(2 / 20_000))  # 5 standard errors
+    with pytest.raises(ValueError, match=r"times must be 2\^-30 of the interval at least from those before them"):
+        paths.increment(3.5, 3.5 + size / 2)

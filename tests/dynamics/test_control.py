@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -84,7 +86,7 @@ def test_a_drift_that_is_the_path_adds_it_up() -> None:
 
 
 def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"times must rise and be at least two, got \[0\.0, 0\.5, 0\.5\]"):
+    with pytest.raises(ValueError, match=r"times must rise, be finite and at least two, got \[0\.0, 0\.5, 0\.5\]"):
         ControlPath([0, 0.5, 0.5], rand(2, 3, 1))
     with pytest.raises(ValueError, match=r"values must have shape \[B, 6, C\], got \[2, 5, 1\]"):
         ControlPath(TIMES, rand(2, 5, 1))
@@ -105,3 +107,10 @@ def test_gaps_between_large_times_are_filled_in_float64() -> None:
     assert ControlPath(times, values).at(1.7e9 + 60).item() == pytest.approx(5)
     with pytest.raises(ValueError, match=r"values must be floating point numbers, got torch\.int64"):
         ControlPath([0, 1], torch.zeros(1, 2, 1, dtype=torch.long))
+
+
+def test_infinite_values_and_times_are_refused() -> None:
+    with pytest.raises(ValueError, match="values must be finite, or nan where nothing was observed, got infinite ones"):
+        ControlPath([0, 1], torch.tensor([[[math.inf], [1.0]]]))
+    with pytest.raises(ValueError, match="times must rise, be finite and at least two"):
+        ControlPath([0, math.inf], torch.ones(1, 2, 1))

@@ -52,3 +52,12 @@ def test_plans_do_not_depend_on_where_the_origin_is() -> None:
         assert (far - exact).abs().sum() / 2 < 2e-3  # the rounding of the points themselves
     with pytest.raises(ValueError, match="must have a row at least, got 0 and 100"):
         entropic_plan(a[:0], b, 0.2)
+
+
+def test_two_far_clusters_are_paired_as_near_ones() -> None:
+    near = [torch.randn(40, 2, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    plans = []
+    for distance in (50.0, 1e4):
+        x0, x1 = (torch.cat([each - distance, each + distance]) for each in near)
+        plans.append(entropic_plan(x0, x1, 0.5))
+    assert (plans[0] - plans[1]).abs().sum() < 0.05  # float32 resolves 1e-3 at 1e4

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from driftrl.dynamics.adaptive import odeint_adaptive
-from driftrl.dynamics.dense import interpolate
+from driftrl.dynamics.dense import Event, interpolate
 from driftrl.dynamics.fields import Time
 from driftrl.dynamics.ode import DOPRI5, HEUN, Tableau, combine, stage_slopes
 from driftrl.dynamics.regularize import local_error_penalty
@@ -224,6 +224,48 @@ def test_a_later_start_delays_the_event() -> None:
     result = odeint_adaptive(falling, x, t0=t0, t1=3.0, event=height)
     assert result.t.item() == pytest.approx(0.3 + math.sqrt(2 / GRAVITY), abs=1e-12)
     assert torch.autograd.grad(result.t.sum(), t0)[0].item() == pytest.approx(1.0, abs=1e-12)
+
+
+def sinking(t: Time, x: Tensor, cond: Tensor | None) -> Tensor:
+    return 0 * x - 1
+
+
+@pytest.mark.parametrize("event", [lambda t, x, cond: (x[:, 0] - 0.1).relu(), lambda t, x, cond: (x[:, 0] - 0.1) ** 3])
+def test_an_event_without_slope_has_a_time_and_an_infinite_gradient(event: Event) -> None:
+    x = torch.tensor([[0.5], [0.7]], dtype=F64)
+    with torch.no_grad():
+        plain = odeint_adaptive(sinking, x, event=event)
+    torch.testing.assert_close(plain.t, torch.tensor([0.4, 0.6], dtype=F64), rtol=0, atol=1e-5)
+    result = odeint_adaptive(sinking, x.clone().requires_grad_(), event=event)
+    torch.testing.assert_close(result.t.detach(), plain.t, rtol=0, atol=0)
+
+
+def test_an_event_that_is_not_differentiable_serves_where_no_gradient_is_wanted() -> None:
+    x = torch.tensor([[0.5], [0.7]], dtype=F64)
+    result = odeint_adaptive(sinking, x, event=lambda t, x, cond: (x[:, 0] - 0.1).sign())
+    torch.testing.assert_close(result.t, torch.tensor([0.4, 0.6], dtype=F64))
+    with pytest.raises(ValueError, match="event must be differentiable in t or x, as a gradient of its time is wanted"):
+        odeint_adaptive(sinking, x.requires_grad_(), event=lambda t, x, cond: x.detach()[:, 0] - 0.1)
+    with pytest.raises(ValueError, match=r"event must return floating-point numbers, .*got torch\.bool"):
+        odeint_adaptive(sinking, x, event=lambda t, x, cond: x[:, 0] > 0.1)
+
+
+def test_second_derivatives_of_the_time_of_an_event_are_refused() -> None:
+    x = torch.tensor([[2.0]], dtype=F64, requires_grad=True)
+    result = odeint_adaptive(lambda t, x, cond: -(x**2), x, t1=9.0, event=lambda t, x, cond: x[:, 0] - 0.3)
+    (gradient,) = torch.autograd.grad(result.t.sum(), x, retain_graph=True)
+    assert gradient.item() == pytest.approx(0.25, rel=1e-4)  # of 1 / 0.3 - 1 / x
+    with pytest.raises(RuntimeError, match="the time of an event has first derivatives only"):
+        torch.autograd.grad(result.t.sum(), x, create_graph=True)
+
+
+def test_a_row_that_fails_has_no_gradient_in_the_end_time() -> None:
+    t1, x = torch.tensor(1.0, dtype=F64, requires_grad=True), torch.ones(1, 2, dtype=F64)
+    result = odeint_adaptive(turning, x, t1=t1, rtol=1e-12, atol=1e-12, max_steps=1)
+    assert (result.status == Status.MAX_STEPS).all()
+    assert result.x.requires_grad
+    (gradient,) = torch.autograd.grad(result.x.sum(), t1)
+    assert gradient.item() == 0
 
 
 def test_sum_of_errors_is_that_of_the_penalty_over_the_steps_made() -> None:

@@ -202,6 +202,26 @@ def test_bound_is_below_the_evidence_and_reaches_it_with_the_best_control() -> N
     assert bounds[1] < evidence.item() - 1
 
 
+def test_drift_and_control_see_their_time_and_the_state_before_the_step() -> None:
+    """Without noise, step by step: a drift of t, a control of 1 + the sum of the processes."""
+    noise, dt, steps = FractionalNoise(0.7, horizon=2.0).double(), 0.3, 5
+    zero = torch.zeros(steps, 1, 1, len(noise.rates), dtype=F64)
+    start = torch.zeros(1, 1, dtype=F64)
+    path, divergence = fractional_sdeint(
+        noise, lambda t, x: torch.full_like(x, t), start, zero, dt=dt, control=lambda t, x, y: 1 + y.sum(-1)
+    )
+    decay = torch.exp(-noise.rates * dt)
+    x, y, cost, found = 0.0, torch.zeros_like(decay), 0.0, [0.0]
+    for k in range(steps):
+        u = 1 + y.sum()
+        after = decay * y + u * (1 - decay) / noise.rates
+        x, cost = x + dt * (k * dt) + float((after - y) @ noise.weights), cost + 0.5 * dt * float(u) ** 2
+        y = after
+        found.append(x)
+    torch.testing.assert_close(path[:, 0, 0], torch.tensor(found, dtype=F64))
+    assert divergence.item() == pytest.approx(cost)
+
+
 def test_gradients_of_the_equation_against_finite_differences() -> None:
     noise = FractionalNoise(0.6, terms=3, learnable=True).double()
     z, level = torch.randn(3, 2, 2, 3, generator=generator(), dtype=F64), torch.tensor([0.5, 0.8], dtype=F64)
@@ -271,6 +291,12 @@ def test_controls_of_another_shape_and_steps_beyond_the_horizon_are_refused() ->
         fractional_sdeint(noise, lambda t, x: -x, x, normal, dt=0.25, control=lambda t, x, y: torch.ones(3, 1))
     with pytest.raises(ValueError, match=r"dt must be at most horizon / steps = 0\.25, got 1"):
         fractional_sdeint(noise, lambda t, x: -x, x, normal, dt=1.0)
+
+
+def test_drift_of_another_shape_is_refused() -> None:
+    noise, x = FractionalNoise(0.7), torch.zeros(3, 3)
+    with pytest.raises(ValueError, match=r"drift must return the shape of x, \[3, 3\], got \[3\]"):
+        fractional_sdeint(noise, lambda t, x: x.mean(1), x, torch.zeros(8, 3, 3, len(noise.rates)), dt=1 / 8)
 
 
 def test_saved_noise_keeps_its_horizon() -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from driftrl.dynamics.brownian import BrownianGrid
+from driftrl.dynamics.fields import Time
 from driftrl.dynamics.girsanov import girsanov_kl
 from driftrl.dynamics.neural_sde import LangevinSDE, LinearNoiseSDE
 from driftrl.dynamics.sde import sdeint_path
@@ -64,6 +65,20 @@ def test_gradients_of_girsanov_kl_against_finite_differences() -> None:
         return girsanov_kl(sde, lambda t, x, cond: x * x, torch.stack([x, y, x]))
 
     assert torch.autograd.gradcheck(kl, (x.requires_grad_(), y.requires_grad_()))
+
+
+def test_times_and_conditioning_reach_both_drifts() -> None:
+    """Drifts c t and 3 c t over [1, 3] in four steps, noise 1: KL = sum_k (2 c t_k)^2 h / 2."""
+    cond, path = torch.tensor([[1.0], [2.0]], dtype=F64), torch.zeros(5, 2, 1, dtype=F64)
+
+    def drift(t: Time, x: Tensor, cond: Tensor | None) -> Tensor:
+        assert cond is not None
+        return cond * t
+
+    other = LangevinSDE(lambda t, x, cond: 3 * drift(t, x, cond), 1.0)
+    kl = girsanov_kl(other, drift, path, cond=cond, t0=1.0, t1=3.0)
+    expected = 0.25 * 4 * sum(t * t for t in (1.0, 1.5, 2.0, 2.5))
+    torch.testing.assert_close(kl, expected * cond[:, 0].square())
 
 
 def test_path_without_a_step_is_refused() -> None:

@@ -28,6 +28,19 @@ def test_matrix_of_a_linear_step_is_found_whatever_units_offset_and_control(
     torch.testing.assert_close(padded[:3, :3], matrix, rtol=1e-8, atol=1e-8)
 
 
+def test_units_that_differ_by_many_orders_do_not_matter() -> None:
+    matrix, x, units = 0.5 * rand(3, 3), rand(60, 3, seed=2), torch.tensor([1e-9, 1.0, 1e9], dtype=F64)
+    found = koopman_matrix(x * units, x @ matrix.mT * units)
+    torch.testing.assert_close(found * units / units[:, None], matrix, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_constant_that_its_mean_rounds_is_no_input(dtype: torch.dtype) -> None:
+    x = torch.cat([rand(2000, 2).to(dtype), torch.full((2000, 1), 0.1, dtype=dtype)], 1)
+    found = koopman_matrix(x, torch.cat([0.5 * x[:, :2], x[:, 2:]], 1))
+    torch.testing.assert_close(found, torch.diag(torch.tensor([0.5, 0.5, 0.0], dtype=dtype)), rtol=0, atol=1e-5)
+
+
 def test_eigenvalues_of_noisy_data_are_those_of_the_system() -> None:
     """A damped oscillation driven by noise: modulus and angle per step."""
     radius, angle = 0.95, 0.3

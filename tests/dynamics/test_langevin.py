@@ -1,5 +1,5 @@
 import math
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +15,6 @@ from driftrl.dynamics.special_fields import PotentialField
 from .known_fields import LinearField
 
 F64 = torch.float64
-Scheme = Literal["baoab", "obabo"]
-SCHEMES: list[Scheme] = ["baoab", "obabo"]
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -67,9 +65,8 @@ def test_preconditioned_steps_err_equally_in_all_directions() -> None:
     torch.testing.assert_close(stationary_covariance(run, 2, 2), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("friction", [0.2, 5.0])
-def test_variances_of_kinetic_steps(scheme: Scheme, friction: float) -> None:
+def test_variances_of_kinetic_steps(friction: float) -> None:
     """BAOAB: T / k exactly, and T (1 - h^2 k / 4). OBABO: T / (k (1 - h^2 k / 4)), and T exactly. No correlation."""
     k, h, temperature = 2.0, 0.6, 0.7
 
@@ -82,45 +79,39 @@ def test_variances_of_kinetic_steps(scheme: Scheme, friction: float) -> None:
             step=h,
             friction=friction,
             temperature=temperature,
-            scheme=scheme,
         )
         return torch.cat([x, p], 1)
 
     shadow = 1 - h**2 * k / 4
-    variances = {"baoab": (1 / k, shadow), "obabo": (1 / (k * shadow), 1.0)}[scheme]
-    expected = temperature * torch.diag(torch.tensor(variances, dtype=F64))
+    expected = temperature * torch.diag(torch.tensor((1 / k, shadow), dtype=F64))
     for steps in (1, 3):
-        draws = steps if scheme == "baoab" else 2 * steps
-        torch.testing.assert_close(stationary_covariance(run, 2, draws), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(stationary_covariance(run, 2, steps), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_frictionless_limit_conserves_energy_to_second_order(scheme: Scheme) -> None:
+def test_frictionless_limit_conserves_energy_to_second_order() -> None:
     x, p, drifts = rand(5, 2), rand(5, 2, seed=1), []
     for steps in (50, 100):
-        zero = torch.zeros(steps if scheme == "baoab" else 2 * steps, 5, 2, dtype=F64)
-        y, q = kinetic(quartic_force, x, p, zero, step=1 / steps, friction=1e-12, scheme=scheme)
+        zero = torch.zeros(steps, 5, 2, dtype=F64)
+        y, q = kinetic(quartic_force, x, p, zero, step=1 / steps, friction=1e-12)
         energy = quartic(y, None) + 0.5 * q.square().sum(1) - quartic(x, None) - 0.5 * p.square().sum(1)
         drifts.append(energy.abs().max().item())
     assert math.log2(drifts[0] / drifts[1]) == pytest.approx(2, abs=0.1)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_friction_slows_a_free_particle_exponentially(scheme: Scheme) -> None:
+def test_friction_slows_a_free_particle_exponentially() -> None:
     """p' = -g p: exactly e^(-g t), whatever the step, and per dimension where friction is a tensor."""
     x, g = torch.zeros(1, 2, dtype=F64), torch.tensor([0.5, 3.0], dtype=F64)
-    zero = torch.zeros(4 if scheme == "baoab" else 8, 1, 2, dtype=F64)
-    _, p = kinetic(lambda t, x, cond: 0 * x, x, x + 1, zero, step=0.3, friction=g, scheme=scheme)
+    zero = torch.zeros(4, 1, 2, dtype=F64)
+    _, p = kinetic(lambda t, x, cond: 0 * x, x, x + 1, zero, step=0.3, friction=g)
     torch.testing.assert_close(p, torch.exp(-1.2 * g)[None], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_several_steps_are_single_steps(scheme: Scheme) -> None:
+def test_several_steps_are_single_steps() -> None:
     x, p, noise = rand(5, 2), rand(5, 2, seed=1), rand(6, 5, 2, seed=2)
-    options: dict[str, Any] = {"step": 0.1, "friction": 1.5, "scheme": scheme}
+    options: dict[str, Any] = {"step": 0.1, "friction": 1.5}
     together = kinetic(quartic_force, x, p, noise, **options)
     y, q = x, p
-    for draws in noise.split(1 if scheme == "baoab" else 2):
+    for draws in noise.split(1):
         y, q = kinetic(quartic_force, y, q, draws, **options)
     torch.testing.assert_close(together, (y, q))
     y = x
@@ -263,18 +254,17 @@ def test_gradients_against_finite_differences() -> None:
 
     assert torch.autograd.gradcheck(diffused, (x, noise, m))
 
-    def obabo(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        return kinetic(quartic_force, x, 0.5 * x, noise, step=0.3, friction=0.7, scheme="obabo")
+    def underdamped(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        return kinetic(quartic_force, x, 0.5 * x, noise, step=0.3, friction=0.7)
 
-    assert torch.autograd.gradcheck(obabo, (x, noise))
+    assert torch.autograd.gradcheck(underdamped, (x, noise))
 
 
 def everything(x: Tensor, noise: Tensor, uniform: Tensor, cond: Tensor) -> Tensor:
     """One run of each sampler."""
     field = oscillators().to(x)
     ends = [overdamped(field, x, noise, step=0.1, cond=cond), mala(quartic, x, noise, uniform, step=0.1)[0]]
-    for scheme in SCHEMES:
-        ends.extend(kinetic(field, x, x, noise, step=0.1, friction=1.0, scheme=scheme, cond=cond))
+    ends.extend(kinetic(field, x, x, noise, step=0.1, friction=1.0, cond=cond))
     return torch.cat(ends, 1)
 
 
@@ -355,10 +345,6 @@ def test_bad_arguments_are_refused() -> None:
         mala(lambda x, cond: x, x, noise, uniform, step=0.1)
     with pytest.raises(ValueError, match=r"velocity must have the shape of position, \[4, 2\].*got \[4, 1\]"):
         run_kinetic(velocity=x[:, :1])
-    with pytest.raises(ValueError, match=r"an even first axis for 'obabo', got .* \[3, 4, 2\]"):
-        run_kinetic(scheme="obabo")
-    with pytest.raises(ValueError, match="scheme must be 'baoab' or 'obabo', got 'aboba'"):
-        run_kinetic(scheme="aboba")
     with pytest.raises(ValueError, match=r"friction must be positive, got 0\.0"):
         run_kinetic(friction=0.0)
     with pytest.raises(ValueError, match=r"friction must be positive, got 0\.0"):

@@ -87,6 +87,23 @@ def test_steps_are_newtons_whatever_the_condition() -> None:
     assert (other @ axes)[:, 0].square().mean() > 5
 
 
+def test_each_half_has_its_own_conditioning() -> None:
+    """A half that is moved with its energy takes the same steps: the metric of the other half does not change."""
+    x, cond = rand(8, 2), torch.zeros(8, 2, dtype=F64)
+    cond[4:] = 5.0
+
+    def shifted(x: Tensor, cond: Tensor | None) -> Tensor:
+        assert cond is not None
+        return quartic(x - cond, None)
+
+    def run(x: Tensor, cond: Tensor) -> Tensor:
+        noise, uniform = rand(6, 8, 2, seed=1), uniforms(6, 8)
+        return levenberg_marquardt(shifted, x, noise, uniform, step=0.3, damping=1.0, cond=cond)[0]
+
+    torch.testing.assert_close(run(x + cond, cond), run(x, 0 * cond) + cond, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(run(x, torch.zeros(1, 2, dtype=F64)), run(x, 0 * cond))
+
+
 def test_conditioning_dtype_and_compilation() -> None:
     x, noise, uniform, cond = rand(6, 2), rand(3, 6, 2, seed=1), uniforms(3, 6), rand(1, 2, seed=2).expand(6, -1)
 

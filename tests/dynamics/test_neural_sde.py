@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from driftrl.dynamics.adaptive_sde import sdeint_adaptive
 from driftrl.dynamics.brownian import BrownianGrid
+from driftrl.dynamics.brownian_tree import BrownianTree
 from driftrl.dynamics.fields import MLPField, Time
-from driftrl.dynamics.neural_sde import LinearNoiseSDE, interpolant_sde
+from driftrl.dynamics.neural_sde import LangevinSDE, LinearNoiseSDE, interpolant_sde
 from driftrl.dynamics.ode import odeint
 from driftrl.dynamics.paths import LINEAR, TRIG, Path, brownian_bridge
 from driftrl.dynamics.sde import SDE, sdeint
@@ -161,3 +163,23 @@ def test_bad_arguments_are_refused() -> None:
     sde = interpolant_sde(lambda t, x, cond: x, 1.0, brownian_bridge(), lambda t, x, cond: x)
     with pytest.raises(ValueError, match=r"singular at t = 0 and t = 1, got stages at \[0.0, 0.5\]; use t0=1e-3"):
         sdeint(sde, x, steps=2, noise=noise)
+
+
+def test_levels_and_times_of_an_interpolant_that_make_no_sense_are_refused() -> None:
+    x, field = rand(3, 2), MLPField(2, hidden=(8,)).double()
+    with pytest.raises(ValueError, match=r"eps must be at least 0, got -0\.1 at t = 0"):
+        sdeint(interpolant_sde(field, lambda t: -0.1), x, steps=4, generator=generator())
+    with pytest.raises(ValueError, match="eps must be a number or a function of time, got a tensor"):
+        interpolant_sde(field, torch.tensor(0.5))  # type: ignore[arg-type]
+    for rows in (1, 3):
+        with pytest.raises(ValueError, match="t must be one number for all rows with interpolant_sde: take sdeint"):
+            noise = BrownianTree(0, (rows, 2), dtype=F64)
+            sdeint_adaptive(interpolant_sde(field, 0.5), x[:rows], noise=noise, t0=0.1, t1=0.9)
+    with pytest.raises(ValueError, match="singular at t = 0 and t = 1, got stages at"):
+        sdeint(data_to_data(0.5, 1.0), x[:, :1], steps=4, solver="stochastic_heun", generator=generator(), t0=0.1)
+
+
+def test_noise_level_of_another_type_is_refused() -> None:
+    sde = LangevinSDE(lambda t, x, cond: -x, torch.tensor([0.3, 0.2], dtype=F64))
+    with pytest.raises(ValueError, match=r"diffusion must be torch\.float32 like x, got torch\.float64"):
+        sdeint(sde, torch.zeros(4, 2), steps=4, generator=generator())

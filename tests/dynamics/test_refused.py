@@ -96,7 +96,7 @@ def refused_numbers() -> dict[str, tuple[Call, str]]:
     return {
         "shape of a tree": (lambda: BrownianTree(0, (4,)), r"shape must be \(B, D\), each at least 1, got \(4,\)"),  # type: ignore[arg-type]
         "type of a tree": (lambda: BrownianTree(0, (4, 2), dtype=torch.int64), "dtype must be a floating-point type"),
-        "same time twice": (lambda: list(TREE.walk([0.1, 0.1])), "times must differ from those before them"),
+        "same time twice": (lambda: list(TREE.walk([0.1, 0.1])), "times must be 2.-30 of the interval at least"),
         "nan chain": (lambda: SAMPLERS["levenberg_marquardt"](nan[:4]), "positions and gradients must be finite"),
         "rows of control": (lambda: koopman_matrix(SOME, SOME, SOME[:8]), r"control must have shape \[9, C\], got \[8"),
         "1-D control": (lambda: koopman_matrix(SOME, SOME, SOME[:, 0]), r"control must have shape \[9, C\], got \[9\]"),

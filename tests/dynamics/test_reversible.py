@@ -104,3 +104,9 @@ def test_bad_arguments_of_the_reversible_form_are_refused() -> None:
         odeint_reversible(field, x, steps=1, gradient="adjoint")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         odeint_reversible(field, x, steps=0)
+
+
+def test_a_way_back_that_misses_the_start_is_an_error() -> None:
+    stiff, x = LinearField(-60 * torch.eye(2)), torch.ones(4, 2, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"the way back misses the start, by .*use gradient='direct'"):
+        odeint_reversible(stiff, x, steps=64).sum().backward()

@@ -144,3 +144,14 @@ def test_a_tensor_that_acts_late_and_is_no_parameter_is_refused() -> None:
     noise = BrownianTree(0, (2, 1), dtype=torch.float64)
     with pytest.raises(ValueError, match="parameter"):
         sdeint_reversible(sde, torch.ones(2, 1, dtype=torch.float64), steps=8, noise=noise)
+
+
+def test_a_way_back_that_misses_the_start_is_an_error() -> None:
+    """Stiff decay, where the two states part, and dropout, which the way back draws anew."""
+    x = torch.ones(4, 2, dtype=F64, requires_grad=True)
+    paths = BrownianTree(0, (4, 2), dtype=F64)
+    for drift in (lambda t, x, cond: -40 * x, lambda t, x, cond: torch.nn.functional.dropout(x)):
+        sde = LangevinSDE(drift, 0.3)
+        with pytest.raises(RuntimeError, match=r"the way back misses the start, by .*use gradient='direct'"):
+            sdeint_reversible(sde, x, steps=128, noise=paths).sum().backward()
+        sdeint_reversible(sde, x, steps=128, noise=paths, gradient="direct").sum().backward()
