@@ -87,10 +87,41 @@ _STATE = {
 """What `get_state` returns -> the attribute that holds it."""
 
 
+_KNOWN_INFO = ("is_success", "simulation_diverged")
+"""Entries of info that have a meaning here: one value per environment."""
+
+
 def indexed(device: torch.device | str) -> torch.device:
-    """A device by its number: "cuda" is the present one, as the tensors say that are made there."""
-    named = torch.device(device)
+    """A device by its number: "cuda" is the present one, as the tensors say that are made there.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    try:
+        named = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {device!r}, expected cpu, cuda or cuda:N") from error
+    if named.type == "cuda" and (named.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: got {named}, but torch finds {torch.cuda.device_count()} CUDA devices")
     return torch.device("cuda", torch.cuda.current_device()) if str(named) == "cuda" else named
+
+
+def _check_task(task: Any, n_envs: Any) -> None:
+    """Raise ValueError unless it is a task, with all that a task has, for a number of environments."""
+    if not isinstance(task, TensorTask):
+        raise ValueError(f"task: got {task}, expected a TensorTask")
+    name = type(task).__name__
+    if missing := [each for each in ("observation_space", "action_space", "limit") if not hasattr(task, each)]:
+        raise ValueError(f"task: got a {name} without {', '.join(missing)}")
+    for what in ("observation_space", "action_space"):
+        space = getattr(task, what)
+        if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+            raise ValueError(f"task: got a {name} whose {what} is {space}, expected a Box of vectors")
+    limit: Any = task.limit
+    if not isinstance(limit, int | float) or not limit >= 1:
+        raise ValueError(f"limit: got a task whose episodes have {limit} steps, expected 1 at least, or inf")
+    if not isinstance(n_envs, int | np.integer) or isinstance(n_envs, bool) or n_envs < 1:
+        raise ValueError(f"n_envs: got {n_envs!r}, expected an integer of at least 1")
 
 
 class TensorVecEnv(VecEnv):
@@ -106,8 +137,8 @@ class TensorVecEnv(VecEnv):
             reported, wherever it ends: it is no sample of the task's episodes.
 
     Raises:
-        ValueError: if the task is none, n_envs is below 1, or there is no limit to stagger; by `reset` and
-            `step_tensor`, if what the task returns has other shapes.
+        ValueError: if the task is none or has other spaces, n_envs is no integer of at least 1, there is no such device
+            or no limit to stagger; by `reset` and `step_tensor`, if what the task returns has other shapes or types.
 
     Attributes:
         obs: the present observations, [N, O]; after the first reset.
@@ -120,16 +151,9 @@ class TensorVecEnv(VecEnv):
         self, task: TensorTask, n_envs: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
         stagger: bool = False,
     ) -> None:  # fmt: skip
-        if not isinstance(task, TensorTask):
-            raise ValueError(f"task: got {task}, expected a TensorTask")
-        if missing := [each for each in ("observation_space", "action_space", "limit") if not hasattr(task, each)]:
-            raise ValueError(f"task: got a {type(task).__name__} without {', '.join(missing)}")
-        if n_envs < 1 or n_envs % 1:
-            raise ValueError(f"n_envs: got {n_envs}, expected an integer of at least 1")
+        _check_task(task, n_envs)
         if stagger and task.limit == math.inf:
             raise ValueError("stagger: got True, but episodes of the task have no limit")
-        if not task.limit >= 1:
-            raise ValueError(f"limit: got a task whose episodes have {task.limit} steps, expected 1 at least, or inf")
         self.task, self.device, self.dtype = task, indexed(device), dtype
         self.stagger, self.diverged = stagger, 0
         self.render_mode = None
@@ -144,18 +168,23 @@ class TensorVecEnv(VecEnv):
     def reset_tensor(self) -> Tensor:
         """Begin a new episode everywhere; a seed set by `seed` applies once. Returns observations [N, O]."""
         if self._seeds[0] is not None:
-            self._generator.manual_seed(self._seeds[0])
+            # Not the seed itself: an agent with the same one would draw the same numbers for its actions.
+            mixed = np.random.SeedSequence([self._seeds[0], 1]).generate_state(1, np.uint64)[0]
+            self._generator.manual_seed(int(mixed >> np.uint64(1)))
         self._reset_seeds()
         self._reset_options()
-        self.state = self.task.start(self.num_envs, self._generator).to(self.dtype)
+        state: Any = self.task.start(self.num_envs, self._generator)
+        self._check("start", "states", state, _row(state))
+        self.state = state.to(self.dtype)
         self._returns = torch.zeros(self.num_envs, device=self.device)
         self._lengths = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
         self._limits = torch.full((self.num_envs,), self.task.limit, dtype=torch.float64, device=self.device)
         if self.stagger:
             self._limits.random_(1, int(self.task.limit) + 1, generator=self._generator)
         self._ends.clear()
-        self.obs = self.task.observe(self.state)
-        self._check("start and observe", "observations", self.obs, self.task.observation_space.shape)
+        obs = self.task.observe(self.state)
+        self._check("start and observe", "observations", obs, self.task.observation_space.shape)
+        self.obs = obs.float()
         return self.obs
 
     def _check(self, methods: str, what: str, values: Any, shape: tuple[int, ...], dtype: Any = None) -> None:
@@ -172,10 +201,16 @@ class TensorVecEnv(VecEnv):
         if not hasattr(self, "state"):
             raise RuntimeError("step: got no first observation yet, call reset before")
         task, inside = self.task, torch.minimum(torch.maximum(actions, self._low), self._high)
-        state, reward, terminated, info = task.step(self.state, inside.to(self.dtype))
+        result: Any = task.step(self.state, inside.to(self.dtype))
+        if not isinstance(result, tuple) or len(result) != 4 or not isinstance(result[3], Mapping):
+            raise ValueError(f"{type(task).__name__}.step: expected states, rewards, terminated and a mapping of info")
+        state, reward, terminated, info = result
         self._check("step", "states", state, self.state.shape[1:])
         self._check("step", "rewards", reward, ())
         self._check("step", "terminated", terminated, (), torch.bool)
+        for key, values in info.items():
+            self._check("step", f"info[{key!r}]", values, () if key in _KNOWN_INFO else _row(values, ()))
+        state = state.to(self.dtype)
         self._lengths = self._lengths + 1
         self._returns = self._returns + reward.float()
         truncated = (self._lengths >= self._limits) & ~terminated
@@ -186,11 +221,11 @@ class TensorVecEnv(VecEnv):
             self._limits = self._limits.masked_fill(ended, task.limit)
         ends = Ends(whole, self._returns, self._lengths, info)
         self._ends.append(ends)
-        reached = task.observe(state)
+        reached = task.observe(state).float()
         begun = task.start(self.num_envs, self._generator).to(self.dtype)
         self.state = torch.where(ended[:, None], begun, state)
         self._returns, self._lengths = self._returns.masked_fill(ended, 0), self._lengths * ~ended
-        self.obs = torch.where(ended[:, None], task.observe(self.state), reached)
+        self.obs = torch.where(ended[:, None], task.observe(self.state).float(), reached)
         return TensorStep(self.obs, reward.float(), terminated, truncated, reached, ends)
 
     def episodes(self) -> list[dict[str, Any]]:
@@ -292,6 +327,11 @@ class TensorVecEnv(VecEnv):
         return [name == "Monitor" for _ in self._get_indices(indices)]
 
 
+def _row(values: Any, plain: tuple[int, ...] = (1,)) -> tuple[int, ...]:
+    """The shape of a row of a matrix; `plain` for what is none."""
+    return tuple(values.shape[1:]) if isinstance(values, Tensor) and values.ndim == 2 else plain
+
+
 def _column(values: Tensor) -> Any:
     """Values [N] as Python's, [N, k] as rows of an array."""
     return values.tolist() if values.ndim == 1 else values.cpu().numpy()
@@ -299,6 +339,8 @@ def _column(values: Tensor) -> Any:
 
 class OnDemand(Sequence[Any], np.lib.mixins.NDArrayOperatorsMixin):
     """A list or array that is made when somebody looks: callbacks mostly do not, and making it waits for the device.
+
+    An array is read-only. To write to it would change nothing in the training, where the values lie on the device.
 
     Args:
         length: of it.
@@ -312,7 +354,12 @@ class OnDemand(Sequence[Any], np.lib.mixins.NDArrayOperatorsMixin):
     def _value(self) -> Any:
         if self._made is None:
             self._made = self._make()
+            if isinstance(self._made, np.ndarray):
+                self._made.flags.writeable = False
         return self._made
+
+    def __bool__(self) -> bool:
+        return bool(self._value())
 
     def __len__(self) -> int:
         return self._length
@@ -329,8 +376,12 @@ class OnDemand(Sequence[Any], np.lib.mixins.NDArrayOperatorsMixin):
         return getattr(self._value(), name)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        return np.asarray(self._value(), dtype=dtype)
+        array = np.asarray(self._value(), dtype=dtype)
+        return array.copy() if copy else array
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **keywords: Any) -> Any:
-        made = [each._value() if isinstance(each, OnDemand) else each for each in inputs]
-        return getattr(ufunc, method)(*made, **keywords)
+        made, out = (
+            [each._value() if isinstance(each, OnDemand) else each for each in given]
+            for given in (inputs, keywords.get("out", ()))
+        )
+        return getattr(ufunc, method)(*made, **(keywords | {"out": tuple(out)} if out else keywords))

@@ -12,7 +12,8 @@ fails in the middle of the updates, closes its connections: the others then get 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -155,7 +156,9 @@ def _noticed() -> Iterator[None]:
 
 
 ALONE = Ranks()
-_found: tuple[object, Ranks] = (None, ALONE)  # the process group, and its ranks
+# The process group, not kept alive, and its ranks: a group that outlives `destroy_process_group` ends the process by a
+# crash, because its threads still run.
+_found: tuple[Callable[[], object], Ranks] = (lambda: None, ALONE)
 
 
 def present() -> Ranks:
@@ -163,8 +166,8 @@ def present() -> Ranks:
     global _found
     if not (dist.is_available() and dist.is_initialized()):
         return ALONE
-    if _found[0] is not (group := dist.group.WORLD):
-        _found = (group, Ranks(dist.get_rank(), dist.get_world_size()))
+    if (group := dist.group.WORLD) is not _found[0]():
+        _found = (weakref.ref(group), Ranks(dist.get_rank(), dist.get_world_size()))
     return _found[1]
 
 

@@ -234,7 +234,7 @@ class PolicyFlow(Imitation):
             ValueError: if an observation or a reward is not finite, compile="on" finds no compiler, or the weights were
                 changed so that some would not learn.
         """
-        ranks = self._join_ranks(total_timesteps)
+        ranks = self._join_ranks(total_timesteps, reset_num_timesteps)
         self._check_neutral(ARGUMENTS)
         self._adopt_policy()
         done = 0 if reset_num_timesteps else self.num_timesteps  # a run that goes on is compiled as the whole would be

@@ -33,6 +33,7 @@ class Report(NamedTuple):
     counts: list[int]  # of `COUNTS`, in this rollout
     ended: list[Ended]
     config: Any
+    rate: float  # of learning
 
 
 COUNTS = ("_transitions_left_out", "_worker_restarts", "_diverged")
@@ -59,7 +60,7 @@ class Ranked(Checkpointed, Configured, Updates, OnPolicyAlgorithm):
         if seed is not None and ranks.rank:
             self._generator.manual_seed(seed + self.num_timesteps + (ranks.rank << 40))
 
-    def _join_ranks(self, total_timesteps: int) -> Ranks:
+    def _join_ranks(self, total_timesteps: int, reset_num_timesteps: bool) -> Ranks:
         """Begin to train together: from the weights and statistics of rank 0; what else counts must be the same.
 
         Raises:
@@ -80,7 +81,8 @@ class Ranked(Checkpointed, Configured, Updates, OnPolicyAlgorithm):
         moments = [each for state in self.policy.optimizer.state.values() for each in state.values()]
         mine = {
             **{name: getattr(self, name) for name in AGREED},
-            "config": self.config, "total_timesteps": total_timesteps, "device": self.device.type,
+            "config": self.config, "total_timesteps": total_timesteps, "reset_num_timesteps": bool(reset_num_timesteps),
+            "spaces": [repr(self.observation_space), repr(self.action_space)], "device": self.device.type,
             "weights": [(name, each.shape, each.requires_grad) for name, each in self.policy.named_parameters()],
             "optimizer": [groups, *(repr(each.double().sum().item()) for each in moments if isinstance(each, Tensor))],
         }  # fmt: skip
@@ -114,15 +116,17 @@ class Ranked(Checkpointed, Configured, Updates, OnPolicyAlgorithm):
             Whether one of any rank did.
 
         Raises:
-            ValueError: if the Config is another than on another rank.
+            ValueError: if the Config or the learning rate is another than on another rank.
             RankError: if another rank failed.
         """
         begin, before, episodes, successes = self._before
         steps = (self.num_timesteps - begin) // self._ranks.size
         counts = [getattr(self, name) - old for name, old in zip(COUNTS, before, strict=True)]
-        reports = self._ranks.gather(Report(stops, steps, counts, self._ended, self.config))
-        if any(each.config != reports[0].config for each in reports):
-            raise ValueError("ranks: got another config on one than on another; callbacks must do the same on all")
+        rate = self._rate_at(self._current_progress_remaining)
+        reports = self._ranks.gather(Report(stops, steps, counts, self._ended, self.config, rate))
+        for what in ("config", "rate"):
+            if any(getattr(each, what) != getattr(reports[0], what) for each in reports):
+                raise ValueError(f"ranks: got another {what} on one than on another; it must be the same on all")
         self.num_timesteps = begin + sum(each.steps for each in reports)
         for name, old, *new in zip(COUNTS, before, *(each.counts for each in reports), strict=True):
             setattr(self, name, old + sum(new))

@@ -140,7 +140,7 @@ class FlowRollouts(Ranked):
                 decided[step] = due = queue.due(self._last_episode_starts)
             if due.any():
                 drawn[:, step] = self._act(features[step], noise[step])
-                chunks = FlowSample(*drawn[:, step]).action.cpu().numpy().reshape(chunk_shape)
+                chunks = _to_host(FlowSample(*drawn[:, step]).action).reshape(chunk_shape)
                 self._check_actions(chunks)
             actions = chunks[:, 0] if queue is None else queue.next(chunks, due)
             clipped_actions = to_box(actions.clip(-1, 1), self.action_space)
@@ -196,7 +196,10 @@ class FlowRollouts(Ranked):
     def _stays_on_device(self, env: VecEnv) -> bool:
         """Whether a rollout needs the host only at its end."""
         plain = self.config.chunk == 1 and self.config.nonfinite == "raise" and self._ranks.size == 1
-        return plain and isinstance(env, TensorVecEnv) and env.device == indexed(self.device)
+        if not (plain and isinstance(env, TensorVecEnv) and env.device == indexed(self.device)):
+            return False
+        kind = type(env)  # what a subclass does with rewards or actions must be done
+        return (kind.step_wait, kind.step_async) == (TensorVecEnv.step_wait, TensorVecEnv.step_async)
 
     def _act_on_device(self, env: TensorVecEnv, callback: BaseCallback, noise: Tensor, further: Tensor) -> Steps | None:
         """The steps of a rollout whose environments are tensors; None if a callback ended training.
@@ -205,7 +208,10 @@ class FlowRollouts(Ranked):
 
         Raises:
             ValueError: if an observation, an action or a reward is not finite.
+            RuntimeError: if the environments were not reset yet.
         """
+        if not hasattr(env, "obs"):
+            raise RuntimeError("learn: the environments have no first observation yet, call reset before")
         policy, (features, drawn), envs = self.policy, self.storage, env.num_envs
         rewards, moments = features.new_empty(len(noise), envs), list[PastNoise]()
         terminated, truncated = torch.empty(2, *rewards.shape, dtype=torch.bool, device=self.device)
@@ -217,7 +223,7 @@ class FlowRollouts(Ranked):
             if self._exploration is not None:
                 moments.append(self._remember(noise[step], further[step], start))
             drawn[:, step] = self._act(features[step], noise[step])
-            action = FlowSample(*drawn[:, step]).action
+            action = FlowSample(*drawn[:, step]).action.clone()  # the storage is written to anew in the next rollout
             clipped = policy.to_units(action.clamp(-1, 1))
             result = env.step_tensor(clipped)
             features[step + 1], rewards[step], terminated[step], truncated[step], reached[step] = result[:5]
@@ -316,7 +322,8 @@ class FlowRollouts(Ranked):
 
 
 def _to_host(tensor: Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.cpu().numpy()
+    """A copy, also on a CPU: who keeps or changes it has nothing of what the agent learns from."""
+    array: np.ndarray = tensor.to("cpu", copy=True).numpy()
     return array
 
 

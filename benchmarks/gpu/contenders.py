@@ -85,7 +85,7 @@ def measure(
         contenders: by name.
         updates: gradient updates in a turn.
         seconds: for all turns together, about.
-        rounds: turns of each contender at most; at least two.
+        rounds: turns of each contender at most; at least three.
         reference: contender in whose time the others' ratios are; it is no row of its own if it failed.
     """
     rows: dict[str, Any] = {}
@@ -108,9 +108,10 @@ def measure(
     if not turns:
         return rows
     start = time.perf_counter()
-    take_turns(turns, 1, warmup=0)
+    for turn in turns.values():
+        turn()
     possible = int(min(seconds, max(report.left() - 5.0, 0.0)) / (time.perf_counter() - start))
-    times = take_turns(turns, max(2, min(rounds, possible)), warmup=0)
+    times = take_turns(turns, max(3, min(rounds, possible)), warmup=0)
     for name, each in times.items():
         rows[name] |= {"ms_per_update": _numbers([1e3 * second / updates for second in each]), "turns": len(each)}
         if reference in times:

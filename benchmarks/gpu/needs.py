@@ -27,8 +27,8 @@ MACHINE = (
     "numpy tensorboard tensorboard-data-server grpcio markdown protobuf werkzeug pytest iniconfig packaging pluggy"
 ).split()  # fmt: skip
 """What the machine has: torch, NumPy, TensorBoard, pytest and their dependencies."""
-NOT_IMPORTED = ("etils", "pyopengl")
-"""Declared by mujoco; the former is read by its own tests only, the latter to draw pictures."""
+NOT_IMPORTED = ("etils", "pyopengl", "pyyaml")
+"""The first is read by mujoco's own tests only, the second to draw pictures; the third reads files of settings."""
 PINNED = ("gymnasium", "mujoco", "stable-baselines3")
 """Results depend on their versions (pyproject.toml, [tool.uv])."""
 _TARGET = {

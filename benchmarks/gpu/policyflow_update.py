@@ -103,7 +103,7 @@ def policyflow_update(report: Report) -> None:
     for i, size in enumerate(sizes):
         seconds = min(25.0, report.left() / (2 * (len(sizes) - i)))
         rows = measure(
-            report, contenders(size, small), updates=size.updates, seconds=seconds, rounds=2 if small else 9,
+            report, contenders(size, small), updates=size.updates, seconds=seconds, rounds=3 if small else 9,
             reference=f"{device} eager",
         )  # fmt: skip
         headlines.append(f"batch {size.batch}: {speedup(rows, f'{device} {how}', f'{device} eager')}")

@@ -69,7 +69,7 @@ def sac_update(report: Report) -> None:
     device, how = ("cuda", "graphs") if report.cuda else ("cpu", "compiled")
     rows = measure(
         report, contenders(small, updates), updates=updates, seconds=min(20.0, report.left() / 4),
-        rounds=2 if small else 15, reference=f"{device} SB3 SAC",
+        rounds=3 if small else 15, reference=f"{device} SB3 SAC",
     )  # fmt: skip
     pairs = [
         (f"{device} SAC {how}", f"{device} SB3 SAC"), (f"{device} SAC {how}", f"{device} SAC eager"),

@@ -187,6 +187,73 @@ def test_a_reward_that_is_not_finite_does_not_outlive_its_episode() -> None:
     assert len(reported) >= 2 and math.isnan(reported[0]) and np.isfinite(reported[1:]).all()
 
 
+class Meddling(BaseCallback):
+    """Changes copies, keeps what it found, and tries to change what it found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Any] = []
+        self.copies: list[np.ndarray] = []
+
+    def _on_step(self) -> bool:
+        for name in ("actions", "new_obs", "rewards"):
+            array = np.array(self.locals[name])
+            array *= 0
+        self.kept.append(self.locals["actions"])
+        self.copies.append(np.array(self.locals["actions"]))
+        if isinstance(self.training_env, TensorVecEnv):
+            for change in (
+                lambda: self.locals["rewards"].__iadd__(5),
+                lambda: np.asarray(self.locals["dones"]).fill(1),
+            ):
+                with pytest.raises(ValueError, match="read-only"):
+                    change()
+            with pytest.raises(ValueError, match="ambiguous"):
+                bool(self.locals["dones"])
+        return True
+
+
+@pytest.mark.parametrize("backend", ["tensor", "batched"])
+def test_callbacks_cannot_change_what_is_learned_from_and_may_keep_what_they_found(backend: Any) -> None:
+    learners = []
+    for callback in (Quiet(), Meddling()):
+        learners.append(agent(make_vec(AVOID, 8, 0, backend=backend)).learn(8 * 20 * 2, callback))
+    for ours, theirs in zip(*(each.policy.state_dict().values() for each in learners), strict=True):
+        assert torch.equal(ours, theirs)
+    assert isinstance(callback, Meddling)
+    for kept, copy in zip(callback.kept, callback.copies, strict=True):
+        assert np.array_equal(kept, copy)
+
+
+class Shaped(TensorVecEnv):
+    """Pays what it likes."""
+
+    def step_wait(self) -> Any:
+        obs, reward, dones, infos = super().step_wait()
+        return obs, 0 * reward + 7, dones, infos
+
+
+def test_what_a_subclass_does_in_a_step_is_done() -> None:
+    learner = agent(Shaped(TENSOR_TASKS[AVOID](50), 8), normalize_reward=False)
+    learner.learn(8 * 20)
+    assert (learner.rollout_buffer.rewards == 7).all()
+
+
+def test_starts_do_not_follow_from_the_noise_of_an_agent_with_the_same_seed() -> None:
+    env = tensor_env("driftrl/MultiGoal-v0", 2048, 0)
+    start = torch.from_numpy(env.reset()[:, :2]).flatten()
+    same = TENSOR_TASKS["driftrl/MultiGoal-v0"](50).start(2048, torch.Generator().manual_seed(0))[:, :2].flatten()
+    assert abs(torch.corrcoef(torch.stack([start, same]))[0, 1]) < 5 / 64  # 5 standard errors
+
+
+def test_learning_without_a_first_observation_is_refused() -> None:
+    learner = agent(tensor_env(AVOID))
+    learner.learn(8 * 20)
+    learner.set_env(tensor_env(AVOID), force_reset=False)
+    with pytest.raises(RuntimeError, match="the environments have no first observation yet, call reset before"):
+        learner.learn(8 * 20, reset_num_timesteps=False)
+
+
 class Quiet(BaseCallback):
     """Looks at nothing."""
 
@@ -237,14 +304,18 @@ class Wrong(TensorTask):
         self.how = how
 
     def start(self, count: int, generator: torch.Generator) -> Tensor:
-        return torch.zeros(count, 4 if self.how == "observations" else 1)
+        shape = {"observations": (4,), "states": (3, 3), "vector": ()}.get(self.how, (1,))
+        return torch.zeros(count, *shape)
 
     def step(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         reward, ended = state[:, 0], torch.zeros(len(state), dtype=torch.bool)
         if self.how == "nan":
             return state * float("nan"), reward, ended, {}
         reward = reward[:, None] if self.how == "rewards" else reward
-        return state, reward, ended.float() if self.how == "terminated" else ended, {}
+        if self.how == "parts":
+            return state, reward, ended  # type: ignore[return-value]
+        info = {"is_success": torch.zeros(len(state), 1, dtype=torch.bool)} if self.how == "is_success" else {}
+        return state, reward, ended.float() if self.how == "terminated" else ended, info
 
 
 @pytest.mark.parametrize(
@@ -254,6 +325,10 @@ class Wrong(TensorTask):
         ("rewards", r"Wrong.step: got rewards \[8, 1\], torch.float32, expected \[8\]"),
         ("terminated", r"Wrong.step: got terminated \[8\], torch.float32, expected \[8\], torch.bool"),
         ("nan", r"non-finite observation: expected finite numbers"),
+        ("states", r"Wrong.start: got states \[8, 3, 3\], torch.float32, expected \[8, 1\]"),
+        ("vector", r"Wrong.start: got states \[8\], torch.float32, expected \[8, 1\]"),
+        ("parts", r"Wrong.step: expected states, rewards, terminated and a mapping of info"),
+        ("is_success", r"Wrong.step: got info\['is_success'\] \[8, 1\], torch.bool, expected \[8\]"),
     ],
 )
 def test_what_a_task_does_wrong_is_said(how: str, message: str) -> None:
@@ -313,7 +388,12 @@ def test_staggered_episodes_go_on_from_a_saved_state_and_infos_leave_them_out() 
 def test_what_is_no_task_is_refused() -> None:
     with pytest.raises(ValueError, match=r"task: got <class .*Wrong'>, expected a TensorTask"):
         TensorVecEnv(Wrong, 8)  # type: ignore[arg-type]
-    for number in (0, 2.5):
+    for space in (spaces.Box(-1, 1, (2, 2)), spaces.Dict({"a": spaces.Box(-1, 1, (1,))})):
+        task = Wrong()
+        task.observation_space = space  # type: ignore[assignment]
+        with pytest.raises(ValueError, match=r"task: got a Wrong whose observation_space is .*, expected a Box of vec"):
+            TensorVecEnv(task, 8)
+    for number in (0, 2.5, True):
         with pytest.raises(ValueError, match=f"n_envs: got {number}, expected an integer of at least 1"):
             TensorVecEnv(Wrong(), number)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="call reset before"):
@@ -326,8 +406,13 @@ def test_what_is_no_task_is_refused() -> None:
 
 def test_the_present_gpu_is_the_one_without_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     found = [str(indexed(each)) for each in ("cpu", "cuda", torch.device("cuda"), "cuda:1")]
     assert found == ["cpu", "cuda:3", "cuda:3", "cuda:1"]
+    with pytest.raises(ValueError, match="device: got cuda:4, but torch finds 4 CUDA devices"):
+        indexed("cuda:4")
+    with pytest.raises(ValueError, match="device: got 'gpu', expected cpu, cuda or cuda:N"):
+        TensorVecEnv(Wrong(), 2, device="gpu")
 
 
 def test_a_run_goes_on_exactly() -> None:

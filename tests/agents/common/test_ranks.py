@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "oracles"))
@@ -114,6 +117,20 @@ def dying(in_updates: bool) -> float:
 def test_a_rank_that_dies_is_noticed_at_once(in_updates: bool) -> None:
     seconds = on_ranks(2, dying, in_updates)[0]
     assert isinstance(seconds, float) and seconds < 5
+
+
+def outlives() -> bool:
+    """Whether the process group lives on after its end; if so, the process may crash at its own."""
+    assert present().size == 2
+    present().gather(None)
+    group = weakref.ref(dist.group.WORLD)
+    dist.destroy_process_group()
+    gc.collect()
+    return group() is not None
+
+
+def test_the_process_group_is_not_kept_alive() -> None:
+    assert on_ranks(2, outlives) == [False, False]
 
 
 def refused() -> None:

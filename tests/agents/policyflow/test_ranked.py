@@ -252,7 +252,21 @@ def model_based() -> None:
     LipschitzMBPO("MlpPolicy", make_vec(TASK, 1, 0), device="cpu", learning_starts=5).learn(10)
 
 
+def other_rate() -> None:
+    """The Config of both is the same: it knows a function's value at the beginning."""
+    power = 1 + 3 * present().rank
+    make(learning_rate=lambda remaining: 3e-4 * remaining**power).learn(1024)
+
+
+def other_count() -> None:
+    make(lr_schedule="linear").learn(64).learn(64, reset_num_timesteps=bool(present().rank))
+
+
 def test_what_cannot_train_together_is_refused() -> None:
+    for error in on_ranks(2, other_rate):
+        assert str(error) == "ranks: got another rate on one than on another; it must be the same on all"
+    for error in on_ranks(2, other_count):
+        assert str(error).startswith("ranks: got other reset_num_timesteps on one than on another")
     for error in on_ranks(2, odd):
         assert str(error) == "ranks: got other config on one than on another, expected the same on all"
     for error in on_ranks(2, late):
