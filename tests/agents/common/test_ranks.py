@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 import sys
 import time
 import weakref
@@ -131,6 +132,24 @@ def outlives() -> bool:
 
 def test_the_process_group_is_not_kept_alive() -> None:
     assert on_ranks(2, outlives) == [False, False]
+
+
+AGENT = """
+import gc, weakref
+import torch, torch.distributed as dist
+from driftrl import PolicyFlow
+
+dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+group = weakref.ref(dist.group.WORLD)
+PolicyFlow("MlpPolicy", "Pendulum-v1", n_steps=16, batch_size=16, compile="off", device="cpu").learn(16)
+dist.destroy_process_group()
+gc.collect()
+assert group() is None
+"""
+
+
+def test_an_agent_does_not_keep_the_process_group_alive() -> None:
+    subprocess.run([sys.executable, "-c", AGENT], check=True)
 
 
 def refused() -> None:
