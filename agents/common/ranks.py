@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 if dist.is_available():
-    # PyTorch would import it later, when an optimizer is made. Its functions then have the process group of that time as
+    # PyTorch would import it when an optimizer is made. Its functions then have the process group of that time as
     # their default, for ever: see `_found`.
     import torch.distributed.nn.functional
 
