@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -10,13 +11,14 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 
 sys.path.append(str(Path(__file__).parent))  # scripts import each other by their bare names
 
-from gpu import check, needs, part, slim
+from gpu import check, contenders, needs, part, slim
 from gpu.check import Row, limits, supervise, table
 
 GPU = Path(__file__).parent / "gpu"
@@ -27,6 +29,17 @@ def run(tmp_path: Path, code: str, limit: float = 20.0) -> Row:
     json_file = tmp_path / "part.json"
     begin = f"import json, os, pathlib, sys, time\nresult = pathlib.Path({str(json_file)!r})\n"
     return supervise("part", [sys.executable, "-c", begin + code], json_file, tmp_path / "log.txt", limit)
+
+
+def test_contenders_take_turns_and_those_that_fail_are_said(tmp_path: Path) -> None:
+    options = part.Options(device="cpu", small=True, limit=60.0, scratch=tmp_path)
+    turns: dict[str, Any] = {"a": lambda: lambda: time.sleep(1e-3), "b": lambda: lambda: time.sleep(3e-3)}
+    turns["c"] = lambda: 1 / 0
+    named, report = {name: contenders.Contender("cpu", each) for name, each in turns.items()}, tmp_path / "part.json"
+    rows = contenders.measure(part.Report(report, options), named, updates=2, seconds=0.1, rounds=3, reference="b")
+    assert rows["a"]["turns"] == 3
+    assert 1 < rows["a"]["speed_over_b"][1] < 6
+    assert contenders.failures(rows) == ["c: ZeroDivisionError: division by zero"]
 
 
 def test_a_part_that_ends_well_shows_its_headline(tmp_path: Path) -> None:
@@ -173,6 +186,8 @@ def test_the_archive_of_warp_keeps_what_one_kind_of_gpu_runs() -> None:
 def test_the_packages_that_driftrl_depends_on_are_those_of_pyproject() -> None:
     names = {each.name for each in needs.roots(part.ROOT / "pyproject.toml")}
     assert {"torch", "gymnasium", "mujoco", "stable-baselines3", "tyro"} <= names
+    fetched = re.findall(r"^([a-z0-9-]+)(?:==\S+)? +\S", (GPU / "wheels.sh").read_text().split("wheels='")[1], re.M)
+    assert names <= {*fetched, *needs.MACHINE, *needs.NOT_IMPORTED}
 
 
 def test_bad_options_are_refused(tmp_path: Path) -> None:
