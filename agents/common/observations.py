@@ -114,16 +114,17 @@ class RunningNorm(nn.Module):
             getattr(self, name).copy_(value)
 
     @torch.no_grad()
-    def update(self, batch: Tensor, ranks: Ranks = ALONE) -> None:
-        """Merge a batch [B, dim] into the statistics, or those of several ranks."""
+    def update(self, batch: Tensor, ranks: Ranks = ALONE, weight: float = 1.0) -> None:
+        """Merge a batch [B, dim] into the statistics, or those of several ranks; a row counts as `weight` rows."""
         batch = batch.double()
         n, mean, var = batch.shape[0], batch.mean(0), batch.var(0, unbiased=False)
         if ranks.size > 1:
             n, mean, var = ranks.merged(n, mean, var)
-        total = self.count + n
+        rows = weight * n
+        total = self.count + rows
         delta = mean - self.mean
-        spread = self.var * self.count + var * n + delta.square() * self.count * n / total
-        self.mean += delta * n / total
+        spread = self.var * self.count + var * rows + delta.square() * self.count * rows / total
+        self.mean += delta * rows / total
         self.var.copy_(spread / total)
         self.count.copy_(total)
         self.shift.copy_(self.mean)

@@ -36,7 +36,7 @@ from .model import KnownStep, Rule, build_model, check_functions, check_rule, fi
 from .replay import CheckpointedReplay, Minibatch, TensorReplay, TransitionRing
 from .sac import SACPolicy, sac_losses
 from .sac_arguments import ARGUMENTS, POLICY_ARGUMENTS, POLICY_FIELDS, SACAttributes, implied_fields, own_fields
-from .value_gradients import RANGE_RATE, Start, value_gradient_losses, value_range
+from .value_gradients import RANGE_RATE, Start, draw_blur, value_gradient_losses, value_range
 
 
 def losses(policy: SACPolicy, batch: Minibatch, config: LipschitzMBPOConfig, target_entropy: float) -> Losses:
@@ -330,7 +330,8 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
             if config.regularizer == "robust":
                 search = draw_search(obs, radius, config.adversary, config.adversary_steps, generator)
             model_noise = tuple(model.draw(size, generator) for _ in range(horizon))
-            yield Start(obs, noise, model_noise, self._pair(generator), search)
+            blur = draw_blur(config.observation_noise, (horizon + 1, *obs.shape), generator)
+            yield Start(obs, noise, model_noise, self._pair(generator), search, blur)
 
     def _ended(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
         """Whether a transition of the model terminates, bool [B]."""
@@ -342,7 +343,9 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
     def _learn_scales(self) -> None:
         """Let the observation statistics see what is new."""
         new = self._real.unpack(self._real.newest(self.num_timesteps - self._seen))
-        self.policy.obs_norm.update(new.obs)
+        # Where the learning rate falls to 0 the networks can no longer follow statistics that move.
+        weight = max(self._current_progress_remaining, 1e-3) if self.config.lr_schedule == "linear" else 1.0
+        self.policy.obs_norm.update(new.obs, weight=weight)
         self._seen = self.num_timesteps
 
     def _fit_model(self, model: TransitionModel) -> None:

@@ -40,6 +40,9 @@ class LipschitzMBPOConfig:
     first averages span a ninth of the updates so far."""
     actor_noise: float = 0.0
     """Temperature T of Langevin noise on the actor's weights, >= 0: an update adds N(0, 2 learning_rate T); 0: none."""
+    observation_noise: float = 0.0
+    """Standard deviation of noise on what the actor sees in differentiated rollouts, >= 0, in running standard
+    deviations of the observations."""
     gamma: float = 0.99
     """Discount factor, in [0, 1]."""
     temperature: float = 1.0
@@ -136,7 +139,7 @@ class LipschitzMBPOConfig:
             self,
             {
                 "a number above 0": "temperature robust_radius adversary_temperature spectral_bound",
-                "a number of at least 0": "learning_rate robust_coef model_jacobian_coef actor_noise",
+                "a number of at least 0": "learning_rate robust_coef model_jacobian_coef actor_noise observation_noise",
                 "a number, or None": "target_entropy",
                 "a number of at least 0, or None": "model_weight_decay",
                 "a number in [0, 1]": "tau gamma real_ratio",
@@ -190,6 +193,8 @@ class LipschitzMBPOConfig:
             off |= dict.fromkeys(("model_layer_norm", "model_dropout"), "a Gaussian or deterministic model")
         if self.value_gradient:
             off["real_ratio"] = "value_gradient 0"
+        else:
+            off["observation_noise"] = "value_gradient above 0"
         if not (self.actor_hidden or self.critic_hidden):
             off["activation"] = "hidden layers of actor or critics"
         if not self.critic_hidden:
@@ -242,7 +247,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "regularizer", "robust_coef", "robust_radius", "robust_actions", "adversary", "adversary_steps",
         "adversary_temperature", "spectral_bound", "spectral_layers",
     ),
-    "exploration": ("temperature", "learn_temperature", "target_entropy", "actor_noise"),
+    "exploration": ("temperature", "learn_temperature", "target_entropy", "actor_noise", "observation_noise"),
     "numerics": ("compile", "nonfinite", "diagnostics_interval"),
 }  # fmt: skip
 """Fields by the group in which `train.py mbpo --help-all` shows them; each in one group."""

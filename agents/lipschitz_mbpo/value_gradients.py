@@ -47,6 +47,11 @@ class Start(NamedTuple):
     model_noise: tuple[tuple[Tensor, ...], ...]  # of the H transitions (`TransitionModel.draw`)
     pair: Tensor | None  # the critics of the target where there are more than two, [2]
     search: Search | None  # where critics are made robust
+    blur: Tensor | None = None  # noise on what the actor sees, in running standard deviations, [H + 1, B, O]
+
+    def seen(self, state: Tensor, h: int) -> Tensor:
+        """What the actor sees of a state at step h of the rollout, [B, O] as the networks see it."""
+        return state if self.blur is None else state + self.blur[h]
 
 
 def value_gradient_losses(
@@ -70,7 +75,7 @@ def value_gradient_losses(
     soft_return, alive = torch.zeros_like(obs[:, 0]), torch.ones_like(obs[:, 0])
     for h, model_noise in enumerate(start.model_noise):
         state = policy.obs_norm(obs)
-        chosen = policy.actor.sample(state, start.noise[h])
+        chosen = policy.actor.sample(start.seen(state, h), start.noise[h])
         taken.append((state, chosen))
         next_obs, reward = model.step(obs, chosen.action, model_noise)
         soft_rewards.append(reward - alpha * chosen.log_prob)
@@ -78,7 +83,7 @@ def value_gradient_losses(
         alive = alive * ~ended(obs, chosen.action, next_obs)
         obs = next_obs
     last = policy.obs_norm(obs)
-    chosen = policy.actor.sample(last, start.noise[-1])
+    chosen = policy.actor.sample(start.seen(last, -1), start.noise[-1])
     weight = gamma ** len(taken) * alive
     first, begun = taken[0]
 
@@ -113,6 +118,11 @@ def value_gradient_losses(
         "value_gradient/alive_share": alive.mean(),
     }
     return Losses(table, metrics)
+
+
+def draw_blur(deviation: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+    """Noise on what the actor sees; None without."""
+    return deviation * torch.randn(shape, generator=generator, device=generator.device) if deviation else None
 
 
 def value_range(rewards: Tensor, gamma: float) -> tuple[Tensor, Tensor]:

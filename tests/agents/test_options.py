@@ -101,6 +101,7 @@ MODEL_OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "tau": (0.5, {}),
     "ema_decay": (0.5, {}),
     "actor_noise": (0.1, {}),
+    "observation_noise": (0.1, {"value_gradient": 2}),
     "gamma": (0.5, {}),
     "temperature": (0.1, {}),
     "learn_temperature": (False, {}),

@@ -286,6 +286,16 @@ def test_compiled_as_eager(adversary: str) -> None:
     torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
 
 
+def test_observation_statistics_settle_as_the_learning_rate_falls_to_0() -> None:
+    counts = {}
+    for schedule in ("constant", "linear"):
+        learner = agent(lr_schedule=schedule, learning_starts=10, normalize_observation=True)
+        learner.learn(100)
+        counts[schedule] = learner.policy.obs_norm.count.item()
+    assert counts["constant"] > 90
+    assert 0.45 < counts["linear"] / counts["constant"] < 0.65  # the mean of 1 - t / 100, and the first steps at once
+
+
 def test_several_environments_get_updates_per_step() -> None:
     learner = agent(n_envs=4, learning_starts=40).learn(80)
     assert learner._n_updates == 2 * 40 and learner.num_timesteps == 80

@@ -15,7 +15,7 @@ from driftrl.agents.lipschitz_mbpo.config import LipschitzMBPOConfig
 from driftrl.agents.lipschitz_mbpo.diagnostics import growth, koopman_radius, spectral_radius
 from driftrl.agents.lipschitz_mbpo.replay import Transitions
 from driftrl.agents.lipschitz_mbpo.sac import SACPolicy
-from driftrl.agents.lipschitz_mbpo.value_gradients import Start, value_gradient_losses, value_range
+from driftrl.agents.lipschitz_mbpo.value_gradients import Start, draw_blur, value_gradient_losses, value_range
 from driftrl.envs import make_vec
 
 GAMMA, ALPHA, HORIZON, ROWS = 0.9, 0.3, 4, 16
@@ -32,7 +32,7 @@ class KnownModel:
         return next_obs[:, 0] > 1
 
 
-def setting(critics: int = 3) -> tuple[SACPolicy, Start, LipschitzMBPOConfig]:
+def setting(critics: int = 3, blurred: bool = False) -> tuple[SACPolicy, Start, LipschitzMBPOConfig]:
     torch.manual_seed(0)
     box = spaces.Box(-np.inf, np.inf, (2,)), spaces.Box(-1.0, 1.0, (1,))
     policy = SACPolicy(
@@ -48,6 +48,7 @@ def setting(critics: int = 3) -> tuple[SACPolicy, Start, LipschitzMBPOConfig]:
     start = Start(
         torch.randn(ROWS, 2, **draw), torch.randn(HORIZON + 1, ROWS, 1, **draw),
         tuple((0.3 * torch.randn(ROWS, 2, **draw),) for _ in range(HORIZON)), torch.tensor([2, 0]), None,
+        0.5 * torch.randn(HORIZON + 1, ROWS, 2, **draw) if blurred else None,
     )  # fmt: skip
     config = LipschitzMBPOConfig(value_gradient=HORIZON, gamma=GAMMA, regularizer="none", n_critics=critics)
     return policy, start, config
@@ -61,10 +62,11 @@ def losses(policy: SACPolicy, start: Start, config: LipschitzMBPOConfig) -> dict
 def by_hand(policy: SACPolicy, start: Start) -> tuple[list[float], list[float]]:
     """Target of each row's first state, and what the actor maximises, one row and one step after the other."""
     targets, objectives, alpha = [], [], policy.log_alpha.exp().item()
+    blur = torch.zeros(HORIZON + 1, ROWS, 2) if start.blur is None else start.blur
     for row in range(ROWS):
         state, collected, first_bonus, step = start.obs[row], 0.0, 0.0, 0
         while step < HORIZON and not (step and state[0] > 1):
-            action, log_prob = policy.actor.sample(state[None], start.noise[step, row][None])
+            action, log_prob = policy.actor.sample((state + blur[step, row])[None], start.noise[step, row][None])
             if step == 0:
                 first_bonus = alpha * log_prob.item()
             reward = action.item() - state[0].item() ** 2
@@ -73,7 +75,7 @@ def by_hand(policy: SACPolicy, start: Start) -> tuple[list[float], list[float]]:
             step += 1
         target, objective = collected + first_bonus, collected
         if not state[0] > 1:
-            action, log_prob = policy.actor.sample(state[None], start.noise[HORIZON, row][None])
+            action, log_prob = policy.actor.sample((state + blur[-1, row])[None], start.noise[HORIZON, row][None])
             each = policy.critic(state[None], action)[:, 0]
             target += GAMMA**HORIZON * (each[[2, 0]].min().clamp(-3, 5) - alpha * log_prob).item()
             objective += GAMMA**HORIZON * (each.mean() - alpha * log_prob).item()
@@ -82,11 +84,12 @@ def by_hand(policy: SACPolicy, start: Start) -> tuple[list[float], list[float]]:
     return targets, objectives
 
 
-def test_losses_are_those_of_rollouts_written_out_row_by_row() -> None:
-    policy, start, config = setting()
+@pytest.mark.parametrize("blurred", [False, True])
+def test_losses_are_those_of_rollouts_written_out_row_by_row(blurred: bool) -> None:
+    policy, start, config = setting(blurred=blurred)
     targets, objectives = by_hand(policy, start)
     found = losses(policy, start, config)
-    action = policy.actor.sample(start.obs, start.noise[0]).action
+    action = policy.actor.sample(start.seen(start.obs, 0), start.noise[0]).action
     values = policy.critic(start.obs, action)
     error = 0.5 * (values - torch.tensor(targets, dtype=torch.float64)).square().mean(1).sum()
     assert found["critic_loss"].item() == pytest.approx(error.item(), rel=1e-12)
@@ -119,6 +122,12 @@ def test_each_loss_reaches_only_its_own_network() -> None:
         pairs: list[tuple[str, Tensor | None]] = list(zip(learning, gradients, strict=True))
         reached = {name.split(".")[0] for name, gradient in pairs if gradient is not None}
         assert reached == {network}, loss
+
+
+def test_noise_on_what_the_actor_sees_has_the_deviation_asked_for() -> None:
+    blur = draw_blur(0.2, (6, 2000, 3), torch.Generator().manual_seed(0))
+    assert blur is not None and blur.std().item() == pytest.approx(0.2, rel=0.02)
+    assert draw_blur(0.0, (6, 2000, 3), torch.Generator()) is None
 
 
 def test_values_go_on_for_ever_between_the_rarest_rewards() -> None:
