@@ -4,8 +4,8 @@
 
 Writes the table of docs/solvers.md. Data: 64 paths of fractional Brownian motion of type II with known H, exact in law
 (Cholesky factor of the covariance, by quadrature; not our approximation), seen at 16 times over [0, 1] with noise of
-standard deviation 0.05. Model: ``dx = scale dB``, H and scale learned from 0.6 and 1.5. The control is linear in the
-state, the processes beneath and the next four observations, with weights of its own at each of 128 steps (Daems et al.,
+standard deviation 0.1. Model: ``dx = scale dB``, H and scale learned from 0.6 and 1.5. The control is linear in the
+state, the processes beneath and the next four observations, with weights of its own at each of 512 steps (Daems et al.,
 arXiv 2310.12975, have a network; a Gaussian posterior needs no more). As an oracle the maximum of the exact likelihood
 of the same data over H and scale.
 """
@@ -142,9 +142,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(
-    hursts: tuple[float, ...] = (0.7, 0.5, 0.9),
+    hursts: tuple[float, ...] = (0.35, 0.5, 0.7, 0.9),
     seeds: tuple[int, ...] = (0,),
-    updates: int = 250,
+    updates: int = 1500,
     output: Path | None = None,
 ) -> None:
     """Print and write the table.
