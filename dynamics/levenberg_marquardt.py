@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .langevin import Chains, Energy, adjusted_step, check_steps, check_uniform, gradient_and_energy
+from .step_control import select
 
 
 def levenberg_marquardt(
@@ -66,7 +67,7 @@ def levenberg_marquardt(
     check_uniform(uniform, noise)
     half = len(x) // 2
     rows = slice(None, half), slice(half, None)
-    values = [gradient_and_energy(energy, cond if cond is None or len(cond) == 1 else cond[part]) for part in rows]
+    values = [gradient_and_energy(energy, select(cond, part)) for part in rows]
     halves = [Chains(x[part], *value(x[part])) for part, value in zip(rows, values, strict=True)]
     probabilities = []
     for z, level in zip(noise.unbind(), uniform.unbind(), strict=True):

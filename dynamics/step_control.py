@@ -318,7 +318,7 @@ def coarse(h: Tensor) -> Tensor:
     return split - (split - h)
 
 
-def select(cond: Tensor | None, rows: Tensor) -> Tensor | None:
+def select(cond: Tensor | None, rows: Tensor | slice) -> Tensor | None:
     """The conditioning of some rows; one of a single row serves all."""
     return cond if cond is None or len(cond) == 1 else cond[rows]
 
