@@ -2,6 +2,7 @@
 
     python benchmarks/env_speed.py --output benchmarks/results/env_speed.json
     pip install 'driftrl[envpool]'          # for EnvPool; without it its column stays empty
+    python benchmarks/env_speed.py --tasks FetchPush-v4 FetchPickAndPlace-v4     # pip install 'driftrl[maze]'
 
 All take turns in one process, with the same number of environments and random actions that are drawn beforehand. "bare"
 is `mj_step` alone on all cores, from the states that our environments are in; it reads MuJoCo's clock, which our
@@ -24,6 +25,7 @@ import numpy as np
 import tyro
 from paired import machine, ratio, spread, take_turns, write
 
+from driftrl.envs.make import make_vec, with_module
 from driftrl.envs.mujoco_batch import MujocoVecEnv, available_cores
 
 TASKS = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Swimmer-v5", "InvertedPendulum-v5", "Ant-v5", "Humanoid-v5")
@@ -68,8 +70,7 @@ def prepare(
     id: str, n_envs: int, steps: int, has_envpool: bool
 ) -> tuple[dict[str, Callable[[], None]], Callable[[], None]]:
     """The contenders' turns, and what closes them."""
-    ours = MujocoVecEnv(id, n_envs)
-    ours.seed(0)
+    ours = cast(MujocoVecEnv, make_vec(id, n_envs, 0, "batched"))
     ours.reset()
     space = cast(gym.spaces.Box, ours.action_space)
     rng = np.random.default_rng(0)
@@ -84,7 +85,7 @@ def prepare(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        sync, asynchronous = gym.make_vec(id, n_envs, "sync"), gym.make_vec(id, n_envs, "async")
+        sync, asynchronous = (gym.make_vec(with_module(id), n_envs, kind) for kind in ("sync", "async"))
     for env in (sync, asynchronous):
         env.reset(seed=0)
     bare, close_bare = bare_turn(ours, steps)
@@ -94,7 +95,7 @@ def prepare(
         "sync": vector_turn(sync),
         "async": vector_turn(asynchronous),
     }
-    if has_envpool:
+    if has_envpool and id in TASKS:
         import envpool
 
         # As many threads as cores: its own default would be one per environment.
@@ -113,7 +114,7 @@ def prepare(
 def bare_turn(ours: MujocoVecEnv, steps: int) -> tuple[Callable[[], None], Callable[[], None]]:
     """`mj_step` alone on all cores, from the states in which our environments are now."""
     model, cores = ours.simulators.model, available_cores()
-    frames = int(ours.get_attr("frame_skip")[0])
+    frames = ours.simulators.frames
     datas = [mujoco.MjData(model) for _ in ours.simulators.datas]
     chunks = [datas[i::cores] for i in range(cores)]
     pool = ThreadPoolExecutor(cores)

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, cast
 
 import gymnasium as gym
 import numpy as np
+from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.vec_env import VecEnv
@@ -34,7 +35,10 @@ class BatchVecEnv(VecEnv):
     Attributes:
         render_index: the environment that `render` and `get_images` show; None: all, tiled, as DummyVecEnv.
         all_infos: whether `step` gives the infos of all environments; else those whose episode goes on have empty ones.
+        set_by_reset: attributes of an environment that its reset sets: each environment has its own.
     """
+
+    set_by_reset: tuple[str, ...] = ()
 
     def __init__(self, prototype: gym.Env[Any, Any], n_envs: int) -> None:
         self._env = cast(Any, prototype.unwrapped)
@@ -44,7 +48,7 @@ class BatchVecEnv(VecEnv):
         limit = np.inf if steps is None or steps < 0 else steps
         rewards: list[list[float]] = [[] for _ in range(n_envs)]
         self._episodes = Episodes(np.full(n_envs, -1), np.full(n_envs, limit), rewards, [0] * n_envs)
-        self._seats = make_seats(prototype, self._episodes, self._own)
+        self._seats = make_seats(prototype, self._episodes, self._own, self.set_by_reset)
         self._envs: list[Any] = [seat.unwrapped for seat in self._seats]
         self._ready = False  # whether all environments may be stepped
         self._start = time.time()
@@ -55,7 +59,8 @@ class BatchVecEnv(VecEnv):
     def _advance(self, actions: Array) -> tuple[Array, Array, Array, dict[str, Array]]:
         """Step all environments: observations [N, O], rewards [N] (float64), terminated [N], entries of info [N, ...].
 
-        The observations of the last step are in `_obs`. The arrays returned are not used again.
+        The parts of a dict of observations stand side by side, in the order of the space. The observations of the last
+        step are in `_obs`. The arrays returned are not used again.
         """
 
     @abstractmethod
@@ -72,14 +77,14 @@ class BatchVecEnv(VecEnv):
     def _look(self) -> None:
         """Called before somebody looks at environments or into them."""
 
-    def reset(self) -> Array:
+    def reset(self) -> Any:
         """Begin a new episode everywhere; the seeds set by `seed` apply once. Returns observations [N, O]."""
         rows = [self._reset(i, self._seeds[i], self._options[i] or None) for i in range(self.num_envs)]
         self._reset_seeds()
         self._reset_options()
         self._begin()
         self._obs = np.stack(rows)
-        return self._obs.copy()
+        return self._shown(self._obs.copy())
 
     def _begin(self) -> None:
         """All environments are in an episode now."""
@@ -116,10 +121,19 @@ class BatchVecEnv(VecEnv):
         infos = self._infos(info | {"TimeLimit.truncated": truncated}, ended)
         if ended:
             for i in ended:
-                infos[i]["episode"], infos[i]["terminal_observation"] = self._episode(i), obs[i].copy()
+                infos[i]["episode"] = self._episode(i)
+                infos[i]["terminal_observation"] = self._shown(obs[i].copy())
             self._restart(ended, obs)
         self._obs = obs
-        return obs.copy(), reward.astype(np.float32), dones, infos
+        return self._shown(obs.copy()), reward.astype(np.float32), dones, infos
+
+    def _shown(self, obs: Array) -> Any:
+        """Observations [..., O] as the space has them, an array or a dict of its parts."""
+        if not isinstance(self.observation_space, spaces.Dict):
+            return obs
+        sizes = [cast(tuple[int], part.shape)[0] for part in self.observation_space.values()]
+        parts = np.split(obs, np.cumsum(sizes)[:-1], axis=-1)
+        return dict(zip(self.observation_space, parts, strict=True))
 
     def _infos(self, columns: dict[str, Array], ended: list[int]) -> list[dict[str, Any]]:
         """The infos of a step, from their entries [N, ...]."""
@@ -147,6 +161,8 @@ class BatchVecEnv(VecEnv):
         """New episode of environment i by Gymnasium's own reset; returns its observation [O]."""
         self._count_anew(i)
         obs, self.reset_infos[i] = self._envs[i].reset(seed=seed, options=options)
+        if isinstance(obs, dict):
+            obs = np.concatenate([obs[part] for part in cast(spaces.Dict, self.observation_space)])
         return cast(Array, obs)
 
     def _count_anew(self, i: int) -> None:
@@ -175,7 +191,7 @@ class BatchVecEnv(VecEnv):
             "random": np.array([_random_words(env.np_random) for env in self._envs], dtype=np.uint64),
         }
 
-    def set_state(self, state: dict[str, Any]) -> Array:
+    def set_state(self, state: dict[str, Any]) -> Any:
         """Go on where `get_state` was called, on the same or another batch of the task; returns the observations."""
         self._obs = state["observation"].copy()
         self._episodes.elapsed[:] = state["elapsed"]
@@ -184,7 +200,7 @@ class BatchVecEnv(VecEnv):
         for env, words in zip(self._envs, state["random"].tolist(), strict=True):
             env.np_random = _generator(words)
         self._begin()
-        return self._obs.copy()
+        return self._shown(self._obs.copy())
 
     def close(self) -> None:
         """Close the environments."""
@@ -216,7 +232,7 @@ class BatchVecEnv(VecEnv):
             ValueError: if the environments share it and the indices leave one out, or if the batch steps it itself.
         """
         chosen = list(self._get_indices(indices))
-        if attr_name in vars(self._env):
+        if attr_name in vars(self._env) and attr_name not in self.set_by_reset:
             if attr_name in self._own(0):
                 raise ValueError(f"set_attr: got {attr_name}, which the batch steps itself; write into it in place")
             if len(set(chosen)) < self.num_envs:
@@ -268,7 +284,7 @@ class StatesVecEnv(BatchVecEnv):
         """All that determines the course of the environments, as arrays, for `set_state`; after the first `reset`."""
         return super().get_state() | {"states": self.states.copy()}
 
-    def set_state(self, state: dict[str, Any]) -> Array:
+    def set_state(self, state: dict[str, Any]) -> Any:
         """Go on where `get_state` was called, on the same or another batch of the task; returns the observations.
 
         Raises:

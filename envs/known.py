@@ -30,8 +30,13 @@ TASK_CLASSES: dict[str, str] = {
     "driftrl.envs.multigoal:SoftMultiGoalEnv": "driftrl/SoftMultiGoal-v0",
     "driftrl.envs.avoid:AvoidEnv": "driftrl/Avoid-v0",
     "driftrl.envs.point_maze:PointMazeMedium": "driftrl/PointMazeMedium-v0",
+    "gymnasium_robotics.envs.fetch.pick_and_place:MujocoFetchPickAndPlaceEnv": "FetchPickAndPlace-v4",
+    "gymnasium_robotics.envs.fetch.push:MujocoFetchPushEnv": "FetchPush-v4",
+    "gymnasium_robotics.envs.fetch.reach:MujocoFetchReachEnv": "FetchReach-v4",
+    "gymnasium_robotics.envs.fetch.slide:MujocoFetchSlideEnv": "FetchSlide-v4",
 }
 """Entry point of a class -> the task as we call it, by the id under which it usually is registered."""
+FETCH_TASKS = tuple(task for task in TASK_CLASSES.values() if task.startswith("Fetch"))
 NEUTRAL_WRAPPERS = {
     "stable_baselines3.common.monitor:Monitor",
     "gymnasium.wrappers.common:RecordEpisodeStatistics",

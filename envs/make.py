@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from .avoid import AVOID, AvoidVecEnv
 from .batch import BatchVecEnv
-from .known import bare_task_of_id
+from .known import FETCH_TASKS, bare_task_of_id
 from .memory import check_fits
 from .mujoco_batch import MujocoVecEnv
 from .mujoco_tasks import TASKS
@@ -32,8 +32,16 @@ from .workers import SupervisedVecEnv
 
 Backend = Literal["auto", "batched", "sync", "subproc", "tensor", "warp"]
 
+
+def _fetch_env(id: str, n_envs: int, **env_kwargs: Any) -> BatchVecEnv:
+    from .fetch_batch import FetchVecEnv  # needs the extra maze, as the task itself
+
+    return FetchVecEnv(id, n_envs, **env_kwargs)
+
+
 _BATCHED: dict[str, Callable[..., BatchVecEnv]] = {
     **dict.fromkeys(TASKS, MujocoVecEnv),
+    **dict.fromkeys(FETCH_TASKS, _fetch_env),
     **dict.fromkeys(GOAL_TASKS, GoalVecEnv),
     AVOID: AvoidVecEnv,
 }
@@ -54,12 +62,12 @@ def make_vec(
         id: Gymnasium id, e.g. "HalfCheetah-v5" or "package.module:Name-v0".
         n_envs: number of environments, at least 1.
         seed: environment i is seeded with seed + i at its first reset; None for random seeds.
-        backend: "batched" steps MuJoCo's v5 tasks on all cores (`MujocoVecEnv`), the multi-goal tasks and Avoid in
-            NumPy (`GoalVecEnv`, `AvoidVecEnv`), with the same results; "sync" steps one after the other in this
-            process, "subproc" each in a process of its own (`SupervisedVecEnv`); "tensor" steps the multi-goal tasks
-            and Avoid on a device (`TensorVecEnv`): the same tasks in float32, with other random starts; "warp"
-            simulates MuJoCo's v5 tasks on a device (`WarpVecEnv`, extra `gpu`), in float32, not bit for bit; "auto" is
-            "batched" where that is possible, else "sync".
+        backend: "batched" steps MuJoCo's v5 tasks and Fetch on all cores (`MujocoVecEnv`, `FetchVecEnv`), the
+            multi-goal tasks and Avoid in NumPy (`GoalVecEnv`, `AvoidVecEnv`), with the same results; "sync" steps one
+            after the other in this process, "subproc" each in a process of its own (`SupervisedVecEnv`); "tensor" steps
+            the multi-goal tasks and Avoid on a device (`TensorVecEnv`): the same tasks in float32, with other random
+            starts; "warp" simulates MuJoCo's v5 tasks on a device (`WarpVecEnv`, extra `gpu`), in float32, not bit for
+            bit; "auto" is "batched" where that is possible, else "sync".
         worker_timeout: subproc: seconds for a step, > 0, after which a process counts as hung and is restarted.
         worker_restarts: subproc: restarts of processes that died or hang, >= 0, all together; the next is an error.
         device: tensor, warp: where the environments are.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+from collections.abc import Collection
 from typing import Any
 
 import gymnasium as gym
@@ -21,7 +22,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvS
 
 from .batch import Array, BatchVecEnv, make_prototype
 from .known import bare_task_of_id
-from .mujoco_tasks import TASKS
+from .mujoco_tasks import TASKS, Task
 from .simulators import STATE, Simulators
 
 
@@ -48,16 +49,19 @@ class MujocoVecEnv(BatchVecEnv):
             and cannot be had.
     """
 
+    tasks: Collection[str] = TASKS
+    """The tasks that it steps."""
+
     def __init__(
         self, id: str, n_envs: int, threads: int | None = None, native: bool | None = None, **env_kwargs: Any
     ) -> None:
         task = bare_task_of_id(id)
-        if task not in TASKS:
-            raise ValueError(f"batched: got {id!r}, expected one of {', '.join(TASKS)}; use another backend")
+        if task is None or task not in self.tasks:
+            raise ValueError(f"batched: got {id!r}, expected one of {', '.join(self.tasks)}; use another backend")
         if threads is not None and threads < 1:
             raise ValueError(f"threads: got {threads}, expected an integer of at least 1")
         prototype = make_prototype(id, n_envs, env_kwargs)
-        self._task = TASKS[task]
+        self._task = self._describe(task, prototype.unwrapped)
         self.simulators = Simulators(
             prototype.unwrapped, self._task, n_envs, min(threads or available_cores(), n_envs), native
         )
@@ -68,6 +72,10 @@ class MujocoVecEnv(BatchVecEnv):
         self.native = self.simulators.compiled is not None
         quick = self._task.uniform_start and "xml_file" not in env_kwargs and _draws_alike()
         self._first_state = _first_state(self.simulators.model) if quick else None
+
+    def _describe(self, task: str, env: Any) -> Task:
+        """What a task adds to the simulation."""
+        return TASKS[task]
 
     def step_wait(self) -> VecEnvStepReturn:
         """Observations [N, O], rewards [N] (float32), dones [N] and infos; ended episodes begin anew."""
@@ -177,7 +185,7 @@ class MujocoVecEnv(BatchVecEnv):
         before = None if self._task.point is None else s.before.copy()
         return super().get_state() | {"physics": physics, "before": before, "diverged": self.diverged.copy()}
 
-    def set_state(self, state: dict[str, Any]) -> Array:
+    def set_state(self, state: dict[str, Any]) -> Any:
         """Go on where `get_state` was called, on the same or another batch of the task; returns the observations.
 
         Raises:

@@ -29,6 +29,7 @@ class Batch(ABC):
         actions: the actions of this step, [N, nu].
         before: the tracked point before the step, [N] or [N, 2].
         after: the tracked point after the step.
+        goals: of tasks with goals, [N, 3].
     """
 
     xp: Any
@@ -37,6 +38,7 @@ class Batch(ABC):
     actions: Array
     before: Array
     after: Array
+    goals: Array
 
     @abstractmethod
     def __getitem__(self, field: str) -> Array:
@@ -122,6 +124,8 @@ class Task:
         start: where episodes begin. "uniform": at init_qpos and init_qvel, each plus uniform noise; "normal": with
             normal noise of the velocity; or by a rule of the task's own.
         derived: what is observed, or the point, is more than positions and velocities: it follows from them.
+        frames: attribute of the environment that holds the simulators' steps per step.
+        settle: what is done to the simulators after these, before anything is observed.
     """
 
     observation: tuple[Reader, ...]
@@ -130,6 +134,8 @@ class Task:
     contact_forces: bool = False
     start: Literal["uniform", "normal", "reacher", "pusher"] = "uniform"
     derived: bool = False
+    frames: str = "frame_skip"
+    settle: Callable[[Any], None] | None = None
 
     @property
     def uniform_start(self) -> bool:

@@ -106,13 +106,16 @@ class _SeatLimit(_Limit):
         self._episodes.limit[self._index] = value
 
 
-def make_seats(prototype: gym.Env[Any, Any], episodes: Episodes, own: Callable[[int], dict[str, Any]]) -> list[Seat]:
+def make_seats(
+    prototype: gym.Env[Any, Any], episodes: Episodes, own: Callable[[int], dict[str, Any]], free: tuple[str, ...] = ()
+) -> list[Seat]:
     """The seats of a batch.
 
     Args:
         prototype: environment with the wrappers of `gymnasium.make`.
         episodes: of the batch.
         own: attributes of the unwrapped environment i that it shares with no other.
+        free: names of attributes that an environment may set for itself.
     """
     top = Monitor(prototype)
     layers: list[Any] = [top]
@@ -120,7 +123,7 @@ def make_seats(prototype: gym.Env[Any, Any], episodes: Episodes, own: Callable[[
         _ = layers[-1].spec  # copied with the wrapper; N times it would take a second
         layers.append(layers[-1].env)
     env = layers.pop()
-    kind = _refusing(env)
+    kind = _refusing(env, free)
     seats = []
     for i in range(len(episodes.elapsed)):
         mine: dict[str, Any] = {}
@@ -156,9 +159,9 @@ def _filled(kind: type[Any], names: dict[str, Any]) -> Any:
     return found
 
 
-def _refusing(env: gym.Env[Any, Any]) -> type[Any]:
+def _refusing(env: gym.Env[Any, Any], free: tuple[str, ...]) -> type[Any]:
     """The class of an environment, with a refusal to set on one what all share."""
-    kind, shared = type(env), frozenset(vars(env))
+    kind, shared = type(env), frozenset(vars(env)) - frozenset(free)
 
     def set_own(self: Any, name: str, value: Any) -> None:
         if name in shared:

@@ -9,6 +9,7 @@ import ctypes
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from ctypes import c_void_p
 from typing import Any, TypeAlias, cast
 
@@ -102,19 +103,31 @@ class Simulators(Batch):
 
             def step(chunk: slice) -> None:
                 for model, data in zip(self.models[chunk], self.datas[chunk], strict=True):
-                    mujoco.mj_step(model, data, self.env.frame_skip)
+                    mujoco.mj_step(model, data, self.frames)
                     if contact_forces:
                         mujoco.mj_rnePostConstraint(model, data)
 
-            self._python.run(step)
+            self.share(step)
             warned: Array = np.concatenate(self._warnings).reshape(n, -1)[:, _BAD_STATE]
             obs, bad = None, cast(Array, warned.any(axis=1))
         else:
             self._arrays, obs, bad = found
+        if self._task.settle is not None:
+            self._task.settle(self)
+            self.forget()
         if obs is None:
             obs = np.concatenate([part(self) for part in self._task.observation], axis=1)
             bad |= ~np.isfinite(obs).all(axis=1)
         return obs, bad
+
+    @property
+    def frames(self) -> int:
+        """Steps of a simulator per step."""
+        return int(getattr(self.env, self._task.frames))
+
+    def share(self, work: Callable[[slice], None]) -> None:
+        """Do something with all of them: Python's threads take equal shares."""
+        self._python.run(work)
 
     def can_restart(self, which: list[int]) -> bool:
         """Whether `restart` will do: the last step gathered observations, and no simulator has warnings to be reset."""
@@ -268,7 +281,7 @@ class CompiledThreads:
                 self._tell(s)
             fields, obs, broken = np.empty(self._size), np.empty((n, self._width)), np.empty(n, dtype=bool)
             error = self._library.driftrl_step(
-                self._batch, _address(actions), s.env.frame_skip, contact_forces, timed, _address(fields),
+                self._batch, _address(actions), s.frames, contact_forces, timed, _address(fields),
                 _address(obs), _address(broken),
             )  # fmt: skip
         if self._ending:  # `close` was called meanwhile

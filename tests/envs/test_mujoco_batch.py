@@ -1,6 +1,5 @@
 """The oracle of every number here is Gymnasium's own environment, in Stable-Baselines3's DummyVecEnv with Monitor."""
 
-import functools
 import warnings
 from typing import Any
 
@@ -8,12 +7,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from driftrl.envs.mujoco_batch import MujocoVecEnv
 from driftrl.envs.mujoco_tasks import TASKS
+
+from .oracle import assert_equal, assert_same_course, batched_env, gymnasium_env
 
 HUMANOID_PARTS = {f"include_{part}_in_observation": False for part in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")}
 OTHER_ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
@@ -36,54 +36,6 @@ OTHER_ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
     ("InvertedPendulum-v5", {"reset_noise_scale": 0.1, "max_episode_steps": 20}),
     ("InvertedDoublePendulum-v5", {"healthy_reward": 3.0, "reset_noise_scale": 0.3}),
 ]
-
-
-def gymnasium_env(id: str, n: int, **env_kwargs: Any) -> VecEnv:
-    return make_vec_env(functools.partial(gym.make, id), n_envs=n, seed=3, env_kwargs=env_kwargs)
-
-
-def batched_env(id: str, n: int, **env_kwargs: Any) -> MujocoVecEnv:
-    env = MujocoVecEnv(id, n, **env_kwargs)
-    env.seed(3)
-    return env
-
-
-def assert_equal(ours: Any, theirs: Any, where: str) -> None:
-    """Equal to the last bit; times of day apart."""
-    if isinstance(theirs, dict):
-        assert set(ours) == set(theirs), where
-        for key in set(theirs) - {"t"}:
-            assert_equal(ours[key], theirs[key], f"{where} {key}")
-    else:
-        np.testing.assert_array_equal(ours, theirs, err_msg=where, strict=isinstance(theirs, np.ndarray))
-
-
-def assert_same_course(id: str, steps: int, n: int, dtype: type = np.float32, **env_kwargs: Any) -> int:
-    """Step both with the same random actions; returns the number of episodes that ended."""
-    ours, theirs = batched_env(id, n, **env_kwargs), gymnasium_env(id, n, **env_kwargs)
-    assert ours.observation_space == theirs.observation_space
-    assert ours.action_space == theirs.action_space
-    assert_equal(ours.reset(), theirs.reset(), "first observation")
-    rng, ends = np.random.default_rng(0), 0
-    assert isinstance(theirs.action_space, gym.spaces.Box)
-    low, high = theirs.action_space.low, theirs.action_space.high
-    for step in range(steps):
-        # Every other stretch is gentle, for episodes that last.
-        actions: np.ndarray = (rng.uniform(low, high, (n, len(low))) * (0.2 if step % 200 >= 100 else 1.0)).astype(
-            dtype
-        )
-        obs, rewards, dones, infos = ours.step(actions)
-        expected_obs, expected_rewards, expected_dones, expected_infos = theirs.step(actions)
-        assert_equal(obs, expected_obs, f"{id} observation, step {step}")
-        assert_equal(rewards, expected_rewards, f"{id} reward, step {step}")
-        assert_equal(dones, expected_dones, f"{id} done, step {step}")
-        for i in range(n):
-            assert_equal(infos[i], expected_infos[i], f"{id} info {i}, step {step}")
-            assert_equal(ours.reset_infos[i], theirs.reset_infos[i], f"{id} reset info {i}, step {step}")
-        ends += int(dones.sum())
-    ours.close()
-    theirs.close()
-    return ends
 
 
 @pytest.mark.parametrize("id", TASKS)
