@@ -40,21 +40,34 @@ VALUE_GRADIENT_MODELS = {
     "langevin": "model=langevin",
 }
 HORIZONS = (0, 1, 3, 5)
+FORMER = {
+    "value-gradient": "H = 5, single, none, former preset",
+    "value-gradient:regularizer=robust": "H = 5, single, robust, former preset",
+}
+"""Recorded before `observation_noise` and before statistics settled with the learning rate: shown, not run again."""
+
+
+NOISE = {
+    "value-gradient:observation_noise=0.05": "none",
+    "value-gradient:observation_noise=0.05,actor_noise=1e-6": "1e-6",
+}
+"""Arms of `learning` and the temperature of the Langevin noise on the actor's weights."""
 
 
 def value_gradient_arms(
     models: tuple[str, ...], regularizers: tuple[str, ...], horizons: tuple[int, ...]
 ) -> dict[str, str]:
-    """Arms of `learning` and what they are called; the preset itself has no settings in its name."""
+    """Arms of `learning` and what they are called; the noise on observations is the preset's."""
     labels = {}
     for horizon in horizons:
         for model in models:
             for regularizer in regularizers:
-                given = [f"value_gradient={horizon}"] * (horizon != 5) + [VALUE_GRADIENT_MODELS[model]]
+                given = [f"observation_noise={0.05 if horizon else 0}"]
+                given += [f"value_gradient={horizon}"] * (horizon != 5) + [VALUE_GRADIENT_MODELS[model]]
                 given += [f"regularizer={regularizer}"] * (regularizer != "none")
-                settings = ",".join(each for each in given if each)
-                arm = f"value-gradient:{settings}" if settings else "value-gradient"
-                labels[arm] = f"H = {horizon}, {model}, {regularizer}"
+                labels[f"value-gradient:{','.join(each for each in given if each)}"] = (
+                    f"H = {horizon}, {model}, {regularizer}"
+                )
     return labels
 
 
@@ -90,6 +103,24 @@ def table(env: str, labels: Mapping[str, str], total_timesteps: int) -> str:
             cells += [learning.interval(np.array(scores)), ", ".join(f"{score:.0f}" for score in scores)]
         cells.append(f"{statistics.median(r['cpu_seconds'] for r in kept):.0f}")
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def averages(env: str, total_timesteps: int) -> str:
+    """Markdown: policies with and without the average of their weights, after the last step and shortly before it."""
+    columns = ["noise", "weights", "final IQM [95 %]", "each seed", "spread of ten looks", "lowest look of each seed"]
+    lines = [f"{env}, {total_timesteps:,} steps:", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for arm, noise in NOISE.items():
+        kept = learning.load(env, arm, total_timesteps)
+        for name, late, mode in (("average", "averaged", "deterministic"), ("last", "last", "last weights")):
+            if not kept:
+                continue
+            final = [np.mean(r["evaluation"][mode]["returns"]) for r in kept]
+            looks = [[look[late] for look in r["late"]] for r in kept]
+            spread = statistics.median(np.std(each) for each in looks)
+            cells = [noise, name, learning.interval(np.array(final)), ", ".join(f"{each:.0f}" for each in final)]
+            cells += [f"{spread:.0f}", ", ".join(f"{min(each):.0f}" for each in looks)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
@@ -130,9 +161,15 @@ def main(
     if not table_only:
         runs = [learning_arms.Run(env, arm, seed, total_timesteps) for seed in seeds for env in envs for arm in labels]
         learning.run_missing(runs, jobs)
+    if horizons:
+        labels |= FORMER
     text = "\n".join(table(env, labels, total_timesteps) for env in envs)
     print(text)
     learning.write_between(page, "value gradients" if horizons else "models", text)
+    if horizons:
+        text = "\n".join(averages(env, total_timesteps) for env in envs)
+        print(text)
+        learning.write_between(page, "averages", text)
     learning_arms.LABELS |= labels
     name = figure.with_stem("value_gradients") if horizons else figure
     learning.plot(envs, tuple(labels), total_timesteps, name)

@@ -187,6 +187,12 @@ class LearningRate(BaseAlgorithm):
             return LinearSchedule(rate, 0.0, 1.0)(remaining)
         return self._rate if schedule == "adaptive" else rate
 
+    @property
+    def _rate_share(self) -> float:
+        """The present learning rate over the first one, at most 1."""
+        first = self._rate_at(1.0)
+        return min(self._rate_at(self._current_progress_remaining) / first, 1.0) if first else 1.0
+
     def _setup_lr_schedule(self) -> None:
         """Nothing to do: `lr_schedule` follows `learning_rate`."""
 

@@ -344,8 +344,7 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
         """Let the observation statistics see what is new."""
         new = self._real.unpack(self._real.newest(self.num_timesteps - self._seen))
         # Where the learning rate falls to 0 the networks can no longer follow statistics that move.
-        weight = max(self._current_progress_remaining, 1e-3) if self.config.lr_schedule == "linear" else 1.0
-        self.policy.obs_norm.update(new.obs, weight=weight)
+        self.policy.obs_norm.update(new.obs, weight=max(self._rate_share, 1e-3))
         self._seen = self.num_timesteps
 
     def _fit_model(self, model: TransitionModel) -> None:

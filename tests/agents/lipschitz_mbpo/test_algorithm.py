@@ -288,12 +288,17 @@ def test_compiled_as_eager(adversary: str) -> None:
 
 def test_observation_statistics_settle_as_the_learning_rate_falls_to_0() -> None:
     counts = {}
-    for schedule in ("constant", "linear"):
-        learner = agent(lr_schedule=schedule, learning_starts=10, normalize_observation=True)
+    for schedule in ("constant", "linear", "function"):
+        learner = agent(learning_starts=10, normalize_observation=True)
+        if schedule == "function":
+            learner.learning_rate = lambda remaining: 3e-4 * remaining
+        else:
+            learner.lr_schedule = schedule
         learner.learn(100)
         counts[schedule] = learner.policy.obs_norm.count.item()
     assert counts["constant"] > 90
     assert 0.45 < counts["linear"] / counts["constant"] < 0.65  # the mean of 1 - t / 100, and the first steps at once
+    assert counts["function"] == counts["linear"]
 
 
 def test_several_environments_get_updates_per_step() -> None:
