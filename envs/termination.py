@@ -23,7 +23,7 @@ import torch
 from gymnasium.envs.registration import load_env_creator
 from torch import Tensor
 
-from .known import TASK_CLASSES
+from .known import FETCH_TASKS, TASK_CLASSES
 from .multigoal import GOAL_TASKS
 
 Termination: TypeAlias = Callable[[Tensor], Tensor]
@@ -116,6 +116,7 @@ _TASKS: dict[str, Callable[[_Options], Termination]] = {
     "driftrl/MultiGoal-v0": _multi_goal,
     "driftrl/PointMazeMedium-v0": _never,
     "driftrl/SoftMultiGoal-v0": _soft_multi_goal,
+    **dict.fromkeys(FETCH_TASKS, _never),
 }
 
 

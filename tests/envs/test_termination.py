@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from driftrl.envs.known import FETCH_TASKS
 from driftrl.envs.mujoco_tasks import TASKS
 from driftrl.envs.multigoal import GOAL_TASKS
 from driftrl.envs.termination import TERMINATIONS, termination_function
@@ -124,4 +125,4 @@ def test_other_environments_and_other_models_have_no_rule() -> None:
     assert termination_function("Ant-v5", {"xml_file": "other.xml"}) is None
     assert termination_function("HalfCheetah-v5", {"xml_file": "other.xml"}) is not None
     assert termination_function("Ant-v5", {"xml_file": "other.xml", "terminate_when_unhealthy": False}) is not None
-    assert set(TERMINATIONS) == {*TASKS, *GOAL_TASKS, "driftrl/PointMazeMedium-v0"}
+    assert set(TERMINATIONS) == {*TASKS, *GOAL_TASKS, *FETCH_TASKS, "driftrl/PointMazeMedium-v0"}
