@@ -25,6 +25,12 @@ SPREAD: dict[str, Any] = WIDE | {
 MAZE: dict[str, Any] = WIDE | {
     "n_envs": 32, "n_steps": 64, "batch_size": 256, "base_std": 0.5, "ratio": "endpoint", "ent_coef": 0.01,
 }  # fmt: skip
+FETCH: dict[str, Any] = {
+    "n_envs": 64, "n_steps": 250, "batch_size": 1000, "n_epochs": 10, "total_timesteps": 800_000, "gamma": 0.98,
+    "learning_rate": 2e-4, "lr_schedule": "linear", "clip_range": 0.2, "critic_warmup": 4,
+    "critic_learning_rate": 1e-3, "base": "gaussian", "base_std": 1.0, "solver_steps": 5, "ratio": "endpoint",
+    "action_std": 0.05, "action_std_min": 0.05, "actor_hidden": (256, 256, 256), "activation": "mish",
+}  # fmt: skip
 
 POLICYFLOW: dict[str, dict[str, Any]] = {
     # 64 x 32 and two solver steps save a quarter of the time here too, and more seeds find the slow gait.
@@ -66,6 +72,9 @@ POLICYFLOW: dict[str, dict[str, Any]] = {
         "critic_learning_rate": 1e-3, "base": "standard", "base_std": 1.0, "solver_steps": 5, "ratio": "endpoint",
         "action_std": 0.1, "action_std_min": 0.05, "actor_hidden": (128, 128, 128), "activation": "mish",
     },
+    # After pretraining, too: rewards come late, so rollouts hold 320 episodes. Steer (--freeze-flow) at 7e-4.
+    "FetchPush-v4": FETCH,
+    "FetchPickAndPlace-v4": FETCH,
     "driftrl/PointMazeMedium-v0": MAZE,
     "PointMaze_Medium_Diverse_GDense-v3": MAZE,
 }  # fmt: skip

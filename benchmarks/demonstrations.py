@@ -30,14 +30,14 @@ RESULTS = Path(__file__).parent / "results" / "demonstrations"
 HEADS = {
     "flow": [],
     "flow with a learned base": ["--base", "gaussian", "--base-std", "0.5"],  # steering needs one
-    "gaussian": ["--base-std", "0", "--action-std", "0.3"],
+    "gaussian": ["--base", "standard", "--base-std", "0", "--action-std", "0.3"],
     "mixture": ["--base", "mixture", "--ratio", "mixture", "--action-std", "0.3"],
 }
 COMPARED = ("flow", "gaussian", "mixture")
 STAGES = {
     "pretrained": ["--total-timesteps", "0"],
     "fine-tuned": [],
-    "steering": ["--freeze-flow", "--learning-rate", "3e-4"],
+    "steering": ["--freeze-flow"],
     "from scratch": ["--critic-warmup", "0"],
 }
 
@@ -62,6 +62,8 @@ class Task:
     shares: dict[str, float]
     """Data sets -> share of the episodes that aim at their goal."""
     pretrain_steps: int
+    steering_rate: float
+    """Learning rate."""
     arms: tuple[Arm, ...]
     episodes: int | None = None
     """Of an evaluation; None: those that training itself reports of a task with several solutions."""
@@ -69,7 +71,7 @@ class Task:
 
 TASKS = {
     "avoid": Task(
-        "driftrl/Avoid-v0", 600, {"good": 1.0, "half": 0.5}, 5000,
+        "driftrl/Avoid-v0", 600, {"good": 1.0, "half": 0.5}, 5000, 3e-4,
         (
             *(Arm("good", head, "pretrained", chunk) for chunk in (1, 4, 8, 16) for head in COMPARED),
             *(Arm("half", head, "fine-tuned", chunk) for chunk in (1, 4) for head in COMPARED),
@@ -78,8 +80,9 @@ TASKS = {
         ),
     ),
     "push": Task(
-        "FetchPush-v4", 2000, {"mixed": 0.6}, 10_000,
+        "FetchPush-v4", 2000, {"mixed": 0.6}, 10_000, 7e-4,
         (
+            Arm("mixed", "flow", "steering"),
             *(Arm("mixed", head, "fine-tuned") for head in COMPARED),
             *(Arm("mixed", head, "pretrained", chunk) for chunk in (4, 8) for head in COMPARED),
             Arm("none", "flow", "from scratch"),
@@ -116,6 +119,8 @@ class Run:
         else:
             options = ["policyflow", "--env", task.env, "--seed", str(self.seed), "--run-dir", str(folder)]
             options += [*HEADS[self.arm.head], *STAGES[self.arm.stage], *CHUNKS[self.arm.chunk]]
+            if self.arm.stage == "steering":
+                options += ["--learning-rate", str(task.steering_rate)]
             if self.arm.data != "none":
                 options += ["--demonstrations", str(dataset(runs, self.task, self.arm.data))]
                 options += ["--pretrain-steps", str(task.pretrain_steps)]

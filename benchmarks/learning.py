@@ -13,6 +13,7 @@ run of our agents that was interrupted goes on from its last checkpoint, `s<seed
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import tyro
-from learning_arms import LABELS, POLICYFLOW_ARMS, Run, build, result_folder
+from learning_arms import LABELS, LATE_NOISE_SHARE, POLICYFLOW_ARMS, Run, build, result_folder
 
 EVALUATION_EPISODES = 20
 LATE_EVALUATIONS, LATE_EPISODES = 10, 5
@@ -110,6 +111,8 @@ def execute(run: Run) -> None:
             self.read_log()
             self.measure()
             share = self.num_timesteps / run.total_timesteps
+            if late_noise and share >= 1 - LATE_NOISE_SHARE and not self.model.config.actor_noise:
+                self.model.config = dataclasses.replace(self.model.config, actor_noise=late_noise)
             if is_averaged(self.model) and share >= 1 - 0.2 * (1 - len(self.late) / LATE_EVALUATIONS):
                 self.late.append({"steps": self.num_timesteps} | {
                     name: float(np.mean(evaluate(self.model, LATE_EPISODES, mode)["returns"]))
@@ -133,6 +136,7 @@ def execute(run: Run) -> None:
 
     torch.set_num_threads(1)
     agent, settings = build(run)
+    late_noise = settings.get("late_noise")
     curve, done = Curve(), 0
     env = agent.get_env()
     if isinstance(agent, Checkpointed) and env and checkpoints(unfinished):

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+LATE_NOISE_SHARE = 0.3
 RESULTS = Path(__file__).parent / "results" / "learning"
 
 # rl_zoo3 2.9.2, hyperparams/ppo.yml, entries of the v4 tasks (it has none for v5). Ant's are SB3's defaults.
@@ -179,14 +180,17 @@ def mbpo(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     return _model_based(run, config, settings["n_envs"])
 
 
-def value_gradient(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
-    """LipschitzMBPO as `python train.py mbpo --env ENV` makes it: value gradients through one model."""
+def value_gradient(run: Run, late_noise: float = 0.0, **overrides: Any) -> tuple[Any, dict[str, Any]]:
+    """LipschitzMBPO as `python train.py mbpo --env ENV` makes it: value gradients through one model.
+
+    late_noise is the actor_noise of the last LATE_NOISE_SHARE of the run: up to there it is that without.
+    """
     from driftrl.agents.registry import AGENTS
 
     settings, config = AGENTS["mbpo"].settings(run.env, "standard", **overrides)
     env_kwargs = OBSERVATIONS.get(run.env, {})
     agent, stated = _model_based(run, config, settings["n_envs"], **env_kwargs)
-    return agent, stated | {"env_kwargs": env_kwargs}
+    return agent, stated | {"env_kwargs": env_kwargs} | ({"late_noise": late_noise} if late_noise else {})
 
 
 def _model_based(run: Run, config: Any, n_envs: int = 1, **env_kwargs: Any) -> tuple[Any, dict[str, Any]]:

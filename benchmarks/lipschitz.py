@@ -49,9 +49,9 @@ FORMER = {
 
 NOISE = {
     "value-gradient:observation_noise=0.05": "none",
-    "value-gradient:observation_noise=0.05,actor_noise=1e-6": "1e-6",
+    "value-gradient:observation_noise=0.05,late_noise=1e-5": "1e-5",
 }
-"""Arms of `learning` and the temperature of the Langevin noise on the actor's weights."""
+"""Arms of `learning` and the temperature of the Langevin noise on the actor's weights in the last part of a run."""
 
 
 def value_gradient_arms(
