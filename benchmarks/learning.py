@@ -160,6 +160,7 @@ def execute(run: Run) -> None:
         "env": run.env, "arm": run.arm, "seed": run.seed, "total_timesteps": run.total_timesteps,
         "settings": settings, "evaluation": evaluation, "late": curve.late,
         "curve": curve.points, "logged": curve.logged,
+        "last_returns": [float(e["r"]) for e in list(agent.ep_info_buffer)[-20:]],  # of training
         "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1),
         "threads": torch.get_num_threads(),
         "versions": {
