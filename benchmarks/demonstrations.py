@@ -64,6 +64,8 @@ class Task:
     pretrain_steps: int
     steering_rate: float
     """Learning rate."""
+    control_steps: int
+    """Solver steps of Gaussian and mixture, which carry fixed points: 1 is a plain network."""
     arms: tuple[Arm, ...]
     episodes: int | None = None
     """Of an evaluation; None: those that training itself reports of a task with several solutions."""
@@ -71,7 +73,7 @@ class Task:
 
 TASKS = {
     "avoid": Task(
-        "driftrl/Avoid-v0", 600, {"good": 1.0, "half": 0.5}, 5000, 3e-4,
+        "driftrl/Avoid-v0", 600, {"good": 1.0, "half": 0.5}, 5000, 3e-4, 5,
         (
             *(Arm("good", head, "pretrained", chunk) for chunk in (1, 4, 8, 16) for head in COMPARED),
             *(Arm("half", head, "fine-tuned", chunk) for chunk in (1, 4) for head in COMPARED),
@@ -80,7 +82,7 @@ TASKS = {
         ),
     ),
     "push": Task(
-        "FetchPush-v4", 2000, {"mixed": 0.6}, 10_000, 7e-4,
+        "FetchPush-v4", 2000, {"mixed": 0.6}, 10_000, 7e-4, 1,
         (
             Arm("mixed", "flow", "steering"),
             *(Arm("mixed", head, "fine-tuned") for head in COMPARED),
@@ -119,6 +121,8 @@ class Run:
         else:
             options = ["policyflow", "--env", task.env, "--seed", str(self.seed), "--run-dir", str(folder)]
             options += [*HEADS[self.arm.head], *STAGES[self.arm.stage], *CHUNKS[self.arm.chunk]]
+            if self.arm.head in ("gaussian", "mixture"):
+                options += ["--solver-steps", str(task.control_steps)]
             if self.arm.stage == "steering":
                 options += ["--learning-rate", str(task.steering_rate)]
             if self.arm.data != "none":
