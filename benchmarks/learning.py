@@ -111,8 +111,9 @@ def execute(run: Run) -> None:
             self.read_log()
             self.measure()
             share = self.num_timesteps / run.total_timesteps
-            if late_noise and share >= 1 - LATE_NOISE_SHARE and not self.model.config.actor_noise:
-                self.model.config = dataclasses.replace(self.model.config, actor_noise=late_noise)
+            model: Any = self.model
+            if late_noise and share >= 1 - LATE_NOISE_SHARE and not model.config.actor_noise:
+                model.config = dataclasses.replace(model.config, actor_noise=late_noise)
             if is_averaged(self.model) and share >= 1 - 0.2 * (1 - len(self.late) / LATE_EVALUATIONS):
                 self.late.append({"steps": self.num_timesteps} | {
                     name: float(np.mean(evaluate(self.model, LATE_EPISODES, mode)["returns"]))
