@@ -44,8 +44,8 @@ class Fetch:
         self._fingers = [int(joint.qposadr[0]) for joint in last], [int(joint.dofadr[0]) for joint in last]
         self._blocked = [int(model.joint(f"robot0:{side}_gripper_finger_joint").qposadr[0]) for side in "lr"]
         (weld,) = np.flatnonzero(model.eq_type == mujoco.mjtEq.mjEQ_WELD)
-        bodies = (int(model.eq_obj1id[weld]), int(model.eq_obj2id[weld]))
-        self.mocap, self.welded = bodies if model.body_mocapid[bodies[0]] >= 0 else bodies[::-1]
+        first, second = int(model.eq_obj1id[weld]), int(model.eq_obj2id[weld])
+        self.welded = second if model.body_mocapid[first] >= 0 else first  # the other one is the mocap body
         self._relative = model.actuator_biastype != 0  # which actuators take a target relative to where they are
         self._address = model.jnt_qposadr[model.actuator_trnid[:, 0]]
 
@@ -80,20 +80,18 @@ class Fetch:
 
     def observation(self, s: Simulators) -> Array:
         """Achieved and desired goal, each [N, 3], and what else is observed, in one array."""
-        seconds = s.env.n_substeps * s.timestep
+        seconds = s.frames * s.timestep
         if isinstance(seconds, np.ndarray):
             seconds = seconds[:, None]
         grip, speed = s["site_xpos"][:, self._grip], _velocity(s, self._grip)[0] * seconds
-        parts = [grip]
-        moving = [speed, s["qvel"][:, self._fingers[1]] * seconds]
-        state = s["qpos"][:, self._fingers[0]]
+        fingers, fingers_speed = s["qpos"][:, self._fingers[0]], s["qvel"][:, self._fingers[1]] * seconds
         if self._thing is None:
-            parts += [state]
+            parts = [grip, fingers]
         else:
             thing, (linear, angular) = s["site_xpos"][:, self._thing], _velocity(s, self._thing)
             turned = mat2euler(s["site_xmat"][:, self._thing].reshape(-1, 3, 3))
-            parts += [thing, thing - grip, state, turned, linear * seconds - speed, angular * seconds]
-        return np.concatenate([self._achieved(s), s.goals, *parts, *moving], axis=1)
+            parts = [grip, thing, thing - grip, fingers, turned, linear * seconds - speed, angular * seconds]
+        return np.concatenate([self._achieved(s), s.goals, *parts, speed, fingers_speed], axis=1)
 
     def outcome(self, s: Simulators) -> Outcome:
         """Reward, termination (never) and whether the goal is reached."""

@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from driftrl.envs.mujoco_batch import MujocoVecEnv
 from driftrl.envs.mujoco_tasks import TASKS
 
-from .oracle import assert_equal, assert_same_course, batched_env, gymnasium_env
+from .courses import assert_equal, assert_same_course, batched_env, gymnasium_env
 
 HUMANOID_PARTS = {f"include_{part}_in_observation": False for part in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")}
 OTHER_ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
