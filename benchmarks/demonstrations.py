@@ -158,7 +158,7 @@ def evaluation(task: Task, report: Path, saved: Path) -> dict[str, Any]:
         report = report.with_name("evaluation.json")
         call("evaluate.py", str(saved), "--episodes", str(task.episodes), "--json", str(report))
     found: dict[str, Any] = json.loads(report.read_text())
-    return found
+    return found | {"file": Path(found["file"]).name}
 
 
 def figures(report: dict[str, Any]) -> dict[str, float]:

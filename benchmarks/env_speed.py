@@ -25,6 +25,7 @@ import numpy as np
 import tyro
 from paired import machine, ratio, spread, take_turns, write
 
+from driftrl.envs.known import FETCH_TASKS
 from driftrl.envs.make import make_vec, with_module
 from driftrl.envs.mujoco_batch import MujocoVecEnv, available_cores
 
@@ -95,7 +96,7 @@ def prepare(
         "sync": vector_turn(sync),
         "async": vector_turn(asynchronous),
     }
-    if has_envpool and id in TASKS:
+    if has_envpool and id not in FETCH_TASKS:
         import envpool
 
         # As many threads as cores: its own default would be one per environment.

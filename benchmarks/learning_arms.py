@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-LATE_NOISE_SHARE = 0.3
 RESULTS = Path(__file__).parent / "results" / "learning"
+LATE_NOISE_SHARE = 0.3
+"""Part of a run, at its end, that has the noise of `late_noise`."""
 
 # rl_zoo3 2.9.2, hyperparams/ppo.yml, entries of the v4 tasks (it has none for v5). Ant's are SB3's defaults.
 ZOO: dict[str, dict[str, Any]] = {

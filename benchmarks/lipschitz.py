@@ -12,7 +12,7 @@ docs/lipschitz_mbpo.md, the learning curves into figures beside it.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import learning
@@ -45,8 +45,6 @@ FORMER = {
     "value-gradient:regularizer=robust": "H = 5, single, robust, former preset",
 }
 """Recorded before `observation_noise` and before statistics settled with the learning rate: shown, not run again."""
-
-
 NOISE = {
     "value-gradient:observation_noise=0.05": "none",
     "value-gradient:observation_noise=0.05,late_noise=1e-5": "1e-5",
@@ -65,9 +63,8 @@ def value_gradient_arms(
                 given = [f"observation_noise={0.05 if horizon else 0}"]
                 given += [f"value_gradient={horizon}"] * (horizon != 5) + [VALUE_GRADIENT_MODELS[model]]
                 given += [f"regularizer={regularizer}"] * (regularizer != "none")
-                labels[f"value-gradient:{','.join(each for each in given if each)}"] = (
-                    f"H = {horizon}, {model}, {regularizer}"
-                )
+                arm = f"value-gradient:{','.join(filter(None, given))}"
+                labels[arm] = f"H = {horizon}, {model}, {regularizer}"
     return labels
 
 
@@ -91,7 +88,7 @@ def table(env: str, labels: Mapping[str, str], total_timesteps: int) -> str:
         "each seed",
         "CPU s per run",
     ]
-    lines = [f"{env}, {total_timesteps:,} steps:", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = []
     for arm, label in labels.items():
         kept = learning.load(env, arm, total_timesteps)
         if not kept:
@@ -102,26 +99,31 @@ def table(env: str, labels: Mapping[str, str], total_timesteps: int) -> str:
         for scores in (training, final):
             cells += [learning.interval(np.array(scores)), ", ".join(f"{score:.0f}" for score in scores)]
         cells.append(f"{statistics.median(r['cpu_seconds'] for r in kept):.0f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+        rows.append(cells)
+    return markdown(env, total_timesteps, columns, rows)
 
 
 def averages(env: str, total_timesteps: int) -> str:
     """Markdown: policies with and without the average of their weights, after the last step and shortly before it."""
     columns = ["noise", "weights", "final IQM [95 %]", "each seed", "spread of ten looks", "lowest look of each seed"]
-    lines = [f"{env}, {total_timesteps:,} steps:", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = []
     for arm, noise in NOISE.items():
         kept = learning.load(env, arm, total_timesteps)
-        for name, late, mode in (("average", "averaged", "deterministic"), ("last", "last", "last weights")):
-            if not kept:
-                continue
+        weights = (("average", "averaged", "deterministic"), ("last", "last", "last weights"))
+        for name, late, mode in weights if kept else ():
             final = [np.mean(r["evaluation"][mode]["returns"]) for r in kept]
             looks = [[look[late] for look in r["late"]] for r in kept]
             spread = statistics.median(np.std(each) for each in looks)
             cells = [noise, name, learning.interval(np.array(final)), ", ".join(f"{each:.0f}" for each in final)]
             cells += [f"{spread:.0f}", ", ".join(f"{min(each):.0f}" for each in looks)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+            rows.append(cells)
+    return markdown(env, total_timesteps, columns, rows)
+
+
+def markdown(env: str, total_timesteps: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of one task."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
+    return "\n".join([f"{env}, {total_timesteps:,} steps:", "", lines[0], "|---" * len(columns) + "|", *lines[1:], ""])
 
 
 def main(

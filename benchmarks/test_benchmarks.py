@@ -250,3 +250,9 @@ def test_latent_models_of_equal_size_are_compared(
     _, held_out = latent.data("HalfCheetah-v5", tmp_path / "data", 0, 0)
     true = held_out.obs.transpose(0, 1)[latent.HISTORY :], held_out.reward.T[latent.HISTORY - 1 :]
     assert latent.errors(true, held_out) == {"obs": [0.0] * 4, "reward": [0.0] * 4}
+
+
+def test_kept_results_name_no_place_of_a_machine() -> None:
+    kept = list((Path(__file__).parent / "results").rglob("*.json"))
+    assert kept
+    assert [str(each) for each in kept if '": "/' in each.read_text()] == []
