@@ -38,6 +38,15 @@ AGENTS: dict[str, dict[str, Any]] = {
     "ensemble of 7, 5 elites": {"regularizer": "none", "members": 7, "elites": 5},
 }
 SINGLE = "single model"
+VALUE_GRADIENTS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"precision": "bfloat16"},
+    "robust, float32": {"regularizer": "robust"},
+    "robust, bfloat16": {"regularizer": "robust", "precision": "bfloat16"},
+    "eight models, float32": {"members": 8, "elites": 8},
+    "eight models, bfloat16": {"members": 8, "elites": 8, "precision": "bfloat16"},
+}
+"""Beside the preset standard."""
 
 
 def main(
@@ -62,6 +71,7 @@ def main(
     report: dict[str, Any] = {"machine": machine("torch", "stable-baselines3", "gymnasium", "mujoco", "numpy")}
     print(report["machine"])
     report |= {"env_id": env_id, "rows": update_rows(env_id, updates, rounds)}
+    report["value gradients"] = value_gradient_rows(env_id, rounds)
     report["agents"] = agent_rows(env_id, gradient_steps, agent_rounds)
     write(output, report)
 
@@ -87,6 +97,31 @@ def update_rows(env_id: str, updates: int, rounds: int) -> dict[str, Any]:
         row = {"ms": 1e3 * spread(times).median / updates, "speed": ratio(seconds[BASELINE], times)}
         rows[name] = row
         print(f"| {name} | {row['ms']:.2f} | {row['speed']} |", flush=True)
+    return rows
+
+
+def value_gradient_rows(env_id: str, rounds: int) -> dict[str, Any]:
+    """Value gradients, 20 updates a turn; then an epoch of the model's fit."""
+    updates: dict[str, Callable[[], object]] = {}
+    fits: dict[str, Callable[[], object]] = {}
+    for name, fields in VALUE_GRADIENTS.items():
+        run, config = registry.AGENTS["mbpo"].settings(env_id, "standard", **fields)
+        changes = {"learning_starts": 2560, "compile": "on", "diagnostics_interval": 0, "model_epochs": 1}
+        config = dataclasses.replace(config, **changes, rollout_interval=10**9, model_interval=10**9)
+        env = make_vec(env_id, run["n_envs"], seed=0)
+        agent = LipschitzMBPO("MlpPolicy", env, config=config, device="cpu", seed=0).learn(2565)
+        updates[name] = partial(agent.train, 20, agent.batch_size)
+        assert agent.transition is not None
+        fits[name] = partial(agent._fit_model, agent.transition)
+    rows: dict[str, Any] = {}
+    seconds, fit_seconds = take_turns(updates, rounds), take_turns(fits, rounds)
+    print("| value gradients | ms per update | time over float32's | of an epoch of the fit |")
+    print("|---|---|---|---|")
+    for name, times in seconds.items():
+        row = {"ms": 50 * spread(times).median, "time": ratio(times, seconds["float32"])}
+        row["fit"] = ratio(fit_seconds[name], fit_seconds["float32"])
+        rows[name] = row
+        print(f"| {name} | {row['ms']:.2f} | {row['time']} | {row['fit']} |", flush=True)
     return rows
 
 

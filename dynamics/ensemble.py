@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .precision import bfloat16_product, reduced
+
 
 class Members(nn.Module):
     """Multilayer perceptrons side by side, [M, B, I] -> [M, B, O], one batched matrix product per layer.
 
     SiLU between the layers; initial weights truncated normal with standard deviation ``1 / (2 sqrt(inputs))`` (MBPO).
+    Hidden layers may multiply in bfloat16 (`precision`).
 
     Args:
         members: M, at least 1.
@@ -46,7 +49,10 @@ class Members(nn.Module):
             if k:
                 x = F.silu(x * masks[k - 1] if k <= len(masks) else x)
                 x = F.layer_norm(x, x.shape[-1:], eps=1.0 if k == 1 else 0.1) if self.layer_norm else x
-            x = torch.baddbmm(bias, x, weight) if chosen is None else torch.baddbmm(bias[chosen], x, weight[chosen])
+            if chosen is not None:
+                bias, weight = bias[chosen], weight[chosen]
+            rounded = reduced() and 0 < k < len(self.weights) - 1
+            x = bfloat16_product(x, weight) + bias if rounded else torch.baddbmm(bias, x, weight)
         return x
 
 

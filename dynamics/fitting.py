@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from .ensemble import standard_normal
 from .jacobian_prior import JacobianPrior
+from .precision import bfloat16_products
 from .transition_settings import TransitionSettings
 
 
@@ -197,7 +198,8 @@ class Fitted(nn.Module, abc.ABC):
             ends: for a terminal head the inputs [B, I], the normalised next_obs [B, O] and 0 or 1 [B] of one member.
         """
         with torch.enable_grad():
-            losses = self._loss(x, y, noise)
+            with bfloat16_products(self.settings.bfloat16):
+                losses = self._loss(x, y, noise)
             total = losses.sum()
             if self.prior is not None and probe is not None:
                 step = partial(self._next_state, noise=noise)

@@ -28,6 +28,7 @@ class TransitionSettings:
         patience_updates: if they are this many updates at least, >= 0: epochs of few rows are short.
         min_gain: relative fall of the hold-out error that counts as a gain, in [0, 1).
         jacobian_coef: weight of a `JacobianPrior` on d next state / d state, >= 0; 0 for none.
+        bfloat16: fit the hidden layers of a `GaussianTransition` with products in bfloat16 (`precision`).
     """
 
     residual: bool = True
@@ -42,6 +43,7 @@ class TransitionSettings:
     patience_updates: int = 0
     min_gain: float = 0.01
     jacobian_coef: float = 0.0
+    bfloat16: bool = False
 
     def optimizer(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Adam:
         """Adam in one kernel, of named parameters; only matrices decay."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...dynamics.precision import bfloat16_product, reduced
 from ...envs.memory import GIB, check_fits
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -79,6 +80,14 @@ def lazy_zeros(*shape: int, device: torch.device | str, option: str) -> Tensor:
     return torch.from_numpy(memory[start : start + count]).view(shape).to(device)
 
 
+class HiddenLinear(nn.Linear):
+    """A layer from hidden units to hidden units, which may multiply in bfloat16 (`dynamics.precision`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs [..., fan_out] of inputs [..., fan_in]."""
+        return bfloat16_product(x, self.weight.T) + self.bias if reduced() else super().forward(x)
+
+
 def mlp(sizes: list[int], activation: str, head_gain: float | None) -> nn.Sequential:
     """Fully connected network with orthogonal weights (gain sqrt(2), head_gain in the last layer), zero biases.
 
@@ -87,7 +96,7 @@ def mlp(sizes: list[int], activation: str, head_gain: float | None) -> nn.Sequen
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         last = i == len(sizes) - 2
-        linear = nn.Linear(fan_in, fan_out)
+        linear = (HiddenLinear if 0 < i and not last else nn.Linear)(fan_in, fan_out)
         if head_gain is not None:
             nn.init.orthogonal_(linear.weight, head_gain if last else math.sqrt(2.0))
             nn.init.zeros_(linear.bias)

@@ -14,6 +14,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 from torch import Tensor, nn
 
+from ...dynamics.precision import bfloat16_is_fast, bfloat16_products
 from .compiling import Compiled, prepared
 from .observations import FiniteTransitions, blame
 from .ranks import ALONE, Ranks
@@ -59,21 +60,25 @@ class Gradient(nn.Module):
         losses: (policy, ...) -> `Losses` of a minibatch.
         max_norm: bound of the gradient's norm; None for no bound.
         skips: whether `step` changes nothing where a scalar is not finite.
+        bfloat16: whether hidden layers multiply in bfloat16 (`dynamics.precision`).
 
     Attributes:
         names: of the scalars, in their order; known after the first call.
     """
 
     def __init__(
-        self, policy: BoxPolicy, losses: Callable[..., Losses], max_norm: float | None, skips: bool = False
-    ) -> None:
+        self, policy: BoxPolicy, losses: Callable[..., Losses], max_norm: float | None, skips: bool = False,
+        bfloat16: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.policy, self.losses, self.max_norm, self.skips = policy, losses, max_norm, skips
+        self.rounds = bfloat16
         self.names: tuple[str, ...] = ()
 
     def forward(self, *batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the losses, and all scalars to log: values, metrics, "train/loss"."""
-        losses = self.losses(self.policy, *batch)
+        with bfloat16_products(self.rounds):
+            losses = self.losses(self.policy, *batch)
         total = losses.total()
         values = {name: loss.value for name, loss in losses.table.items()}
         return total, values | losses.metrics | {"train/loss": total}
@@ -262,6 +267,9 @@ class Updates(LearningRate, FiniteTransitions):
         Of several ranks only the gradient is: they average it in the middle of an update.
         """
         device = torch.device(self.device)
+        if self._objective.rounds and not bfloat16_is_fast(device):
+            text = "precision: got bfloat16, which this device only imitates; updates are slower than in float32"
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
         self._gradient = prepared(self._gradient, wanted, device)
         if device.type == "cpu" and self._ranks.size == 1:
             self._step = prepared(self._step or self._objective.step, wanted, device) if wanted else None

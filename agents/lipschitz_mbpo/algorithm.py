@@ -84,8 +84,8 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
     _fixed = frozenset(
         ("buffer_size", "actor_hidden", "critic_hidden", "activation", "value_gradient", "model", "members", "elites",
          "model_hidden", "model_jacobian_coef", "model_layer_norm", "model_dropout", "model_weight_decay",
-         "model_batch_size", "model_patience", "snapshots", "model_rollouts", "model_retain", "termination",
-         "regularizer", "spectral_bound", *POLICY_FIELDS)
+         "model_batch_size", "model_patience", "precision", "snapshots", "model_rollouts", "model_retain",
+         "termination", "regularizer", "spectral_bound", *POLICY_FIELDS)
     )  # fmt: skip
     _learned = frozenset(
         ("actor_hidden", "critic_hidden", "n_critics", "critic_layer_norm", "temperature", "model", "members",
@@ -194,7 +194,7 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
                 value_gradient_losses, model=self.transition, ended=self._ended, config=self.config,
                 target_entropy=self.target_entropy,
             )  # fmt: skip
-        self._use_gradient(Gradient(self.policy, terms, None, self.config.nonfinite == "skip"))
+        self._use_gradient(Gradient(self.policy, terms, None, self.config.nonfinite == "skip", self.config.bfloat16))
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "terminated", "known_step"]  # files hold no functions

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from ...dynamics.precision import bfloat16_product, reduced
 from ..common.networks import ACTIVATIONS, activation_name, mlp
 from ..common.observations import RunningNorm
 from ..common.policy import BoxPolicy
@@ -85,13 +86,17 @@ class StackedLinear(nn.Module):
         fan_out: outputs of each.
         spectral_bound: largest spectral norm of each layer, by ``W / max(1, sigma / bound)`` in the forward pass, with
             sigma by power iteration (Miyato et al. 2018, arXiv 1802.05957); None: as it is.
+        hidden: inputs and outputs are hidden units, whose products may be in bfloat16 (`dynamics.precision`).
     """
 
     u: Tensor
     v: Tensor
 
-    def __init__(self, number: int, fan_in: int, fan_out: int, spectral_bound: float | None = None) -> None:
+    def __init__(
+        self, number: int, fan_in: int, fan_out: int, spectral_bound: float | None = None, hidden: bool = False
+    ) -> None:
         super().__init__()
+        self.hidden = hidden
         bound = fan_in**-0.5  # as nn.Linear's
         self.weight = nn.Parameter(torch.empty(number, fan_in, fan_out).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(number, 1, fan_out).uniform_(-bound, bound))
@@ -110,10 +115,13 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs [C, B, fan_out] of inputs [C, B, fan_in]."""
-        if self.spectral_bound is None:
-            return torch.baddbmm(self.bias, x, self.weight)
-        sigma = torch.einsum("ci,cio,co->c", self.u, self.weight, self.v)
-        return torch.baddbmm(self.bias, x, self.weight / (sigma / self.spectral_bound).clamp_min(1.0)[:, None, None])
+        weight: Tensor = self.weight
+        if self.spectral_bound is not None:
+            sigma = torch.einsum("ci,cio,co->c", self.u, weight, self.v)
+            weight = weight / (sigma / self.spectral_bound).clamp_min(1.0)[:, None, None]
+        if self.hidden and reduced():
+            return bfloat16_product(x, weight) + self.bias
+        return torch.baddbmm(self.bias, x, weight)
 
 
 class Critics(nn.Module):
@@ -151,7 +159,8 @@ class Critics(nn.Module):
                 layers.append(ACTIVATIONS[activation]())
             if i and layer_norm:
                 layers.append(nn.LayerNorm(fan_in, elementwise_affine=False))
-            layers.append(StackedLinear(number, fan_in, fan_out, spectral_bound if first <= i < output else None))
+            bound = spectral_bound if first <= i < output else None
+            layers.append(StackedLinear(number, fan_in, fan_out, bound, hidden=0 < i < output))
         self.layers, self.number, self.bounded = nn.Sequential(*layers), number, bounded
         if bounded:
             self.register_buffer("center", torch.zeros(()))

@@ -44,6 +44,7 @@ def test_gaussian_model_and_adversary_load_neither_flows_nor_sdes() -> None:
         "holdout",
         "jacobian_prior",
         "lipschitz",
+        "precision",
         "transition",
         "transition_base",
         "transition_settings",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -11,12 +11,16 @@ from gymnasium import Env, spaces
 from torch import Tensor
 
 from driftrl import LipschitzMBPO
+from driftrl.agents.common.update import Gradient
 from driftrl.agents.lipschitz_mbpo.config import LipschitzMBPOConfig
 from driftrl.agents.lipschitz_mbpo.diagnostics import growth, koopman_radius, spectral_radius
 from driftrl.agents.lipschitz_mbpo.replay import Transitions
 from driftrl.agents.lipschitz_mbpo.sac import SACPolicy
 from driftrl.agents.lipschitz_mbpo.value_gradients import Start, draw_blur, value_gradient_losses, value_range
 from driftrl.envs import make_vec
+from driftrl.envs.native.build import find_compiler
+
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
 
 GAMMA, ALPHA, HORIZON, ROWS = 0.9, 0.3, 4, 16
 
@@ -184,9 +188,12 @@ class Point(Env[np.ndarray, np.ndarray]):
         return np.array([self.at], np.float32), -abs(self.at), False, self.step_count == 20, {}
 
 
-def test_a_point_is_brought_to_its_place_within_a_few_hundred_steps() -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_point_is_brought_to_its_place_within_a_few_hundred_steps(precision: Literal["float32", "bfloat16"]) -> None:
     fields = FIELDS | {"gamma": 0.9, "learning_rate": 3e-3, "target_entropy": -3.0, "model_interval": 100}
-    learner = LipschitzMBPO("MlpPolicy", Point(), **fields, model="homoscedastic", model_patience=100)
+    learner = LipschitzMBPO(
+        "MlpPolicy", Point(), **fields, model="homoscedastic", model_patience=100, precision=precision
+    )
     learner.learn(500)
     env, returns = Point(), []
     for seed in range(4):
@@ -196,6 +203,46 @@ def test_a_point_is_brought_to_its_place_within_a_few_hundred_steps() -> None:
             total += reward
         returns.append(total)
     assert np.mean(returns) > -2.0, returns
+
+
+def ends_if_rounded(next_obs: Tensor) -> Tensor:
+    """What a user's rule multiplies is not rounded: 1 + 2^-9 would be 1 in bfloat16."""
+    return (next_obs.new_full((len(next_obs), 1), 1 + 2**-9) @ next_obs.new_ones(1, 1))[:, 0] <= 1
+
+
+@pytest.mark.parametrize("regularizer", ["none", "robust", "spectral"])
+def test_gradient_in_bfloat16_is_that_in_float32_but_for_rounding(regularizer: Any) -> None:
+    fields = FIELDS | {"model": "homoscedastic", "regularizer": regularizer}
+    learner = LipschitzMBPO("MlpPolicy", Point(), **fields, terminated=ends_if_rounded).learn(105)
+    for start in learner._starts(3, 256):
+        exact, rounded = (
+            Gradient(learner.policy, learner._objective.losses, None, bfloat16=each).clipped(start)[0]
+            for each in (False, True)
+        )
+        assert 0 < (exact - rounded).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize("compile", ["off", pytest.param("on", marks=[needs_compiler, pytest.mark.slow])])
+def test_agent_in_bfloat16_keeps_its_weights_and_acts_in_float32(compile: Any) -> None:
+    fields = FIELDS | {"model": "homoscedastic", "terminated": ends_if_rounded}
+    options: list[dict[str, Any]] = [{"compile": "off"}, {"compile": compile, "precision": "bfloat16"}]
+    exact, rounded = (
+        LipschitzMBPO("MlpPolicy", Point(), **fields, **each).learn(110, log_interval=10**6) for each in options
+    )
+    assert rounded.logger.name_to_value["value_gradient/alive_share"] == 1
+    weights = [torch.nn.utils.parameters_to_vector(each.policy.parameters()) for each in (exact, rounded)]
+    assert weights[1].dtype is torch.float32
+    assert 0 < (weights[0] - weights[1]).abs().max() < 0.02  # ten steps of 3e-4, and rounding
+    exact.policy.load_state_dict(rounded.policy.state_dict())
+    obs = np.linspace(-1, 1, 5, dtype=np.float32)[:, None]
+    assert np.array_equal(exact.predict(obs, deterministic=True)[0], rounded.predict(obs, deterministic=True)[0])
+
+
+def test_a_device_that_imitates_bfloat16_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    learner = LipschitzMBPO("MlpPolicy", Point(), **FIELDS, precision="bfloat16")
+    with pytest.warns(RuntimeWarning, match="precision: got bfloat16, which this device only imitates"):
+        learner.learn(1)
 
 
 def test_value_gradients_need_a_model_and_no_real_ratio() -> None:
