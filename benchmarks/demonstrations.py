@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/demonstrations.py --seeds 0 1 2 3 4
     OMP_NUM_THREADS=1 python benchmarks/demonstrations.py --task push --seeds 0 1 2    # pip install 'driftrl[maze]'
+    OMP_NUM_THREADS=1 python benchmarks/demonstrations.py --task pick --seeds 0 1 2
 
 Each run is one `train.py` with the preset of its task. Its evaluations are kept in benchmarks/results/demonstrations,
 and a run that is kept is not repeated. The table of all that are kept is printed at the end and written into
@@ -89,6 +90,11 @@ TASKS = {
             *(Arm("mixed", head, "pretrained", chunk) for chunk in (4, 8) for head in COMPARED),
             Arm("none", "flow", "from scratch"),
         ),
+        episodes=500,
+    ),
+    "pick": Task(
+        "FetchPickAndPlace-v4", 2000, {"mixed": 0.6}, 10_000, 7e-4, 1,
+        (Arm("mixed", "flow", "steering"), *(Arm("mixed", head, "fine-tuned") for head in COMPARED)),
         episodes=500,
     ),
 }  # fmt: skip

@@ -1,10 +1,13 @@
-"""Gradient updates: our SAC and LipschitzMBPO against Stable-Baselines3's SAC, batch 256, two layers of 256.
+r"""Gradient updates: our SAC and LipschitzMBPO against Stable-Baselines3's SAC, batch 256, two layers of 256.
 
     OMP_NUM_THREADS=1 python benchmarks/mbpo_speed.py --output benchmarks/results/mbpo_speed.json
+    OMP_NUM_THREADS=1 python benchmarks/mbpo_speed.py --parts value_gradients \
+        --output benchmarks/results/value_gradient_speed.json
 
 Then whole agents as `benchmarks/lipschitz.py` trains them, halfway through their runs: steps of the environment, the
 model's fit and rollouts, all updates. Contenders take turns; medians [quartiles] of the ratios. The models by
-themselves: benchmarks/transition_speed.py.
+themselves: benchmarks/transition_speed.py. The second command times updates by value gradients and the fits of their
+models, in float32 and bfloat16, with one model and with eight.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -55,6 +58,7 @@ def main(
     rounds: int = 11,
     gradient_steps: int = 10,
     agent_rounds: int = 6,
+    parts: tuple[Literal["updates", "agents", "value_gradients"], ...] = ("updates", "agents"),
     output: Path | None = None,
 ) -> None:
     """Print the tables.
@@ -65,14 +69,19 @@ def main(
         rounds: turns of each contender.
         gradient_steps: updates per environment step of the whole agents, all else as in their preset "fast".
         agent_rounds: turns of each whole agent, of as many environment steps as lie between two fits of the model.
+        parts: what is timed.
         output: also write the figures there, as JSON.
     """
     torch.set_num_threads(1)
     report: dict[str, Any] = {"machine": machine("torch", "stable-baselines3", "gymnasium", "mujoco", "numpy")}
     print(report["machine"])
-    report |= {"env_id": env_id, "rows": update_rows(env_id, updates, rounds)}
-    report["value gradients"] = value_gradient_rows(env_id, rounds)
-    report["agents"] = agent_rows(env_id, gradient_steps, agent_rounds)
+    report["env_id"] = env_id
+    if "updates" in parts:
+        report["rows"] = update_rows(env_id, updates, rounds)
+    if "agents" in parts:
+        report["agents"] = agent_rows(env_id, gradient_steps, agent_rounds)
+    if "value_gradients" in parts:
+        report["value_gradients"] = value_gradient_rows(env_id, rounds)
     write(output, report)
 
 
