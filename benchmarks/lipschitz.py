@@ -1,7 +1,9 @@
-"""Models of the environment x regularizers of the critics x steps of value gradients, and SAC alone.
+r"""Models of the environment x regularizers of the critics x steps of value gradients, and SAC alone.
 
     python benchmarks/lipschitz.py --seeds 0 1 2 3 4                        # everything, what is missing of it
     python benchmarks/lipschitz.py --models single --regularizers none robust --horizons 5 --seeds 0 1 2 3 4
+    python benchmarks/lipschitz.py --models single --regularizers none --horizons 5 --seeds 0 1 \
+        --total-timesteps 100000 --envs HalfCheetah-v5 Walker2d-v5 Ant-v5 Humanoid-v5
     python benchmarks/lipschitz.py --horizons --seeds 0 1 2                 # arXiv 2302.01244: SAC on model rollouts
 
 Presets "standard" (value gradients; 0 steps: SAC on the same rollouts) and "fast" (MBPO). Runs and results as in
@@ -40,11 +42,14 @@ VALUE_GRADIENT_MODELS = {
     "langevin": "model=langevin",
 }
 HORIZONS = (0, 1, 3, 5)
-FORMER = {
+RECORDED = {
+    "value-gradient:observation_noise=0.05": "H = 5, single, none, float32",
     "value-gradient": "H = 5, single, none, former preset",
     "value-gradient:regularizer=robust": "H = 5, single, robust, former preset",
 }
-"""Recorded before `observation_noise` and before statistics settled with the learning rate: shown, not run again."""
+"""Shown, not run again: in float32; and from before `observation_noise` and statistics that settle with the rate."""
+SHORT = 30_000
+"""Steps of the comparison; longer runs have parts of the page of their own."""
 NOISE = {
     "value-gradient:observation_noise=0.05": "none",
     "value-gradient:observation_noise=0.05,late_noise=1e-5": "1e-5",
@@ -55,14 +60,14 @@ NOISE = {
 def value_gradient_arms(
     models: tuple[str, ...], regularizers: tuple[str, ...], horizons: tuple[int, ...]
 ) -> dict[str, str]:
-    """Arms of `learning` and what they are called; the noise on observations is the preset's."""
+    """Arms of `learning` and what they are called; the noise on observations is the preset's, products in bfloat16."""
     labels = {}
     for horizon in horizons:
         for model in models:
             for regularizer in regularizers:
                 given = [f"observation_noise={0.05 if horizon else 0}"]
                 given += [f"value_gradient={horizon}"] * (horizon != 5) + [VALUE_GRADIENT_MODELS[model]]
-                given += [f"regularizer={regularizer}"] * (regularizer != "none")
+                given += [f"regularizer={regularizer}"] * (regularizer != "none") + ["precision=bfloat16"]
                 arm = f"value-gradient:{','.join(filter(None, given))}"
                 labels[arm] = f"H = {horizon}, {model}, {regularizer}"
     return labels
@@ -132,7 +137,7 @@ def main(
     regularizers: tuple[str, ...] = REGULARIZERS,
     seeds: tuple[int, ...] = (0, 1, 2),
     horizons: tuple[int, ...] = HORIZONS,
-    total_timesteps: int = 30_000,
+    total_timesteps: int = SHORT,
     gradient_steps: int = 10,
     jobs: int = 2,
     table_only: bool = False,
@@ -164,17 +169,19 @@ def main(
         runs = [learning_arms.Run(env, arm, seed, total_timesteps) for seed in seeds for env in envs for arm in labels]
         learning.run_missing(runs, jobs)
     if horizons:
-        labels |= FORMER
+        labels |= RECORDED
     text = "\n".join(table(env, labels, total_timesteps) for env in envs)
     print(text)
-    learning.write_between(page, "value gradients" if horizons else "models", text)
-    if horizons:
+    name = "value gradients" if horizons else "models"
+    learning.write_between(page, name if total_timesteps == SHORT else f"{name}, {total_timesteps} steps", text)
+    if horizons and total_timesteps == SHORT:
         text = "\n".join(averages(env, total_timesteps) for env in envs)
         print(text)
         learning.write_between(page, "averages", text)
     learning_arms.LABELS |= labels
-    name = figure.with_stem("value_gradients") if horizons else figure
-    learning.plot(envs, tuple(labels), total_timesteps, name)
+    stem = "value_gradients" if horizons else figure.stem
+    picture = figure.with_stem(stem if total_timesteps == SHORT else f"{stem}_{total_timesteps}")
+    learning.plot(envs, tuple(labels), total_timesteps, picture)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def test_models_and_regularizers_are_compared_from_kept_results(
         curve = [[500, 1], [1000, training]]
         kept = {"seed": seed, "evaluation": evaluation, "curve": curve, "cpu_seconds": 8 + 2 * seed}
         run.path.write_text(json.dumps(kept))
-    page.write_text("before\n<!-- models -->\nold\n<!-- /models -->\nafter\n")
+    page.write_text("before\n<!-- models, 1000 steps -->\nold\n<!-- /models, 1000 steps -->\nafter\n")
     options = {"total_timesteps": 1000, "gradient_steps": 3, "table_only": True}
 
     lipschitz.main(
@@ -182,7 +182,7 @@ def test_models_and_regularizers_are_compared_from_kept_results(
     ]  # fmt: skip
     assert rows[1][1] == "**40** [30, 50]"
     assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
-    assert (tmp_path / "f.png").exists()
+    assert (tmp_path / "f_1000.png").exists()
 
 
 def test_walks_count_files_lines_and_hops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
