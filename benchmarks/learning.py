@@ -101,8 +101,11 @@ def execute(run: Run) -> None:
             return True
 
         def _on_training_start(self) -> None:
-            self.begun = time.perf_counter() - self.seconds, time.process_time() - self.cpu_seconds
+            self.start_clock()
             self.saved_at = self.cpu_seconds
+
+        def start_clock(self) -> None:
+            self.begun = time.perf_counter() - self.seconds, time.process_time() - self.cpu_seconds
 
         def measure(self) -> None:
             self.seconds, self.cpu_seconds = time.perf_counter() - self.begun[0], time.process_time() - self.begun[1]
@@ -119,7 +122,7 @@ def execute(run: Run) -> None:
                     name: float(np.mean(evaluate(self.model, LATE_EPISODES, mode)["returns"]))
                     for name, mode in (("averaged", "deterministic"), ("last", "last weights"))
                 })  # fmt: skip
-                self._on_training_start()  # evaluations do not count as training
+                self.start_clock()  # evaluations do not count as training
             if isinstance(self.model, Checkpointed) and self.cpu_seconds - self.saved_at > CHECKPOINT_SECONDS:
                 self.saved_at = self.cpu_seconds
                 names = ("points", "late", "logged", "seconds", "cpu_seconds")
