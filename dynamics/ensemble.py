@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .precision import bfloat16_product, reduced
+from .precision import stacked_layer
 
 
 class Members(nn.Module):
@@ -51,8 +51,7 @@ class Members(nn.Module):
                 x = F.layer_norm(x, x.shape[-1:], eps=1.0 if k == 1 else 0.1) if self.layer_norm else x
             if chosen is not None:
                 bias, weight = bias[chosen], weight[chosen]
-            rounded = reduced() and 0 < k < len(self.weights) - 1
-            x = bfloat16_product(x, weight) + bias if rounded else torch.baddbmm(bias, x, weight)
+            x = stacked_layer(bias, x, weight, hidden=0 < k < len(self.weights) - 1)
         return x
 
 

@@ -44,6 +44,18 @@ def bfloat16_product(x: Tensor, weight: Tensor) -> Tensor:
     return (x.bfloat16() @ weight.bfloat16()).to(x.dtype)
 
 
+def stacked_layer(bias: Tensor, x: Tensor, weight: Tensor, hidden: bool) -> Tensor:
+    """``bias + x @ weight`` of M layers side by side, [M, B, O]; in bfloat16 where hidden layers are to.
+
+    Args:
+        bias: [M, 1, O].
+        x: [M, B, I].
+        weight: [M, I, O].
+        hidden: whether it goes from hidden units to hidden units.
+    """
+    return bfloat16_product(x, weight) + bias if hidden and reduced() else torch.baddbmm(bias, x, weight)
+
+
 def bfloat16_is_fast(device: torch.device) -> bool:
     """Whether the device has instructions for products in bfloat16; others imitate them slowly."""
     if device.type == "cuda":

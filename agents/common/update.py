@@ -72,7 +72,7 @@ class Gradient(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.policy, self.losses, self.max_norm, self.skips = policy, losses, max_norm, skips
-        self.rounds = bfloat16
+        self.rounds = bfloat16  # modules have a method bfloat16
         self.names: tuple[str, ...] = ()
 
     def forward(self, *batch: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from ...dynamics.precision import bfloat16_product, reduced
+from ...dynamics.precision import stacked_layer
 from ..common.networks import ACTIVATIONS, activation_name, mlp
 from ..common.observations import RunningNorm
 from ..common.policy import BoxPolicy
@@ -119,9 +119,7 @@ class StackedLinear(nn.Module):
         if self.spectral_bound is not None:
             sigma = torch.einsum("ci,cio,co->c", self.u, weight, self.v)
             weight = weight / (sigma / self.spectral_bound).clamp_min(1.0)[:, None, None]
-        if self.hidden and reduced():
-            return bfloat16_product(x, weight) + self.bias
-        return torch.baddbmm(self.bias, x, weight)
+        return stacked_layer(self.bias, x, weight, self.hidden)
 
 
 class Critics(nn.Module):
