@@ -18,7 +18,8 @@ from torch import Tensor
 
 
 class _State(threading.local):
-    reduced = False
+    def __init__(self) -> None:  # of each thread; torch.compile fails on an attribute that appears while it traces
+        self.reduced = False
 
 
 _state = _State()

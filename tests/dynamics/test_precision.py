@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import torch
@@ -105,3 +106,20 @@ def test_gradient_of_a_model_in_bfloat16_is_that_in_float32_but_for_rounding() -
     for a, b in zip(exact, rounded, strict=True):
         assert b.dtype is torch.float32
         assert 0 < (a - b).norm() / a.norm() < 0.02
+
+
+def test_gradient_compiles_in_a_thread_that_has_not_used_it() -> None:
+    settings = TransitionSettings(batch_size=16, bfloat16=True)
+    model, data = GaussianTransition(3, 1, settings, hidden=(8, 8, 8)), linear_data(64)
+    errors = list[float]()
+
+    def fit() -> None:
+        gradient = torch.compile(model.gradient, backend="eager")
+        errors.append(
+            model.fit(*data, generator=torch.Generator(), max_epochs=1, gradient=gradient)["model/holdout_mse"]
+        )
+
+    fresh = threading.Thread(target=fit)
+    fresh.start()
+    fresh.join()
+    assert len(errors) == 1 and math.isfinite(errors[0])
