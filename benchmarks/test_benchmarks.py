@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +49,33 @@ def test_kept_results_make_the_table(learning: ModuleType, tmp_path: Path) -> No
     assert len(times) == 3
     learning.plot(("InvertedPendulum-v5",), arms, 2048, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_interrupted_run_goes_on_from_a_checkpoint_of_its_last_fifth(
+    learning: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from driftrl.runs import folder
+
+    save, saved = folder.save_checkpoint, list[int]()
+
+    def save_and_break_off(agent: Any, *rest: Any) -> None:
+        save(agent, *rest)
+        saved.append(agent.num_timesteps)
+        if len(saved) == 9:  # of 10 iterations
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder, "save_checkpoint", save_and_break_off)
+    for name, value in {"CHECKPOINT_SECONDS": -1.0, "LATE_EPISODES": 1, "EVALUATION_EPISODES": 1}.items():
+        monkeypatch.setattr(learning, name, value)
+    arm = "policyflow:n_envs=2,n_steps=64,ema_decay=0.9,compile=off"
+    run = learning.Run("InvertedPendulum-v5", arm, 0, 1280)
+    with pytest.raises(KeyboardInterrupt):
+        learning.execute(run)
+    assert saved == [128 * k for k in range(9)]
+    learning.execute(run)
+    result = json.loads(run.path.read_text())
+    assert saved[9:] == [1024, 1152]  # goes on where it was broken off
+    assert [row["steps"] for row in result["late"]] == [1024, 1152]
 
 
 @pytest.mark.parametrize("env", ["HalfCheetah-v5", "Hopper-v5"])
