@@ -12,6 +12,12 @@ from torch.nn import functional as F
 
 from .precision import stacked_layer
 
+FEW = 0.1
+"""Share of zeros up to which their gaps are drawn faster than each unit by itself."""
+
+SPARE = 6.0
+"""Standard deviations by which more gaps are drawn than will do on average; more are drawn if these do not."""
+
 
 class Members(nn.Module):
     """Multilayer perceptrons side by side, [M, B, I] -> [M, B, O], one batched matrix product per layer.
@@ -79,6 +85,28 @@ class Normalizer(nn.Module):
     def inverse(self, normalised: Tensor) -> Tensor:
         """Undo ``forward``."""
         return torch.addcmul(self.mean, normalised, self.scale)
+
+
+def dropout_mask(shape: Sequence[int], left_out: float, generator: torch.Generator) -> Tensor:
+    """Independent factors of mean 1, float32 on the generator's device: 0 with probability left_out, else all the same.
+
+    Args:
+        shape: of the mask.
+        left_out: probability, in (0, 1).
+        generator: source of randomness.
+    """
+    kept = 1 - left_out
+    if generator.device.type != "cpu" or left_out > FEW:
+        return torch.empty(tuple(shape), device=generator.device).bernoulli_(kept, generator=generator) / kept
+    # The gaps between zeros are geometric, and for a small share far fewer numbers than the mask has.
+    mask = torch.full(tuple(shape), 1 / kept)
+    flat, zeros = mask.view(-1), left_out * mask.numel()
+    last, drawn = -1, max(8, int(zeros + SPARE * math.sqrt(zeros)))
+    while last < len(flat):
+        places = last + torch.empty(drawn, dtype=torch.int64).geometric_(left_out, generator=generator).cumsum(0)
+        flat[places[places < len(flat)]] = 0.0
+        last = int(places[-1])
+    return mask
 
 
 def standard_normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from .ensemble import Members, standard_normal
+from .ensemble import Members, dropout_mask, standard_normal
 from .fitting import FitData
 from .transition_base import TransitionModel
 from .transition_settings import TransitionSettings
@@ -108,10 +108,10 @@ class GaussianTransition(TransitionModel):
         """Masks of dropout, of mean 1."""
         if not self.dropout:
             return ()
-        shares = (1 - self.dropout * (1 - k / len(self.hidden)) for k in range(len(self.hidden)))
+        shares = (self.dropout * (1 - k / len(self.hidden)) for k in range(len(self.hidden)))
         return [
-            x.new_empty(*x.shape[:-1], width).bernoulli_(kept, generator=generator) / kept
-            for width, kept in zip(self.hidden, shares, strict=True)
+            dropout_mask((*x.shape[:-1], width), share, generator)
+            for width, share in zip(self.hidden, shares, strict=True)
         ]
 
     def _loss(self, x: Tensor, y: Tensor, noise: Sequence[Tensor]) -> Tensor:
