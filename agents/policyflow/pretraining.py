@@ -70,7 +70,7 @@ class PretrainSettings:
 
     steps: int
     batch_size: int = 512
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     ema_decay: float = 0.995
     validation_share: float = 0.1
     interval: int = 250

@@ -32,7 +32,7 @@ class Arguments:
     total_timesteps may be 0."""
     pretrain_batch_size: int = 512
     """Demonstrated steps per update, >= 1."""
-    pretrain_learning_rate: float = 3e-3
+    pretrain_learning_rate: float = 1e-2
     """Learning rate of pretraining at its beginning, > 0; it falls to 0 by half a cosine."""
     seed: int | None = None
     """Seed of everything random, 0 .. 2**31 - 1; None: drawn, and recorded."""
