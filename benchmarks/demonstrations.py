@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/demonstrations.py --seeds 0 1 2 3 4
     OMP_NUM_THREADS=1 python benchmarks/demonstrations.py --task push --seeds 0 1 2    # pip install 'driftrl[maze]'
     OMP_NUM_THREADS=1 python benchmarks/demonstrations.py --task pick --seeds 0 1 2
+    OMP_NUM_THREADS=1 python benchmarks/demonstrations.py --task maze --seeds 0 1 2 3 4
 
 Each run is one `train.py` with the preset of its task. Its evaluations are kept in benchmarks/results/demonstrations,
 and a run that is kept is not repeated. The table of all that are kept is printed at the end and written into
@@ -35,12 +36,26 @@ HEADS = {
     "mixture": ["--base", "mixture", "--ratio", "mixture", "--action-std", "0.3"],
 }
 COMPARED = ("flow", "gaussian", "mixture")
+# What explores while fine-tuning only blurs what a flow has learned; Gaussian and mixture learn their noise.
+QUIET = ["--action-std", "0.02", "--action-std-min", "0.02"]
 STAGES = {
     "pretrained": ["--total-timesteps", "0"],
     "fine-tuned": [],
     "steering": ["--freeze-flow"],
     "from scratch": ["--critic-warmup", "0"],
 }
+CHUNKS = (1, 4, 8, 16)
+
+
+class Pretraining(NamedTuple):
+    """How long and how fast a policy learns from demonstrations."""
+
+    steps: int
+    learning_rate: float
+
+
+BRIEF, SLOW, LONG = Pretraining(5000, 3e-3), Pretraining(10_000, 3e-3), Pretraining(10_000, 1e-2)
+"""BRIEF is too little for a flow, and better than LONG for a Gaussian (docs/demonstrations.md)."""
 
 
 class Arm(NamedTuple):
@@ -51,6 +66,12 @@ class Arm(NamedTuple):
     head: str
     stage: str
     chunk: int = 1
+    pretraining: Pretraining = LONG
+
+
+def pretrained(head: str, chunk: int) -> Arm:
+    """From good demonstrations alone."""
+    return Arm("good", head, "pretrained", chunk, BRIEF if head == "gaussian" else LONG)
 
 
 @dataclass(frozen=True)
@@ -62,43 +83,53 @@ class Task:
     """Episodes."""
     shares: dict[str, float]
     """Data sets -> share of the episodes that aim at their goal."""
-    pretrain_steps: int
+    minibatch: int
+    """Of the update, in steps of the environment; without chunks the preset's."""
     steering_rate: float
     """Learning rate."""
-    control_steps: int
-    """Solver steps of Gaussian and mixture, which carry fixed points: 1 is a plain network."""
+    gaussian_steps: int
+    """Solver steps of the Gaussian, which carries one fixed point: 1, as the mixture has it, is a plain network."""
     arms: tuple[Arm, ...]
+    options: tuple[str, ...] = ()
+    """Of all arms."""
     episodes: int | None = None
     """Of an evaluation; None: those that training itself reports of a task with several solutions."""
 
 
 TASKS = {
     "avoid": Task(
-        "driftrl/Avoid-v0", 600, {"good": 1.0, "half": 0.5}, 5000, 3e-4, 5,
+        "driftrl/Avoid-v0", 600, {"good": 1.0, "half": 0.5}, 664, 3e-4, 5,
         (
-            *(Arm("good", head, "pretrained", chunk) for chunk in (1, 4, 8, 16) for head in COMPARED),
-            *(Arm("half", head, "fine-tuned", chunk) for chunk in (1, 4) for head in COMPARED),
-            Arm("half", "flow with a learned base", "steering"),
+            *(pretrained(head, chunk) for chunk in CHUNKS for head in COMPARED),
+            *(Arm("half", head, "fine-tuned", chunk, BRIEF) for chunk in (1, 4) for head in COMPARED),
+            Arm("half", "flow with a learned base", "steering", 1, BRIEF),
             Arm("none", "flow", "from scratch"),
         ),
     ),
     "push": Task(
-        "FetchPush-v4", 2000, {"mixed": 0.6}, 10_000, 7e-4, 1,
+        "FetchPush-v4", 2000, {"mixed": 0.6}, 1000, 7e-4, 1,
         (
-            Arm("mixed", "flow", "steering"),
-            *(Arm("mixed", head, "fine-tuned") for head in COMPARED),
+            Arm("mixed", "flow", "steering", 1, SLOW),
+            *(Arm("mixed", head, "fine-tuned", 1, SLOW) for head in COMPARED),
             *(Arm("mixed", head, "pretrained", chunk) for chunk in (4, 8) for head in COMPARED),
             Arm("none", "flow", "from scratch"),
         ),
         episodes=500,
     ),
     "pick": Task(
-        "FetchPickAndPlace-v4", 2000, {"mixed": 0.6}, 10_000, 7e-4, 1,
+        "FetchPickAndPlace-v4", 2000, {"mixed": 0.6}, 1000, 7e-4, 1,
         (Arm("mixed", "flow", "steering"), *(Arm("mixed", head, "fine-tuned") for head in COMPARED)),
         episodes=500,
     ),
+    "maze": Task(
+        "driftrl/PointMazeMedium-v0", 600, {"good": 1.0}, 256, 3e-4, 1,
+        tuple(pretrained(head, chunk) for chunk in CHUNKS for head in COMPARED),
+        options=(
+            "--base", "standard", "--base-std", "1", "--actor-hidden", "128", "128", "128", "--activation", "mish",
+        ),
+        episodes=100,
+    ),
 }  # fmt: skip
-CHUNKS = {chunk: ["--chunk", f"{chunk}", "--batch-size", f"{664 // chunk}"] for chunk in (4, 8, 16)} | {1: []}
 
 
 @dataclass(frozen=True)
@@ -112,7 +143,7 @@ class Run:
     @property
     def kept(self) -> Path:
         """Where its result is kept."""
-        data, head, stage, chunk = self.arm
+        data, head, stage, chunk, _ = self.arm
         prefix, chunks = "" if self.task == "avoid" else f"{self.task}-", f"-chunk_{chunk}" if chunk > 1 else ""
         return RESULTS / f"{prefix}{data}-{head}-{stage}{chunks}".replace(" ", "_") / f"s{self.seed}.json"
 
@@ -126,14 +157,21 @@ class Run:
             options = ["--resume", str(found.parent)]
         else:
             options = ["policyflow", "--env", task.env, "--seed", str(self.seed), "--run-dir", str(folder)]
-            options += [*HEADS[self.arm.head], *STAGES[self.arm.stage], *CHUNKS[self.arm.chunk]]
-            if self.arm.head in ("gaussian", "mixture"):
-                options += ["--solver-steps", str(task.control_steps)]
+            options += [*task.options, *HEADS[self.arm.head], *STAGES[self.arm.stage]]
+            if self.arm.stage == "pretrained" and self.arm.head == "flow":
+                options += QUIET
+            if self.arm.chunk > 1:
+                options += ["--chunk", str(self.arm.chunk), "--batch-size", str(task.minibatch // self.arm.chunk)]
+            if self.arm.head == "gaussian":
+                options += ["--solver-steps", str(task.gaussian_steps)]
+            if self.arm.head == "mixture":
+                options += ["--solver-steps", "1"]
             if self.arm.stage == "steering":
                 options += ["--learning-rate", str(task.steering_rate)]
             if self.arm.data != "none":
                 options += ["--demonstrations", str(dataset(runs, self.task, self.arm.data))]
-                options += ["--pretrain-steps", str(task.pretrain_steps)]
+                steps, rate = self.arm.pretraining
+                options += ["--pretrain-steps", str(steps), "--pretrain-learning-rate", str(rate)]
         print(f"{folder.parent.name}, seed {self.seed} ...", flush=True)
         call("train.py", *options)
         (report,) = folder.rglob("eval.json")
@@ -169,8 +207,8 @@ def evaluation(task: Task, report: Path, saved: Path) -> dict[str, Any]:
 
 def figures(report: dict[str, Any]) -> dict[str, float]:
     """Share of episodes that succeeded, and entropy of the routes in bits where there are several."""
-    several = report.get("multimodality")
-    if several is None:
+    several = report.get("multimodality", {})
+    if "success" not in several:
         return {"success": report["success_rate"]}
     return {"success": several["success"], "bits": several["entropy_bits"]}
 
@@ -203,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", choices=tuple(TASKS), default="avoid")
     parser.add_argument("--runs", type=Path, default=Path("runs/demonstrations"), help="run folders and data")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="none: only print the table")
-    parser.add_argument("--chunks", nargs="+", type=int, choices=tuple(CHUNKS), default=list(CHUNKS))
+    parser.add_argument("--chunks", nargs="+", type=int, choices=CHUNKS, default=list(CHUNKS))
     parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=list(STAGES), help="which to run")
     parser.add_argument("--heads", nargs="+", choices=tuple(HEADS), default=list(HEADS), help="which to run")
     args = parser.parse_args(argv)
