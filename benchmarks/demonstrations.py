@@ -33,7 +33,7 @@ HEADS = {
     "flow": [],
     "flow with a learned base": ["--base", "gaussian", "--base-std", "0.5"],  # steering needs one
     "gaussian": ["--base", "standard", "--base-std", "0", "--action-std", "0.3"],
-    "mixture": ["--base", "mixture", "--ratio", "mixture", "--action-std", "0.3"],
+    "mixture": ["--base", "mixture", "--ratio", "mixture", "--action-std", "0.3", "--solver-steps", "1"],
 }
 COMPARED = ("flow", "gaussian", "mixture")
 # What explores while fine-tuning only blurs what a flow has learned; Gaussian and mixture learn their noise.
@@ -164,8 +164,6 @@ class Run:
                 options += ["--chunk", str(self.arm.chunk), "--batch-size", str(task.minibatch // self.arm.chunk)]
             if self.arm.head == "gaussian":
                 options += ["--solver-steps", str(task.gaussian_steps)]
-            if self.arm.head == "mixture":
-                options += ["--solver-steps", "1"]
             if self.arm.stage == "steering":
                 options += ["--learning-rate", str(task.steering_rate)]
             if self.arm.data != "none":

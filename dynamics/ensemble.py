@@ -97,9 +97,9 @@ def dropout_mask(shape: Sequence[int], left_out: float, generator: torch.Generat
     """
     kept = 1 - left_out
     if generator.device.type != "cpu" or left_out > FEW:
-        return torch.empty(tuple(shape), device=generator.device).bernoulli_(kept, generator=generator) / kept
+        return torch.empty(shape, device=generator.device).bernoulli_(kept, generator=generator) / kept
     # The gaps between zeros are geometric, and for a small share far fewer numbers than the mask has.
-    mask = torch.full(tuple(shape), 1 / kept)
+    mask = torch.full(shape, 1 / kept)
     flat, zeros = mask.view(-1), left_out * mask.numel()
     last, drawn = -1, max(8, int(zeros + SPARE * math.sqrt(zeros)))
     while last < len(flat):
