@@ -6,7 +6,8 @@ import abc
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -27,6 +28,21 @@ class FitData(NamedTuple):
     y: Tensor
     after: Tensor
     terminated: Tensor | None
+
+
+@contextmanager
+@torch.no_grad()
+def holding(parameters: Collection[nn.Parameter], values: Sequence[Tensor] | None) -> Iterator[None]:
+    """Let parameters have other values meanwhile; None: their own."""
+    if values is None:
+        yield
+        return
+    own = [each.detach().clone() for each in parameters]
+    torch._foreach_copy_(list(parameters), list(values))
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(list(parameters), own)
 
 
 class Fitted(nn.Module, abc.ABC):
@@ -152,21 +168,24 @@ class Fitted(nn.Module, abc.ABC):
         best = data.x.new_full((self.members + (data.terminated is not None),), math.inf)
         reference = best[: self.members]
         weights = {p: p.detach() for p in parts}
+        average = [p.detach().clone() for p in self._learning()] if self.settings.ema_decay else None
         epoch, stale, train_loss = 0, 0, math.nan
         for epoch in range(1, max_epochs + 1):
             order = self.member_rows[:, self._permutation(self.member_rows.shape[1], generator)]
             batches = order.split(self.settings.batch_size, 1)
-            train_loss = torch.stack([self._step(data, rows, generator, gradient) for rows in batches]).mean().item()
-            scores = self._scores(data, noise)
+            losses = [self._step(data, rows, generator, gradient, average) for rows in batches]
+            train_loss = torch.stack(losses).mean().item()
+            with holding(self._learning(), average):
+                scores = self._scores(data, noise)
+                better = scores < best
+                for p, part in parts.items():
+                    weights[p] = torch.where(better[part].view(-1, *[1] * (p.ndim - 1)), p.detach(), weights[p])
             if not (math.isfinite(train_loss) and scores.isfinite().all()):
                 raise ValueError(
                     f"the model diverged in epoch {epoch}: got training loss {train_loss:.3g} and hold-out errors "
                     f"{scores.tolist()}, expected finite ones; weights are those before this fit; look for outliers"
                 )
-            better = scores < best
             best = torch.where(better, scores, best)
-            for p, part in parts.items():
-                weights[p] = torch.where(better[part].view(-1, *[1] * (p.ndim - 1)), p.detach(), weights[p])
             gained = scores[: self.members] < (1 - self.settings.min_gain) * reference
             reference = torch.where(gained, scores[: self.members], reference)
             stale = 0 if gained.any() else stale + 1
@@ -209,9 +228,10 @@ class Fitted(nn.Module, abc.ABC):
             return losses.detach().mean(), *torch.autograd.grad(total, self._learning(), materialize_grads=True)
 
     def _step(
-        self, data: FitData, rows: Tensor, generator: torch.Generator, gradient: Callable[..., tuple[Tensor, ...]]
-    ) -> Tensor:
-        """Gradient step on rows [M, B]; returns the members' mean loss, a tensor."""
+        self, data: FitData, rows: Tensor, generator: torch.Generator, gradient: Callable[..., tuple[Tensor, ...]],
+        average: list[Tensor] | None,
+    ) -> Tensor:  # fmt: skip
+        """Gradient step on rows [M, B], which an average of the weights follows; returns the members' mean loss."""
         x, y = data.x[rows], data.y[rows]
         noise, probe = tuple(self._noise(x, generator)), None
         if self.prior is not None:
@@ -220,11 +240,15 @@ class Fitted(nn.Module, abc.ABC):
         if rows.shape[1] != self.settings.batch_size:  # the last minibatch of an epoch, each time of another size
             gradient = self.gradient
         loss, *gradients = gradient(x, y, noise, probe, ends)
-        for each, found in zip(self._learning(), gradients, strict=True):
+        learning: list[Tensor] = [*self._learning()]
+        for each, found in zip(learning, gradients, strict=True):
             # The fused optimizer goes by the memory: a gradient must lie in it as its weight does.
             each.grad = found if found.stride() == each.stride() else torch.empty_like(each).copy_(found)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if average is not None:
+            with torch.no_grad():
+                torch._foreach_lerp_(average, learning, 1 - self.settings.ema_decay)
         return loss
 
     @torch.no_grad()

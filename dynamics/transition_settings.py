@@ -26,6 +26,7 @@ class TransitionSettings:
         batch_size: rows per gradient step, >= 1.
         patience: epochs without a gain after which a fit ends, >= 1;
         patience_updates: if they are this many updates at least, >= 0: epochs of few rows are short.
+        ema_decay: of a running average of the weights, per update, which a fit judges and keeps, in [0, 1); 0: none.
         min_gain: relative fall of the hold-out error that counts as a gain, in [0, 1).
         jacobian_coef: weight of a `JacobianPrior` on d next state / d state, >= 0; 0 for none.
         bfloat16: fit the hidden layers of a `GaussianTransition` with products in bfloat16 (`precision`).
@@ -41,6 +42,7 @@ class TransitionSettings:
     batch_size: int = 256
     patience: int = 5
     patience_updates: int = 0
+    ema_decay: float = 0.0
     min_gain: float = 0.01
     jacobian_coef: float = 0.0
     bfloat16: bool = False
@@ -69,6 +71,7 @@ class TransitionSettings:
             ("patience", self.patience >= 1, ">= 1"),
             ("patience_updates", self.patience_updates >= 0, ">= 0"),
             ("jacobian_coef", self.jacobian_coef >= 0, ">= 0"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)"),
             ("min_gain", 0 <= self.min_gain < 1, "in [0, 1)"),
         ):
             if not holds:

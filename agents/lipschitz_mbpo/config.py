@@ -89,6 +89,8 @@ class LipschitzMBPOConfig:
     """Passes of a fit at most, >= 1; it ends when the hold-out error stops falling."""
     model_patience: int = 0
     """Updates without a gain after which a fit may end, >= 0; five epochs at least."""
+    model_ema_decay: float = 0.0
+    """Of a running average of the model's weights, per update, which a fit judges and keeps, in [0, 1); 0: none."""
     model_interval: int = 250
     """Environment steps from one fit to the next, >= 1."""
     rollout_interval: int | None = None
@@ -145,7 +147,7 @@ class LipschitzMBPOConfig:
                 "a number, or None": "target_entropy",
                 "a number of at least 0, or None": "model_weight_decay",
                 "a number in [0, 1]": "tau gamma real_ratio",
-                "a number in [0, 1)": "model_dropout ema_decay",
+                "a number in [0, 1)": "model_dropout model_ema_decay ema_decay",
                 "an integer of at least 1": "buffer_size batch_size n_critics members elites "
                 "model_epochs model_batch_size model_interval model_rollouts model_retain rollout_min rollout_max "
                 "adversary_steps",
@@ -192,8 +194,8 @@ class LipschitzMBPOConfig:
         if self.model == "none":
             names = (
                 "model_hidden model_jacobian_coef model_epochs model_patience model_batch_size model_weight_decay "
-                "rollout_interval model_rollouts model_retain rollout_min rollout_max rollout_start rollout_end "
-                "real_ratio termination"
+                "model_ema_decay rollout_interval model_rollouts model_retain rollout_min rollout_max rollout_start "
+                "rollout_end real_ratio termination"
             )
             off |= dict.fromkeys(names.split(), "a model")
         if self.model not in NETWORKS:
@@ -248,8 +250,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "model": (
         "model", "model_interval", "model_epochs", "model_patience", "model_hidden", "model_layer_norm",
-        "model_dropout", "model_weight_decay", "model_batch_size", "model_jacobian_coef", "members", "elites",
-        "snapshots", "rollout_interval",
+        "model_dropout", "model_weight_decay", "model_ema_decay", "model_batch_size", "model_jacobian_coef", "members",
+        "elites", "snapshots", "rollout_interval",
         "model_rollouts", "model_retain", "rollout_min", "rollout_max", "rollout_start", "rollout_end", "real_ratio",
         "termination",
     ),

@@ -35,7 +35,8 @@ def build_model(
     """The transition model, with a terminal head if it learns how episodes end."""
     settings = TransitionSettings(
         terminal_head=learns_end, known_step=known_step, batch_size=config.model_batch_size,
-        patience_updates=config.model_patience, jacobian_coef=config.model_jacobian_coef, bfloat16=config.bfloat16,
+        patience_updates=config.model_patience, ema_decay=config.model_ema_decay,
+        jacobian_coef=config.model_jacobian_coef, bfloat16=config.bfloat16,
     )  # fmt: skip
     if config.model_weight_decay is not None:
         settings = replace(settings, weight_decay=config.model_weight_decay, decoupled=True)

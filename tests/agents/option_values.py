@@ -102,6 +102,7 @@ MODEL_OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "model_dropout": (0.3, {}),
     "model_weight_decay": (0.3, {}),
     "model_batch_size": (4, {}),
+    "model_ema_decay": (0.9, {}),
     "model_patience": (1000, {"model_epochs": 2000}),
     "snapshots": (2, {}),
     "rollout_interval": (5, {}),

@@ -87,6 +87,27 @@ def test_small_gains_do_not_prolong_a_fit_but_the_best_weights_count() -> None:
     assert model.epoch.item() == pytest.approx(5)
 
 
+def test_a_fit_judges_and_keeps_the_average_of_its_weights() -> None:
+    # after k epochs of one update the weight is k, and its average with a decay of 1/2 is k - 1 + 2^-k
+    model = Scripted([[9.0], [5.0], [1.0], *[[7.0]] * 5], patience=3, ema_decay=0.5)
+    metrics = model.fit(*still_data(), generator=generator())
+    assert model.epoch.item() == pytest.approx(3 - 1 + 2**-3)
+    assert metrics["model/holdout_mse"] == pytest.approx(1.0)
+    assert metrics["model/epochs"] == 6
+    assert next(iter(model.optimizer.state.values()))["step"].item() == 6
+
+
+def test_the_average_of_members_and_terminal_heads_that_are_frozen_in_part() -> None:
+    model = gaussian(members=2, elites=1, terminal_head=True, ema_decay=0.9)
+    assert model.terminal_net is not None
+    model.terminal_net.requires_grad_(False)
+    before = [each.clone() for each in model.terminal_net.parameters()]
+    data = linear_system(500)
+    found = model.fit(*data, torch.zeros(500, dtype=torch.bool), generator=generator(), max_epochs=200)
+    assert found["model/holdout_mse"] < 0.1
+    assert all(torch.equal(*pair) for pair in zip(before, model.terminal_net.parameters(), strict=True))
+
+
 def test_budgets_end_a_fit() -> None:
     errors = [[float(2**-k)] for k in range(20)]
     assert Scripted(errors).fit(*still_data(), generator=generator(), max_epochs=3)["model/epochs"] == 3
