@@ -159,7 +159,8 @@ class Fitted(nn.Module, abc.ABC):
         self, data: FitData, generator: torch.Generator, max_epochs: int, deadline: float,
         gradient: Callable[..., tuple[Tensor, ...]],
     ) -> dict[str, float]:  # fmt: skip
-        parts = dict.fromkeys(self._learning(), slice(None, self.members))  # of the scores
+        learning = self._learning()
+        parts = dict.fromkeys(learning, slice(None, self.members))  # of the scores
         if self.terminal_net is not None:
             parts |= {p: slice(self.members, None) for p in self.terminal_net.parameters()}
         held = self.holdout_rows.expand(self.members, -1)
@@ -168,14 +169,14 @@ class Fitted(nn.Module, abc.ABC):
         best = data.x.new_full((self.members + (data.terminated is not None),), math.inf)
         reference = best[: self.members]
         weights = {p: p.detach() for p in parts}
-        average = [p.detach().clone() for p in self._learning()] if self.settings.ema_decay else None
+        average = [p.detach().clone() for p in learning] if self.settings.ema_decay else None
         epoch, stale, train_loss = 0, 0, math.nan
         for epoch in range(1, max_epochs + 1):
             order = self.member_rows[:, self._permutation(self.member_rows.shape[1], generator)]
             batches = order.split(self.settings.batch_size, 1)
             losses = [self._step(data, rows, generator, gradient, average) for rows in batches]
             train_loss = torch.stack(losses).mean().item()
-            with holding(self._learning(), average):
+            with holding(learning, average):
                 scores = self._scores(data, noise)
                 better = scores < best
                 for p, part in parts.items():
