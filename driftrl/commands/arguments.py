@@ -46,8 +46,8 @@ class Arguments:
     """CPU threads of PyTorch's updates, >= 1. More than one helps on an idle machine only."""
     run_dir: Path = Path("runs")
     """Folder under which the run's folder is made."""
-    checkpoint_interval: int = 100_000
-    """Steps between checkpoints, >= 1."""
+    checkpoint_interval: int | None = None
+    """Steps between checkpoints, >= 1; None: a tenth of the run, 100,000 at most."""
     keep_checkpoints: int = 3
     """How many checkpoints to keep, the newest, >= 1; the best agent is kept apart."""
     eval_interval: int | None = None

@@ -17,6 +17,9 @@ from ..runs.trackers import check_tracker
 from .arguments import Arguments
 from .config_file import ConfigFile
 
+CHECKPOINTS, LONGEST_INTERVAL = 10, 100_000
+"""By default so many in a run, and never farther apart: a killed run of an agent that takes few steps keeps most."""
+
 
 def defaults_of(entry: AgentSpec, env: str, preset_name: str, preset: Mapping[str, Any], file: ConfigFile) -> Arguments:
     """The options as they are where no flag is given: the file's in place of the preset's.
@@ -53,6 +56,9 @@ def settings_of(name: str, arguments: Arguments, chosen: Collection[str]) -> Run
     check_device(arguments.device)
     check_tracker(arguments.track)
     _check_pretraining(name, arguments, chosen)
+    interval = arguments.checkpoint_interval
+    if interval is None:
+        interval = max(1, min(arguments.total_timesteps // CHECKPOINTS, LONGEST_INTERVAL))
     return RunSettings(
         agent=name,
         env_id=arguments.env,
@@ -60,7 +66,7 @@ def settings_of(name: str, arguments: Arguments, chosen: Collection[str]) -> Run
         n_envs=arguments.n_envs,
         seed=secrets.randbelow(2**31) if arguments.seed is None else arguments.seed,
         total_timesteps=arguments.total_timesteps,
-        checkpoint_interval=arguments.checkpoint_interval,
+        checkpoint_interval=interval,
         device=arguments.device,
         threads=arguments.threads,
         config=dataclasses.asdict(arguments.config),

@@ -19,7 +19,9 @@ from gymnasium import spaces
 from driftrl.agents.registry import AGENTS
 from driftrl.analysis.evaluation import evaluate_modes
 from driftrl.commands import train, training
+from driftrl.commands.config_file import ConfigFile
 from driftrl.commands.evaluate import main as evaluate
+from driftrl.commands.settings import settings_of_file
 from driftrl.runs.folder import load_agent
 from driftrl.runs.log import open_logger
 
@@ -82,6 +84,19 @@ def test_what_another_choice_switched_off_is_not_called_the_users(capsys: pytest
     (yours,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("set by you:"))
     assert "lr_schedule=constant" in yours
     assert "desired_kl" not in yours
+
+
+def test_a_killed_short_run_keeps_nine_tenths() -> None:
+    assert start(steps=320) == 0
+    folder = only_run()
+    assert json.loads((folder / "config.json").read_text())["checkpoint_interval"] == 32
+    assert {path.name for path in folder.rglob("step_*")} == {"step_256.zip", "step_288.zip", "step_320.zip"}
+
+
+@pytest.mark.parametrize(("steps", "interval"), [(3_000_000, 100_000), (5_000, 500), (3, 1)])
+def test_checkpoints_are_a_tenth_of_the_run_apart_and_100000_steps_at_most(steps: int, interval: int) -> None:
+    file = ConfigFile(agent="policyflow", run={"total_timesteps": steps})
+    assert settings_of_file(file).checkpoint_interval == interval
 
 
 def test_a_run_from_start_to_resumption(capsys: pytest.CaptureFixture[str]) -> None:
