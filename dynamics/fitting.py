@@ -32,7 +32,7 @@ class FitData(NamedTuple):
 
 @contextmanager
 @torch.no_grad()
-def holding(parameters: Collection[nn.Parameter], values: Sequence[Tensor] | None) -> Iterator[None]:
+def holding(parameters: Collection[Tensor], values: Sequence[Tensor] | None) -> Iterator[None]:
     """Let parameters have other values meanwhile; None: their own."""
     if values is None:
         yield
@@ -43,6 +43,14 @@ def holding(parameters: Collection[nn.Parameter], values: Sequence[Tensor] | Non
         yield
     finally:
         torch._foreach_copy_(list(parameters), own)
+
+
+def warmed_up(decay: float, updates: int) -> float:
+    """Decay of a weight average after so many updates, >= 1: it spans a ninth of them until decay is reached.
+
+    So an early average follows the weights, not their random beginning. Of weights that drift as w_n = n it is 0.9 n.
+    """
+    return min(decay, updates / (updates + 9))
 
 
 class Fitted(nn.Module, abc.ABC):
@@ -95,6 +103,11 @@ class Fitted(nn.Module, abc.ABC):
     def optimizer(self) -> torch.optim.Adam:
         """Of all weights. Checkpoints need its state: it is not part of the module's ``state_dict``."""
         return self.settings.optimizer((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it was ever fit to data."""
+        return len(self.holdout_rows) > 0
 
     def _learning(self) -> list[nn.Parameter]:
         """The weights that learn, in their order."""
@@ -159,7 +172,7 @@ class Fitted(nn.Module, abc.ABC):
         self, data: FitData, generator: torch.Generator, max_epochs: int, deadline: float,
         gradient: Callable[..., tuple[Tensor, ...]],
     ) -> dict[str, float]:  # fmt: skip
-        learning = self._learning()
+        learning: list[Tensor] = [*self._learning()]
         parts = dict.fromkeys(learning, slice(None, self.members))  # of the scores
         if self.terminal_net is not None:
             parts |= {p: slice(self.members, None) for p in self.terminal_net.parameters()}
@@ -171,10 +184,18 @@ class Fitted(nn.Module, abc.ABC):
         weights = {p: p.detach() for p in parts}
         average = [p.detach().clone() for p in learning] if self.settings.ema_decay else None
         epoch, stale, train_loss = 0, 0, math.nan
+        # In all fits: the first one's average follows random weights, the next go on from what it kept.
+        taken = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
         for epoch in range(1, max_epochs + 1):
             order = self.member_rows[:, self._permutation(self.member_rows.shape[1], generator)]
             batches = order.split(self.settings.batch_size, 1)
-            losses = [self._step(data, rows, generator, gradient, average) for rows in batches]
+            losses = []
+            for rows in batches:
+                losses.append(self._step(data, rows, generator, gradient))
+                taken += 1
+                if average is not None:
+                    with torch.no_grad():
+                        torch._foreach_lerp_(average, learning, 1 - warmed_up(self.settings.ema_decay, taken))
             train_loss = torch.stack(losses).mean().item()
             with holding(learning, average):
                 scores = self._scores(data, noise)
@@ -229,10 +250,9 @@ class Fitted(nn.Module, abc.ABC):
             return losses.detach().mean(), *torch.autograd.grad(total, self._learning(), materialize_grads=True)
 
     def _step(
-        self, data: FitData, rows: Tensor, generator: torch.Generator, gradient: Callable[..., tuple[Tensor, ...]],
-        average: list[Tensor] | None,
-    ) -> Tensor:  # fmt: skip
-        """Gradient step on rows [M, B], which an average of the weights follows; returns the members' mean loss."""
+        self, data: FitData, rows: Tensor, generator: torch.Generator, gradient: Callable[..., tuple[Tensor, ...]]
+    ) -> Tensor:
+        """Gradient step on rows [M, B]; returns the members' mean loss."""
         x, y = data.x[rows], data.y[rows]
         noise, probe = tuple(self._noise(x, generator)), None
         if self.prior is not None:
@@ -241,15 +261,12 @@ class Fitted(nn.Module, abc.ABC):
         if rows.shape[1] != self.settings.batch_size:  # the last minibatch of an epoch, each time of another size
             gradient = self.gradient
         loss, *gradients = gradient(x, y, noise, probe, ends)
-        learning: list[Tensor] = [*self._learning()]
+        learning = self._learning()
         for each, found in zip(learning, gradients, strict=True):
             # The fused optimizer goes by the memory: a gradient must lie in it as its weight does.
             each.grad = found if found.stride() == each.stride() else torch.empty_like(each).copy_(found)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if average is not None:
-            with torch.no_grad():
-                torch._foreach_lerp_(average, learning, 1 - self.settings.ema_decay)
         return loss
 
     @torch.no_grad()

@@ -120,7 +120,8 @@ class GaussianTransition(TransitionModel):
         if log_var is None or self.log_std is not None:
             return square.mean((1, 2))
         loss = (square * torch.exp(-log_var) + log_var).mean((1, 2))
-        return loss if self.bounds is None else loss + 0.01 * (self.bounds[:, 1] - self.bounds[:, 0]).sum(1)
+        assert self.bounds is not None
+        return loss + 0.01 * (self.bounds[:, 1] - self.bounds[:, 0]).sum(1)
 
     def _finish(self, data: FitData, generator: torch.Generator) -> None:
         if self.log_std is not None:

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor, nn
 
 
+def _layer(name: str) -> str:
+    """The layer of a network that a weight matrix of this name belongs to: a field's first has several matrices."""
+    module, _, last = name.rpartition(".")
+    return name if last.isdigit() else module
+
+
 @dataclass(frozen=True)
 class TransitionSettings:
     """What all models share; defaults from MBPO (arXiv 1906.08253) but for ``normalize_targets``.
@@ -21,8 +27,8 @@ class TransitionSettings:
         terminal_head: learn which transitions terminate, for environments whose rule is unknown.
         learning_rate: of Adam, > 0.
         weight_decay: of the weight matrices, >= 0. MBPO has L2 of 2.5e-5 in the first layer to 1e-4 in the last.
-        decoupled: AdamW's decay in place of L2, from 1/K of weight_decay in the first of K layers to all of it in the
-            last; DHMBPO (arXiv 2512.15439) has 1e-3 there.
+        decoupled: AdamW's decay in place of L2, from 1/K of weight_decay in the first of a network's K layers to all of
+            it in the last; DHMBPO (arXiv 2512.15439) has 1e-3 there.
         batch_size: rows per gradient step, >= 1.
         patience: epochs without a gain after which a fit ends, >= 1;
         patience_updates: if they are this many updates at least, >= 0: epochs of few rows are short.
@@ -55,10 +61,13 @@ class TransitionSettings:
         if not self.decoupled:
             groups.insert(0, {"params": [*matrices.values()], "weight_decay": self.weight_decay})
             return torch.optim.Adam(groups, self.learning_rate, fused=True)
-        layers = {name: int(name.rpartition(".")[2]) for name in matrices if name.rpartition(".")[2].isdigit()}
-        count = 1 + max(layers.values(), default=0)
+        networks: dict[str, dict[str, int]] = {}
+        for name in matrices:
+            layers = networks.setdefault(name.partition(".")[0], {})
+            layers.setdefault(_layer(name), 1 + len(layers))
         for name, each in matrices.items():
-            share = (1 + layers.get(name, count - 1)) / count
+            layers = networks[name.partition(".")[0]]
+            share = layers[_layer(name)] / len(layers)
             groups.append({"params": [each], "weight_decay": share * self.weight_decay})
         return torch.optim.AdamW(groups, self.learning_rate, fused=True)
 

@@ -257,14 +257,6 @@ class Weights:
         return bool((self._steps == self._counted).all())
 
 
-def warmed_up(decay: float, updates: int) -> float:
-    """Decay of a weight average after so many updates, >= 1: it spans a ninth of them until decay is reached.
-
-    So an early average follows the weights, not their random beginning. Of weights that drift as w_n = n it is 0.9 n.
-    """
-    return min(decay, updates / (updates + 9))
-
-
 def in_order(policy: BoxPolicy, named: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
     """Named parameters as a vector holds them: first those that the average follows, the larger before the smaller."""
     first = f"{policy.followed}."

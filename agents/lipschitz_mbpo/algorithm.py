@@ -112,8 +112,7 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
         self.config = resolve(config, fields)
         check_functions(self.config, terminated, known_step)
         self.terminated, self.known_step = terminated, known_step
-        self._fitted_at = self._imagined_at = self._diagnosed_at = 0  # environment steps
-        self._seen = 0  # rows of the replay buffer
+        self._fitted_at = self._imagined_at = self._diagnosed_at = self._seen = 0  # environment steps
         self._carry = 0.0  # real transitions owed by the minibatches so far
         super().__init__(
             policy, env,  # type: ignore[arg-type]
@@ -241,12 +240,13 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
         """Learn from what was seen and imagined: gradient_steps updates per environment, or as many as it saw if -1."""
         config, policy = self.config, self.policy
         fewest = 1 if self.transition is None else 2  # one to fit the model to, one to hold out
-        if len(self._real) < max(min(config.learning_starts, self.buffer_size), fewest):  # also loaded without them
+        if len(self._real) < max(min(config.learning_starts, self._real.capacity), fewest):  # also loaded without them
             return
         updates = gradient_steps * (self.n_envs if config.gradient_steps > 0 else 1)
         policy.set_training_mode(True)
         update_learning_rate(policy.optimizer, self._rate_at(self._current_progress_remaining))
-        if fits := self._seen == 0 or self.num_timesteps - self._fitted_at >= config.model_interval:
+        knows = policy.obs_norm.count and (self.transition is None or self.transition.is_fitted)
+        if fits := not knows or self.num_timesteps - self._fitted_at >= config.model_interval:
             self._fitted_at = self.num_timesteps
             self._learn_scales()
         if self.transition is not None:
@@ -330,7 +330,7 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
             if config.regularizer == "robust":
                 search = draw_search(obs, radius, config.adversary, config.adversary_steps, generator)
             model_noise = tuple(model.draw(size, generator) for _ in range(horizon))
-            blur = draw_blur(config.observation_noise, (horizon + 1, *obs.shape), generator)
+            blur = draw_blur(config.observation_noise, policy.obs_std(), (horizon + 1, *obs.shape), generator)
             yield Start(obs, noise, model_noise, self._pair(generator), search, blur)
 
     def _ended(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
@@ -342,7 +342,8 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
 
     def _learn_scales(self) -> None:
         """Let the observation statistics see what is new."""
-        new = self._real.unpack(self._real.newest(self.num_timesteps - self._seen))
+        unseen = self.num_timesteps - self._seen if self.policy.obs_norm.count else len(self._real)
+        new = self._real.unpack(self._real.newest(unseen))
         # Where the learning rate falls to 0 the networks can no longer follow statistics that move.
         self.policy.obs_norm.update(new.obs, weight=max(self._rate_share, 1e-3))
         self._seen = self.num_timesteps
@@ -392,7 +393,7 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
             starts = self._starts(GRADIENTS, self.batch_size, generator)
             gradients = (eager(self._gradient)(start)[0] for start in starts)
             found |= gradient_diagnostics(self.policy, gradients, self._real)
-        runaway = runs_away(found["lipschitz/largest_value"], self._real, self.config.gamma)
+        runaway = runs_away(found["lipschitz/largest_value"], self.policy, self._real, self.config.gamma)
         self._ran_away |= runaway
         if self._ran_away:
             found["lipschitz/runaway"] = float(runaway)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 
@@ -37,8 +38,8 @@ def value_diagnostics(policy: SACPolicy, real: TransitionRing, radius: float) ->
     Returns:
         lipschitz/slope: E|Q(s~, a) - Q(s, a)| / radius at random s~ in the ball, mean over all critics.
         lipschitz/adversarial_gain: mean squared change at FGSM's states over that at random ones.
-        lipschitz/spectral_product: product of the spectral norms of a critic's layers, the largest of all: with ReLU
-            a bound of its Lipschitz constant.
+        lipschitz/spectral_product: product of the spectral norms of a critic's layers, the largest of all, in units
+            of the value: with ReLU and no layer norms a bound of its Lipschitz constant.
         lipschitz/largest_value: largest |Q(s, a)| of them.
     """
     newest = real.unpack(real.newest(SAMPLES))
@@ -59,19 +60,24 @@ def value_diagnostics(policy: SACPolicy, real: TransitionRing, radius: float) ->
 
 
 def spectral_product(critics: nn.Module) -> Tensor:
-    """Product of the spectral norms of each critic's layers as they are applied, [C]."""
+    """Product of the spectral norms of each critic's layers as they are applied, times its unit of values, [C]."""
     norms = []
     for name, norm in spectral_norms(critics).items():
         bound = getattr(critics.get_submodule(name.rpartition(".")[0]), "spectral_bound", None)
         norms.append(norm if bound is None else norm.clamp(max=bound))
-    return torch.stack(norms).prod(0)
+    return torch.stack(norms).prod(0) * getattr(critics, "half_width", 1.0)
 
 
-def runs_away(largest: float, real: TransitionRing, gamma: float) -> bool:
-    """Whether a value is twice what the rewards seen allow, with a warning: critics that diverge do so silently."""
-    limit = 2 * real.all().reward.abs().max().item() / max(1 - gamma, 1e-3)
+def runs_away(largest: float, policy: SACPolicy, real: TransitionRing, gamma: float) -> bool:
+    """Whether a value is twice what can be, with a warning: critics that diverge do so silently.
+
+    Soft rewards are at most the largest seen and the temperature times log 2 per action, the entropy of a uniform
+    law on [-1, 1].
+    """
+    bonus = policy.log_alpha.exp().item() * policy.action_dim * math.log(2)
+    limit = 2 * (real.all().reward.abs().max().item() + bonus) / max(1 - gamma, 1e-3)
     if largest > limit:
-        text = f"the critics run away: a value of {largest:.3g} where rewards allow {limit:.3g}"
+        text = f"the critics run away: a value of {largest:.3g} where rewards and entropy allow {limit:.3g}"
         warnings.warn(f"{text}; raise robust_coef, or lower gradient_steps or learning_rate", stacklevel=2)
     return largest > limit
 

@@ -85,7 +85,7 @@ def termination_rule(choice: str, given: Rule | None, env: VecEnv | None) -> Rul
 
     Args:
         choice: the Config's termination.
-        given: the user's own rule, which is used where the task is not known.
+        given: the user's own rule, which goes before the task's.
         env: the environment, if there is one.
 
     Raises:

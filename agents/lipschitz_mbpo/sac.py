@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from ...dynamics.fitting import warmed_up
 from ...dynamics.precision import stacked_layer
 from ..common.networks import ACTIVATIONS, activation_name, mlp
 from ..common.observations import RunningNorm
 from ..common.policy import BoxPolicy
 from ..common.update import Loss, Losses
-from ..common.weights import warmed_up
 from ..storage.values import storable
 from .replay import Minibatch
 

@@ -47,7 +47,7 @@ class Start(NamedTuple):
     model_noise: tuple[tuple[Tensor, ...], ...]  # of the H transitions (`TransitionModel.draw`)
     pair: Tensor | None  # the critics of the target where there are more than two, [2]
     search: Search | None  # where critics are made robust
-    blur: Tensor | None = None  # noise on what the actor sees, in running standard deviations, [H + 1, B, O]
+    blur: Tensor | None = None  # noise on what the actor sees, in the units that it sees, [H + 1, B, O]
 
     def seen(self, state: Tensor, h: int) -> Tensor:
         """What the actor sees of a state at step h of the rollout, [B, O] as the networks see it."""
@@ -120,9 +120,9 @@ def value_gradient_losses(
     return Losses(table, metrics)
 
 
-def draw_blur(deviation: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
-    """Noise on what the actor sees; None without."""
-    return deviation * torch.randn(shape, generator=generator, device=generator.device) if deviation else None
+def draw_blur(share: float, deviation: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+    """Noise on what the actor sees, of a share of each observation's deviation [O]; None without."""
+    return share * torch.randn(shape, generator=generator, device=generator.device) * deviation if share else None
 
 
 def value_range(rewards: Tensor, gamma: float) -> tuple[Tensor, Tensor]:

@@ -187,7 +187,8 @@ class PolicyFlow(Imitation):
         ).to(self.device)
         decay = self.policy.optimizer.defaults.get("weight_decay", 0.0)  # an optimizer_class may have its own default
         self._config = config = replace(config, weight_decay=decay)
-        self._ratio = SteeringRatio() if config.freeze_flow else RATIOS[config.ratio](config.ratio_draws)
+        steers = config.freeze_flow and not config.langevin_eps  # a noisy flow moves with the base
+        self._ratio = SteeringRatio() if steers else RATIOS[config.ratio](config.ratio_draws)
         self.policy.actor.field.requires_grad_(not config.freeze_flow)
         self._setup_rollout()
         self._config_changed()
@@ -336,7 +337,7 @@ class PolicyFlow(Imitation):
         means["train/explained_variance"] = explained_variance(values, returns)
         means |= {"train/clip_range": config.clip_range, "train/learning_rate": policy.optimizer.param_groups[0]["lr"]}
         means["train/std"] = policy.actor.noise_log_std().exp().mean().item()
-        means["flow/base_std"] = policy.actor.base_log_std.exp().mean().item()
+        means["flow/base_std"] = policy.actor.base_noise_log_std().exp().mean().item()
         self._record(means)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 

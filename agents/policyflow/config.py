@@ -217,7 +217,7 @@ class PolicyFlowConfig:
             off["components"] = "base mixture"
         if not RATIOS[self.ratio].has_draws:
             off["ratio_draws"] = f"ratio {', '.join(name for name, kind in RATIOS.items() if kind.has_draws)}"
-        if self.freeze_flow:
+        if self.freeze_flow and not self.langevin_eps:
             off |= dict.fromkeys(("ratio", "ratio_draws"), "freeze_flow off, which has an exact ratio of its own")
         if self.gamma == 0 or self.n_steps <= self.decision_steps:
             off["gae_lambda"] = "gamma above 0 and rollouts of more than one decision"

@@ -14,9 +14,10 @@ from .ratios import Ratio, RatioTerms, Samples, gaussian_terms
 
 
 class SteeringRatio(Ratio):
-    """``p(z | s) / p_old(z | s)``, times that of the action noise: exact where the flow is frozen.
+    """``p(z | s) / p_old(z | s)``, times that of the action noise: exact where the flow is frozen and an ODE.
 
-    The flow carries the same z to the same x1 then, so that nothing need be integrated or asked of the field. Training
+    The flow carries the same z to the same x1 then, so that nothing need be integrated or asked of the field. (A noisy
+    flow depends on the base, `langevin_flow`: it keeps the ratio that the config names.) Training
     the base alone is diffusion steering (Wagenmaker et al., arXiv 2506.15799), here on-policy.
     """
 

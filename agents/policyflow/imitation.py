@@ -88,7 +88,7 @@ class Imitation(FlowRollouts):
         if self.config.bc_coef == 0:
             return {}
         used, loss = self._present_weight(), means["flow/bc_loss"]
-        if self.config.bc_schedule == "adaptive":
+        if self.config.bc_schedule == "adaptive" and not self.is_warming_up:  # until then the actor stays
             if self._bc_reference is None:
                 self._bc_reference = loss
             # Losses of a Gaussian policy can be negative: the tenth is of its size.

@@ -121,6 +121,10 @@ class FlowActor(nn.Module):
             return self.points.most_probable(obs), log_std
         return (torch.zeros_like(log_std) if self.base_mean is None else self.base_mean(obs)), log_std
 
+    def base_noise_log_std(self) -> Tensor:
+        """Log standard deviation of the base, [D]; -inf where z has no density."""
+        return self.base_log_std.clamp(*LOG_STD_RANGE) if self.has_latent else self.base_log_std
+
     def noise_log_std(self) -> Tensor:
         """Log standard deviation of the action noise, [D]."""
         return self.log_std.clamp(*self.log_std_range)
@@ -134,7 +138,7 @@ class FlowActor(nn.Module):
 
         That of the action noise, of the base (one without spread adds nothing) and of a chain's inner steps.
         """
-        base_log_std = self.base_log_std.nan_to_num(neginf=0.0)
+        base_log_std = self.base_noise_log_std().nan_to_num(neginf=0.0)
         entropy = (self.noise_log_std() + base_log_std + math.log(2 * math.pi * math.e)).sum()
         if self.chain_log_std is not None:
             entropy = entropy + self.chain_log_std.clamp(*LOG_STD_RANGE).sum()

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...dynamics.fitting import warmed_up
 from ...dynamics.paths import LINEAR, flow_matching_loss
 from ..common.config import validate
 from ..common.demonstrations import Demonstrations
-from ..common.weights import warmed_up
 from .gaussians import mixture_log_prob
 from .policy import FlowActor, FlowPolicy
 

@@ -277,7 +277,7 @@ class FlowRollouts(Ranked):
         if left_out is not None:
             terminated = terminated | left_out
         ended = terminated | steps.truncated
-        scaled = self._scale_rewards(steps.rewards, ended)
+        scaled = self._scale_rewards(steps.rewards, starts[0], ended)
         if left_out is not None:  # advantage 0 there: those before see V(s_t) and nothing of what follows
             scaled = torch.where(left_out, values, scaled)
         ends = terminated.float(), ended.float()
@@ -311,11 +311,17 @@ class FlowRollouts(Ranked):
         """Raw observation vectors [N, O]."""
         return torch.from_numpy(observation_vectors(obs, self.observation_space))
 
-    def _scale_rewards(self, rewards: Tensor, ended: Tensor) -> Tensor:
-        """Divide rewards [T, N] by the running standard deviation of the discounted return, clipped to +-10."""
+    def _scale_rewards(self, rewards: Tensor, begins: Tensor, ended: Tensor) -> Tensor:
+        """Divide rewards [T, N] by the running standard deviation of the discounted return, clipped to +-10.
+
+        Args:
+            rewards: of the steps.
+            begins: bool [N], whether an episode began with the first of them, also by a reset.
+            ended: bool [T, N], whether one ended with a step.
+        """
         if not self.config.normalize_reward:
             return rewards
-        returns = discounted_returns(rewards, ended, self._discounted_return, self.gamma)
+        returns = discounted_returns(rewards, ended, self._discounted_return * ~begins, self.gamma)
         self._discounted_return = returns[-1] * ~ended[-1]
         self.policy.return_norm.update(returns.view(-1, 1), self._ranks)
         return (rewards * self.policy.return_norm.scale).clip(-10, 10)

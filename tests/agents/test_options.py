@@ -264,6 +264,18 @@ def test_policy_arguments_are_in_the_config() -> None:
     assert (other.actor_hidden, other.critic_hidden, other.activation, other.tau) == ((5, 6), (5, 6), "elu", 0.1)
 
 
+def test_entropy_does_not_push_a_base_whose_spread_is_at_its_bound() -> None:
+    agent = small(PolicyFlow, ent_coef=1.0)
+    actor, obs = agent.policy.actor, torch.zeros(1, agent.policy.obs_dim)
+    for beyond in (-9.0, 9.0):
+        with torch.no_grad():
+            actor.base_log_std.fill_(beyond)
+        actor.base_log_std.grad = None
+        actor.joint_entropy(obs).backward()
+        assert torch.equal(actor.base_log_std.grad, torch.zeros(1))
+        assert torch.equal(actor.base_noise_log_std(), actor.base(obs)[1][0])
+
+
 def test_entropy_reaches_all_learned_noises() -> None:
     agent = small(PolicyFlow, ratio="chain", solver_steps=3, ent_coef=1.0)
     entropy: Tensor = agent.policy.actor.joint_entropy(torch.zeros(1, agent.policy.obs_dim))

@@ -88,13 +88,28 @@ def test_small_gains_do_not_prolong_a_fit_but_the_best_weights_count() -> None:
 
 
 def test_a_fit_judges_and_keeps_the_average_of_its_weights() -> None:
-    # after k epochs of one update the weight is k, and its average with a decay of 1/2 is k - 1 + 2^-k
+    # after k epochs of one update the weight is k, and its average, which begins short, 0.9 k
     model = Scripted([[9.0], [5.0], [1.0], *[[7.0]] * 5], patience=3, ema_decay=0.5)
     metrics = model.fit(*still_data(), generator=generator())
-    assert model.epoch.item() == pytest.approx(3 - 1 + 2**-3)
+    assert model.epoch.item() == pytest.approx(0.9 * 2)
     assert metrics["model/holdout_mse"] == pytest.approx(1.0)
-    assert metrics["model/epochs"] == 6
-    assert next(iter(model.optimizer.state.values()))["step"].item() == 6
+    assert metrics["model/epochs"] == 5
+    assert next(iter(model.optimizer.state.values()))["step"].item() == 5
+
+
+def test_a_later_fit_goes_on_from_the_average_with_the_decay_itself() -> None:
+    # The weight goes from 0 to 20 and its average to 18, then on from there: 19 and 18.5, 20 and 19.25, ...
+    model = Scripted([[float(30 - k)] for k in range(30)], ema_decay=0.5)
+    model.fit(*still_data(), generator=generator(), max_epochs=20)
+    first = model.epoch.item()
+    model.fit(*still_data(), generator=generator(), max_epochs=3)
+    assert model.epoch.item() == pytest.approx(first + 3 - 1 + 2**-3)
+
+
+def test_an_average_does_not_keep_the_random_weights_of_the_beginning() -> None:
+    data = linear_system(500)
+    found = {decay: gaussian(ema_decay=decay).fit(*data, generator=generator()) for decay in (0.0, 0.999)}
+    assert found[0.999]["model/holdout_mse"] < 1.5 * found[0.0]["model/holdout_mse"]
 
 
 def test_the_average_of_members_and_terminal_heads_that_are_frozen_in_part() -> None:

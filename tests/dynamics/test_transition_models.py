@@ -280,3 +280,16 @@ def test_decoupled_decay_rises_from_layer_to_layer_and_spares_biases() -> None:
         after = dict(model.named_parameters())[f"net.weights.{k}"]
         torch.testing.assert_close(after.detach(), before[f"net.weights.{k}"] * (1 - 0.5 * 0.4 * (k + 1) / 4))
     assert all(torch.equal(each, before[name]) for name, each in model.named_parameters() if "weight" not in name)
+
+
+@pytest.mark.parametrize("kind", ["flow", "langevin"])
+def test_decoupled_decay_counts_the_layers_of_each_network(kind: str) -> None:
+    settings = TransitionSettings(weight_decay=1.2, decoupled=True, terminal_head=True)
+    model = TRANSITIONS[kind](2, 1, settings, hidden=(4, 4))
+    decays = {id(group["params"][0]): group["weight_decay"] for group in model.optimizer.param_groups[1:]}
+    found = {name: decays[id(each)] for name, each in model.named_parameters() if id(each) in decays}
+    expected = dict.fromkeys(("x_weight", "cond_weight", "time_weight"), 0.4)
+    expected |= {"layers.0.weight": 0.8, "output.weight": 1.2}
+    expected = {f"field.{name}": value for name, value in expected.items()}
+    expected |= {f"terminal_net.weights.{k}": 0.4 * (k + 1) for k in range(3)}
+    assert found == pytest.approx(expected)

@@ -67,6 +67,25 @@ def test_a_buffer_smaller_than_learning_starts_learns_once_it_is_full() -> None:
     assert learner._n_updates > 0
 
 
+def test_a_second_call_of_learn_fits_the_model_before_it_learns_from_it() -> None:
+    learner = agent(learning_starts=100, model_interval=500, model_retain=500)
+    assert learner.transition is not None
+    learner.learn(50)
+    fitted = [learner.transition.is_fitted]
+    learner.learn(120)
+    assert [*fitted, learner.transition.is_fitted] == [False, True]
+    assert learner._n_updates > 0 and learner.policy.obs_norm.count > 0
+
+
+def test_a_loaded_buffer_counts_for_statistics_and_size(tmp_path: Path) -> None:
+    filled = agent(buffer_size=50).learn(200)
+    filled.save_replay_buffer(tmp_path / "replay.pkl")
+    learner = agent(normalize_observation=True, learning_starts=60, buffer_size=1000)
+    learner.load_replay_buffer(tmp_path / "replay.pkl")  # of 50 rows, and more it will never hold
+    learner.learn(70)
+    assert learner._n_updates == 10 and learner.policy.obs_norm.count == 50
+
+
 @pytest.mark.parametrize("termination", ["learned", "never"])
 def test_a_rule_that_would_not_be_used_is_refused(termination: str) -> None:
     with pytest.raises(ValueError, match="terminated: got a function, which changes nothing with termination="):

@@ -129,9 +129,24 @@ def test_each_loss_reaches_only_its_own_network() -> None:
 
 
 def test_noise_on_what_the_actor_sees_has_the_deviation_asked_for() -> None:
-    blur = draw_blur(0.2, (6, 2000, 3), torch.Generator().manual_seed(0))
-    assert blur is not None and blur.std().item() == pytest.approx(0.2, rel=0.02)
-    assert draw_blur(0.0, (6, 2000, 3), torch.Generator()) is None
+    deviation = torch.tensor([1.0, 0.1, 5.0])
+    blur = draw_blur(0.2, deviation, (6, 2000, 3), torch.Generator().manual_seed(0))
+    assert blur is not None
+    torch.testing.assert_close(blur.flatten(0, 1).std(0), 0.2 * deviation, rtol=0.02, atol=0)
+    assert draw_blur(0.0, deviation, (6, 2000, 3), torch.Generator()) is None
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_noise_on_what_the_actor_sees_is_in_deviations_of_each_observation(normalize: bool) -> None:
+    learner = LipschitzMBPO(
+        "MlpPolicy", make_vec("InvertedPendulum-v5", 1, 0), value_gradient=1, observation_noise=0.05, seed=0,
+        normalize_observation=normalize, learning_starts=60, model_epochs=2, model_hidden=(16,), compile="off",
+        device="cpu",
+    ).learn(80)  # fmt: skip
+    start = next(learner._starts(1, 4000, torch.Generator().manual_seed(0)))
+    assert start.blur is not None
+    units = torch.ones(4) if normalize else learner._real.all().obs.std(0)
+    torch.testing.assert_close(start.blur.flatten(0, 1).std(0), 0.05 * units, rtol=0.2, atol=0)
 
 
 def test_values_go_on_for_ever_between_the_rarest_rewards() -> None:

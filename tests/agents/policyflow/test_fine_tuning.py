@@ -75,6 +75,18 @@ def test_the_steering_ratio_is_the_general_one_where_the_flow_is_frozen(general:
     assert SteeringRatio().terms(acting, epoch).log_ratio.abs().max() == 0
 
 
+def test_a_noisy_flow_is_steered_by_the_ratio_of_the_config() -> None:
+    # Its path depends on the base, so x1 moves although the field stays: no ratio of z alone is exact.
+    trained = bent(agent(freeze_flow=True, langevin_eps=0.3, ratio="endpoint"))
+    assert type(trained._ratio) is RATIOS["endpoint"]
+    obs, noise = torch.zeros(8, 4), FlowNoise.of(torch.randn(trained.policy.draws, 8, 1))
+    before = trained.policy.actor.sample(obs, noise)
+    with torch.no_grad():
+        trained.policy.actor.base_log_std.add_(0.3)
+    assert not torch.allclose(trained.policy.actor.flow(before.z, obs, noise.path), before.x1)
+    agent(freeze_flow=True, langevin_eps=0.3).learn(32)  # with the default ratio
+
+
 def test_steering_moves_base_and_noise_alone() -> None:
     trained = bent(agent(freeze_flow=True, weight_decay=0.1))  # which would move what has no gradient
     assert isinstance(trained._ratio, SteeringRatio)
@@ -268,6 +280,12 @@ def test_the_weight_of_imitation_takes_its_course(schedule: str) -> None:
             expected.append(expected[-1] * (1.2 if row["flow/bc_loss"] > reference + 0.1 * abs(reference) else 1 / 1.2))
         np.testing.assert_allclose(used, expected, rtol=1e-6)
     assert all(math.isfinite(row["flow/bc_loss"]) for row in rows)
+
+
+def test_the_weight_of_imitation_stays_while_only_the_critic_learns() -> None:
+    trained = agent(bc_coef=0.5, bc_schedule="adaptive", critic_warmup=3)
+    trained.use_demonstrations(demonstrations())
+    assert [row["flow/bc_coef"] for row in logged(trained, 160)] == [0.5, 0.5, 0.5, 0.5, pytest.approx(0.5 / 1.2)]
 
 
 def test_what_means_nothing_is_refused() -> None:

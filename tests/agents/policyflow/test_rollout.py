@@ -116,6 +116,17 @@ def test_rewards_are_scaled_by_the_discounted_return_as_vecnormalize_does() -> N
     assert norm.var.item() == pytest.approx(float(peer.ret_rms.var), rel=1e-3)
 
 
+def test_returns_do_not_run_on_over_a_reset() -> None:
+    # learn() resets the environments: the episode that was begun counts no further. Rewards of 1, gamma 1/2.
+    learner = roll_out(terminates=False, normalize_reward=True)
+    learner._discounted_return.fill_(1.5)
+    begins, ended = torch.tensor([True]), torch.zeros(1, 1, dtype=torch.bool)
+    learner._scale_rewards(torch.ones(1, 1), begins, ended)
+    assert learner._discounted_return.item() == 1
+    learner._scale_rewards(torch.ones(1, 1), ~begins, ended)
+    assert learner._discounted_return.item() == 1.5
+
+
 class Broken(Counter):
     def __init__(self, reward: float, observation: float) -> None:
         super().__init__(5, True)
