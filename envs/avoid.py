@@ -32,6 +32,7 @@ class Avoid:
     Attributes:
         rows: y and the obstacles' x of each row, from the start to the goal.
         radius: of an obstacle.
+        edge: largest coordinate that is seen.
         n_routes: ways to pass all rows: a gap of each row, numbered with the first row's gap as the slowest.
         steps: time limit.
     """
@@ -39,13 +40,14 @@ class Avoid:
     rows: tuple[tuple[float, tuple[float, ...]], ...] = ((-0.4, (0.0,)), (0.4, (-0.45, 0.45)))
     radius = 0.25
     step_length = 0.1
+    edge = 1.1
     start_y, start_half_width, goal_y = -1.0, 0.05, 1.0
     steps = 50
     n_routes = 6
 
     def __init__(self) -> None:
         self.obstacles: Array = np.array([(x, y) for y, xs in self.rows for x in xs])
-        bounds = np.array([1.1, 1.1, 1, 1], dtype=np.float32)  # a step beyond the arena is the last
+        bounds = np.array([self.edge, self.edge, 1, 1], dtype=np.float32)  # a step beyond the arena is the last
         self.observation_space = spaces.Box(-bounds, bounds)
         self.action_space = spaces.Box(-1, 1, (2,))
 
@@ -60,7 +62,8 @@ class Avoid:
         hit = self.touched(before, after)
         success = self.succeeded(after) & ~hit
         outside = (np.abs(after[:, 0]) > 1) | (after[:, 1] < self.start_y - 0.5 * self.step_length)
-        return np.concatenate([after, move], axis=1), success.astype(np.float64), success | outside | hit
+        place = after.clip(-self.edge, self.edge)  # within the observation space, also where the episode has ended
+        return np.concatenate([place, move], axis=1), success.astype(np.float64), success | outside | hit
 
     def succeeded(self, position: Array) -> Array:
         """Whether positions [N, 2] are at the goal line, within the arena; [N]."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+import importlib
 import json
 import math
 import re
@@ -128,7 +130,8 @@ def _tensor_env(
     if render_mode := env_kwargs.get("render_mode"):
         raise ValueError(f"tensor: got render_mode={render_mode!r}, expected None; use another backend to see it")
     spec = gym.registry[id.rpartition(":")[2]]
-    steps = env_kwargs.get("max_episode_steps", spec.max_episode_steps)
+    steps = env_kwargs.get("max_episode_steps")
+    steps = spec.max_episode_steps if steps is None else steps
     limit = math.inf if steps is None or steps < 0 else steps
     arguments = {name: value for name, value in env_kwargs.items() if name not in ("max_episode_steps", "render_mode")}
     env = TensorVecEnv(TENSOR_TASKS[task](limit, **spec.kwargs | arguments), n_envs, device)
@@ -239,8 +242,13 @@ def _not_finite(values: Iterable[Any]) -> Iterator[float]:
 
 def has_time_limit(id: str, env_kwargs: Mapping[str, Any]) -> bool:
     """Whether episodes of an environment end after a number of steps at the latest, as far as its spec says."""
-    spec = gym.registry.get(id.rpartition(":")[2])
-    limit = env_kwargs.get("max_episode_steps", spec.max_episode_steps if spec else None)
+    module, _, name = with_module(id).rpartition(":")
+    if module and name not in gym.registry:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)  # registers it
+    spec, limit = gym.registry.get(name), env_kwargs.get("max_episode_steps")
+    if limit is None:  # which gym.make takes as the spec's
+        limit = spec.max_episode_steps if spec else None
     return limit is not None and limit > 0
 
 

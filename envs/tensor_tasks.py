@@ -107,7 +107,8 @@ class Avoid(TensorTask):
         x, y = after.unbind(1)
         success = (y >= task.goal_y) & (x.abs() <= 1) & ~hit
         outside = (x.abs() > 1) | (y < task.start_y - 0.5 * task.step_length)
-        return torch.cat([after, action], 1), success.to(state), success | outside | hit, {"is_success": success}
+        place = after.clamp(-task.edge, task.edge)
+        return torch.cat([place, action], 1), success.to(state), success | outside | hit, {"is_success": success}
 
     def _touched(self, before: Tensor, after: Tensor) -> Tensor:
         """Whether the straight ways from positions [N, 2] to others touch an obstacle, [N]."""

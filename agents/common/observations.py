@@ -16,6 +16,7 @@ model of LipschitzMBPO has its own error.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -198,6 +199,14 @@ class FiniteTransitions(BaseAlgorithm):
             for i in np.flatnonzero(left_out).tolist():
                 infos[i][LEFT_OUT] = True
         return new_obs, left_out
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        """As Stable-Baselines3, without returns that are not finite: one would hide a hundred others."""
+        for i in range(len(infos)) if dones is None else np.flatnonzero(dones).tolist():
+            episode = infos[i].get("episode")
+            if episode is not None and not math.isfinite(episode["r"]):
+                infos = [*infos[:i], {**infos[i], "episode": None}, *infos[i + 1 :]]
+        super()._update_info_buffer(infos, dones)
 
     def _record_faults(self) -> None:
         """Log how many there were so far."""

@@ -10,6 +10,7 @@ from typing import Any
 from ..agents.registry import AGENTS
 from ..agents.storage.files import all_or_nothing, write_json
 from ..agents.storage.saving import Checkpointed
+from ..envs.make import with_module
 from ..runs.folder import RunSettings, save_agent
 from ..runs.kinds import AGENT, SHARED_FILES, VIDEO, is_shared
 from ..runs.trackers import settings_rows
@@ -36,7 +37,7 @@ import gymnasium as gym
 from driftrl import {kind}
 
 agent = {kind}.load("{file}")  # data only: loading executes nothing that is in the file
-env = gym.make("{env}"{kwargs})
+env = gym.make("{made}"{kwargs})
 obs, _ = env.reset(seed=0)
 action, _ = agent.predict(obs, deterministic=True)
 ```
@@ -117,7 +118,7 @@ def model_card(settings: RunSettings, report: dict[str, Any], versions: dict[str
     kwargs = "".join(f", {name}={value!r}" for name, value in report["env_kwargs"].items())
     return _CARD.format(
         head=_head(settings, report, next(iter(modes.values()))), agent=_kind(settings), kind=_kind(settings),
-        env=report["env_id"], summary=entry.summary[0].upper() + entry.summary[1:],
+        env=report["env_id"], made=with_module(report["env_id"]), summary=entry.summary[0].upper() + entry.summary[1:],
         version=versions.get("driftrl", "?"), steps=report["timesteps"], seed=settings.seed,
         episodes=report["episodes"], evaluation_seed=report["seed"],
         rows=rows, file=AGENT, kwargs=kwargs,

@@ -83,8 +83,13 @@ class _Points:
         return Curve(*np.array(self._points, dtype=np.float64).T) if self._points else None
 
 
-def read_progress(path: Path) -> Log:
+def read_progress(path: Path, resumed: Sequence[float] = ()) -> Log:
     """Read progress.csv as Stable-Baselines3's logger writes it.
+
+    Args:
+        path: of the file.
+        resumed: steps from which the run went on: the seconds of a row begin anew after each. Without them that is seen
+            only where they are fewer than those of the row before.
 
     Raises:
         ValueError: if it is damaged or has no column of steps.
@@ -104,9 +109,10 @@ def read_progress(path: Path) -> Log:
         if step is None or not math.isfinite(step):
             unreadable += 1
             continue
+        if seconds is not None:
+            anew = seconds < elapsed or any(last <= each < step for each in resumed)
+            before, elapsed = before + (elapsed if anew else 0.0), seconds
         last = step
-        if seconds is not None:  # begins anew where a run was resumed
-            before, elapsed = before + (elapsed if seconds < elapsed else 0.0), seconds
         for kind, value in zip(_COLUMNS, values, strict=True):
             if value is not None:
                 points[kind].add(step, value, math.nan if seconds is None else before + seconds)

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,8 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def _read_ours(folder: Path, config: dict[str, Any], name: str | None) -> Record:
-    logs, notes = _read_logs(folder, [(folder / "progress.csv", read_progress)])
+    resumed = [each["timesteps"] for each in config.get("resumed", []) if isinstance(each, dict)]
+    logs, notes = _read_logs(folder, [(folder / "progress.csv", partial(read_progress, resumed=resumed))])
     evaluation, steps = None, max((log.steps for log in logs), default=0.0)
     path = folder / RESULTS
     try:

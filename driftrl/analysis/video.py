@@ -13,13 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from .evaluation import CheckedPolicy
+from ..envs.make import has_time_limit
+from .evaluation import MAX_STEPS, CheckedPolicy
 
 
 def record_video(
-    agent: BaseAlgorithm, env_id: str, env_kwargs: dict[str, Any], path: Path, seed: int, *, sample: bool
-) -> None:
-    """Write a video of one episode, all or nothing.
+    agent: BaseAlgorithm, env_id: str, env_kwargs: dict[str, Any], path: Path, seed: int, *, sample: bool,
+    max_steps: int = MAX_STEPS,
+) -> None:  # fmt: skip
+    """Write a video of one episode, all or nothing; it is cut off as in `evaluate_agent`.
 
     Raises:
         ValueError: if imageio is missing, the environment cannot be rendered at all or here, the format is not known,
@@ -33,6 +35,8 @@ def record_video(
         raise ValueError(f"video: {error.name} is not installed; run pip install 'driftrl[video]'") from error
     if path.suffix not in (".mp4", ".gif"):
         raise ValueError(f"video: got {path}, expected a name that ends in .mp4 or .gif")
+    if not has_time_limit(env_id, env_kwargs):
+        env_kwargs = env_kwargs | {"max_episode_steps": max_steps}
     env: gym.Env[Any, Any] = gym.make(env_id, **env_kwargs)
     modes = env.metadata.get("render_modes") or ()
     env.close()

@@ -183,7 +183,7 @@ def _evaluate(args: argparse.Namespace, path: Path) -> int:
         print(f"exported the {policy} policy to {args.export}", file=out)
     if args.video:
         print(f"recording an episode of the {policy} policy to {args.video}", file=out, flush=True)
-        record_video(agent, env_id, env_kwargs, args.video, args.seed, sample=args.sample)
+        record_video(agent, env_id, env_kwargs, args.video, args.seed, sample=args.sample, max_steps=args.max_steps)
     if args.plot:
         paths = draw_pictures(agent, CheckedPolicy(agent, env_id), env_id, env_kwargs, start, args.seed, args.plot)
         print(f"wrote {', '.join(map(str, paths))}", file=out, flush=True)

@@ -37,8 +37,8 @@ class RunState:
 
     @property
     def share(self) -> float:
-        """Share of the steps that are done."""
-        return min(float(self._news.get("steps", 0)) / self.total, 1.0)
+        """Share of the steps that are done; of none to train, for pretraining alone, whether it has ended."""
+        return min(float(self._news.get("steps", 0)) / self.total, 1.0) if self.total else float(self.ended is not None)
 
     @property
     def stage(self) -> str:

@@ -109,10 +109,10 @@ class Checkpoints(BaseCallback):
     def _keep_if_best(self, mean_return: float, details: dict[str, int]) -> None:
         assert self._progress is not None
         if mean_return > self._progress["best"]:
-            self._progress["best"] = mean_return
             with reported("best.zip", details["timesteps"]):
                 save_agent(self.model, self._folder / "best.zip")
                 write_json(self._folder / "best.json", {"mean_return": mean_return, **details})
+                self._progress["best"] = mean_return  # else the next one that is as good is kept
 
 
 class Follows(BaseCallback):

@@ -61,6 +61,11 @@ def record_episodes(
             for i in range(env.num_envs):
                 acted[i].append(np.array(actions[i]))
                 earned[i].append(float(rewards[i]))
+                if not np.isfinite(rewards[i]):
+                    raise ValueError(
+                        f"non-finite reward: got {rewards[i]} of {env_id}, expected finite numbers; check the "
+                        "environment's rewards"
+                    )
                 seen[i].append(infos[i]["terminal_observation"] if dones[i] else row_of(obs, i))
                 if not dones[i]:
                     continue

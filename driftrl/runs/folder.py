@@ -331,8 +331,9 @@ def load_newest(folder: Path, device: str, env: VecEnv) -> Resumption:
     Raises:
         ValueError: if there is none, or env or the device do not fit.
     """
-    for half in folder.rglob("*.part"):  # of a process that was killed while it wrote
-        half.unlink(missing_ok=True)  # another rank did
+    for half in (*folder.glob("*.part"), *folder.glob("*/*.part")):  # of a process that was killed while it wrote
+        if half.is_file():
+            half.unlink(missing_ok=True)  # another rank did
     skipped: list[str] = []
     names = ("final.zip", "best.zip", PRETRAINED, PRETRAIN)
     for file in filter(Path.exists, (*checkpoints(folder), *(folder / name for name in names))):

@@ -13,8 +13,12 @@ _TURN = "run.lock"
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, tries: int = 10) -> Iterator[None]:
     """Be the only process that trains in a run's folder; where the system cannot say (Windows), believe it.
+
+    Args:
+        folder: of the run.
+        tries: how often to look, 0.01 s apart: `is_in_use` of another process holds the lock for a moment.
 
     Raises:
         ValueError: if another one does.
@@ -26,10 +30,16 @@ def alone(folder: Path) -> Iterator[None]:
 
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in reversed(range(tries)):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not left:
+                    text = f"run in use: another process trains {folder}; wait for it, or stop it"
+                    raise ValueError(text) from None
+                time.sleep(0.01)
         yield
-    except BlockingIOError:
-        raise ValueError(f"run in use: another process trains {folder}; wait for it, or stop it") from None
     finally:
         os.close(descriptor)
 
@@ -54,7 +64,7 @@ def turn(folder: Path) -> Iterator[None]:
 
 def _is_free(folder: Path) -> bool:
     try:
-        with alone(folder):
+        with alone(folder, tries=1):
             return True
     except ValueError:
         return False

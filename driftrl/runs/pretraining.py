@@ -50,7 +50,8 @@ def pretrain(agent: Checkpointed, folder: Path, settings: RunSettings) -> None:
     mean = data.returns.mean()
     print(f"{settings.demonstrations}: {episodes} episodes, {steps:,} steps, mean return {mean:.2f}", flush=True)
     state = _saved_state(folder / PRETRAIN)
-    with contextlib.closing(open_logger(folder / "pretrain")) as logger, StopOnSignal() as stop:
+    done = state["step"] if state is not None else None
+    with contextlib.closing(open_logger(folder / "pretrain", done)) as logger, StopOnSignal() as stop:
         begin = saved_at = time.monotonic()
 
         def follow(pretraining: Pretraining, metrics: dict[str, float]) -> None:

@@ -56,10 +56,12 @@ def _known_runs(folder: Path) -> dict[str, str]:
 
 def hyperparameters(settings: RunSettings) -> dict[str, Any]:
     """What determines a run, by the names of the command line; lists in place of tuples."""
-    run = {
-        "agent": settings.agent, "env": settings.env_id, "seed": settings.seed, "n_envs": settings.n_envs,
-        "total_timesteps": settings.total_timesteps, "device": settings.device, "backend": settings.backend,
-    }  # fmt: skip
+    names = ["seed", "n_envs", "total_timesteps", "device", "threads", "backend"]
+    names += ["warp_solver", "warp_contacts", "warp_constraints"] if settings.backend == "warp" else []
+    if settings.demonstrations is not None:
+        names += ["demonstrations", "demonstration_keys"]
+        names += [f"pretrain_{name}" for name in ("steps", "batch_size", "learning_rate")]
+    run = {"agent": settings.agent, "env": settings.env_id, **{name: getattr(settings, name) for name in names}}
     env = {f"env_kwargs.{name}": value for name, value in settings.env_kwargs.items()}
     return run | env | {name: list(each) if isinstance(each, tuple) else each for name, each in settings.config.items()}
 

@@ -129,13 +129,20 @@ class StudySource:
             return self._taken(self.study.ask(distributions(self._spec)))
 
     def _taken(self, trial: Any, reported: int = -1) -> _Trial | None:
-        """A trial with its folder and lock; None where another process has it.
+        """A trial with its folder and lock; None where another process has it, or its values do not go together.
 
         Args:
             trial: of the study.
             reported: the last evaluation that the study knows.
         """
-        group = trial_group(self._spec, trial.number, trial.params)
+        import optuna
+
+        try:
+            group = trial_group(self._spec, trial.number, trial.params)
+        except ValueError as error:  # of a pair that `check_space`, which changes one value at a time, has not tried
+            warn(f"trial {trial.number} counts as failed: {error}")
+            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            return None
         begin(group)
         held = contextlib.ExitStack()
         try:

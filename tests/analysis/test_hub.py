@@ -134,3 +134,9 @@ def test_the_hub_reads_the_card_and_what_package_to_hub_cannot(run: Path) -> Non
     steps = __import__(push.__module__, fromlist=["_generate_config"])
     with pytest.raises(FileNotFoundError, match="data"):  # Stable-Baselines3's file of pickled attributes
         steps._generate_config("agent", Path("hub").resolve())
+
+
+def test_the_card_imports_the_package_that_registers_the_environment(run: Path) -> None:
+    settings = dataclasses.replace(read_settings(run), env_id="FetchPush-v4", env_kwargs={})
+    report = json.loads((run / "eval.json").read_text()) | {"env_id": "FetchPush-v4", "env_kwargs": {}}
+    assert 'gym.make("gymnasium_robotics:FetchPush-v4")' in model_card(settings, report, {})

@@ -89,6 +89,13 @@ def test_seconds_add_up_where_a_run_was_resumed(tmp_path: Path) -> None:
     assert read_progress(path).curves["training"].seconds.tolist() == [5, 10, 14]
 
 
+def test_seconds_add_up_where_the_first_row_after_a_resumption_comes_late(tmp_path: Path) -> None:
+    path = tmp_path / "progress.csv"
+    path.write_text(f"{HEAD}1,5,10\n2,8,20\n3,12,30\n4,13,40\n")
+    curves = read_progress(path, resumed=[0, 10, 30]).curves
+    assert curves["training"].seconds.tolist() == [5, 13, 17, 30]
+
+
 def test_what_was_logged_after_the_step_where_a_run_goes_on_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "progress.csv"
     path.write_text(f"{HEAD}1,1,10\n2,2,20\n3,3,30\n7,4,20\n8,5,30\n")

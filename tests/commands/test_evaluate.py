@@ -14,7 +14,7 @@ from driftrl import LipschitzMBPO, PolicyFlow, PolicyFlowConfig
 from driftrl.analysis import plots as pictures
 from driftrl.analysis.evaluation import evaluate_agent
 from driftrl.analysis.statistics import bootstrap_interval, interquartile_mean
-from driftrl.analysis.video import follow_with_camera
+from driftrl.analysis.video import follow_with_camera, record_video
 from driftrl.commands import evaluate as evaluate_module
 from driftrl.commands.evaluate import main
 from driftrl.envs import make_vec
@@ -273,6 +273,16 @@ def test_video_shows_one_episode(run: Path, tmp_path: Path, monkeypatch: pytest.
     assert len(frames) in (2, 20)  # a frame before the first step and one after each
     assert frames[-1] == pytest.approx(0, abs=3)
     assert frames[0] == pytest.approx(10 * (len(frames) - 1), abs=5)
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO")
+def test_a_video_of_an_episode_without_end_is_cut_off(goal_run: Path, tmp_path: Path) -> None:
+    imageio = pytest.importorskip("imageio.v2")
+    kwargs = {"max_episode_steps": -1, "start": (0, 0)}  # the goals are equally far: the policy stays
+    record_video(
+        load_agent(goal_run), "driftrl/MultiGoal-v0", kwargs, tmp_path / "out.gif", 0, sample=False, max_steps=5
+    )
+    assert len(imageio.mimread(tmp_path / "out.gif")) in (1, 6)  # equal pictures may be one
 
 
 def test_camera_follows_the_body() -> None:

@@ -14,6 +14,7 @@ import torch
 from stable_baselines3.common.logger import Logger
 
 from driftrl.commands import demonstrate, evaluate, train
+from driftrl.commands.progress import RunState
 from driftrl.runs import pretraining as module
 from driftrl.runs.folder import load_agent
 from driftrl.runs.log import write_row
@@ -85,6 +86,36 @@ def test_a_signal_breaks_pretraining_off_and_resume_ends_where_the_whole_would(
     whole, half = (load_agent(run_in(tmp_path / name) / "pretrained.zip") for name in ("whole", "half"))
     for (name, one), other in zip(whole.policy.state_dict().items(), half.policy.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_rows_after_the_last_saved_state_are_dropped_when_a_killed_run_goes_on(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(logger: Logger, metrics: dict[str, float], step: int) -> None:
+        write_row(logger, metrics, step)
+        if step == 500:  # logged, and not saved
+            raise KeyboardInterrupt(signal.SIGTERM)
+
+    monkeypatch.setattr(module, "write_row", killed)
+    monkeypatch.setattr(module, "_SAVE_EVERY", -1.0)
+    train.main(command(data, tmp_path, "--pretrain-steps", "750", "--total-timesteps", "0"))
+    monkeypatch.setattr(module, "write_row", write_row)
+    run = run_in(tmp_path)
+    assert train.main(["--resume", str(run)]) == 0
+    with (run / "pretrain" / "progress.csv").open() as file:
+        assert [int(row["time/total_timesteps"]) for row in csv.DictReader(file)] == [250, 500, 750]
+
+
+def test_runs_of_a_group_may_only_pretrain(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--pretrain-steps", "5", "--total-timesteps", "0", "--seeds", "0", "1"]
+    arguments = command(data, tmp_path, *options)
+    at = arguments.index("--seed")
+    assert train.main(arguments[:at] + arguments[at + 2 :]) == 0
+    assert len(list(tmp_path.rglob("pretrained.json"))) == 2
+    state = RunState("seed 0", 0)
+    assert state.share == 0
+    state.end("complete")
+    assert state.share == 1
 
 
 @pytest.mark.parametrize(

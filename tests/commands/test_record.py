@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from driftrl import PolicyFlow
 from driftrl.agents.storage.datasets import read_episodes
 from driftrl.commands import demonstrate, evaluate, train
+from driftrl.runs.demonstrations import record_episodes
 
 pytest.importorskip("h5py")
 
@@ -65,6 +68,30 @@ def test_what_cannot_be_recorded_is_refused_first(tmp_path: Path, capsys: pytest
     err = capsys.readouterr().err
     assert "record: got runs on driftrl/Avoid-v0 and Pendulum-v1, expected one environment" in err
     assert not (tmp_path / "new-v0").exists()
+
+
+class Unrewarded(gym.Env[Any, Any]):
+    """The third reward is no number."""
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 - as Gymnasium has it
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.left = 5
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.left -= 1
+        return np.zeros(2, np.float32), math.nan if self.left == 2 else 1.0, self.left == 0, False, {}
+
+
+def test_rewards_that_are_no_numbers_are_not_recorded() -> None:
+    name = "DriftRLTest/Unrewarded-v0"
+    gym.register(name, lambda **_: Unrewarded(), max_episode_steps=10)
+    agent = PolicyFlow("MlpPolicy", name, n_steps=16, batch_size=16, device="cpu")
+    with pytest.raises(ValueError, match="non-finite reward: got nan of DriftRLTest/Unrewarded-v0, expected finite"):
+        list(record_episodes(agent, name, {}, 1, 0, sample=False))
 
 
 def test_scripted_demonstrations_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

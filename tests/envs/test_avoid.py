@@ -59,6 +59,14 @@ def test_the_arena_ends_at_its_sides(x: float, n: int, ended: bool) -> None:
     assert ends[-1] == ended and sum(rewards) == 0
 
 
+def test_also_the_last_observation_lies_in_the_space() -> None:
+    task = Avoid()
+    state = np.array([[0.0, -1.0, 0, 0]])
+    for share in (0.5, 1.0):  # to y = -1.05, and beyond
+        state, _, ended = task.step(state, np.array([[0.0, -share]]))
+    assert ended[0] and task.observation_space.contains(state[0].astype(np.float32))
+
+
 def test_only_the_goal_line_is_rewarded_and_ends_the_episode() -> None:
     _, rewards, ends = play(-0.85, [(0, 1)] * 19 + [(0, 0.9), (0, 0.5)])  # x = -0.85 passes both rows
     assert rewards == [0.0] * 20 + [1.0] and ends == [False] * 20 + [True]

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from typing import Any
 
@@ -9,6 +10,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from driftrl.envs import check_env, make_vec, parse_env_kwargs
+from driftrl.envs.make import has_time_limit
 
 
 class SpacesOnly(gym.Env[Any, np.ndarray]):
@@ -145,3 +147,16 @@ def test_options_of_warp_need_warp() -> None:
             make_vec("Hopper-v5", 2, 0, **{name: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="changes nothing without backend tensor or warp, got sync"):
         make_vec("Hopper-v5", 2, 0, "sync", device="cuda")
+
+
+def test_a_limit_of_none_is_the_one_that_was_registered() -> None:
+    assert has_time_limit("Hopper-v5", {"max_episode_steps": None})
+    assert not has_time_limit("Hopper-v5", {"max_episode_steps": -1})
+    env: Any = make_vec("driftrl/Avoid-v0", 1, 0, backend="tensor", device="cpu", max_episode_steps=None)
+    assert env.task.limit == 50
+
+
+def test_the_limit_of_an_id_is_known_before_its_package_is_imported() -> None:
+    pytest.importorskip("gymnasium_robotics")
+    code = "from driftrl.envs.make import has_time_limit; print(has_time_limit('FetchPush-v4', {}))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()[-1] == "True"

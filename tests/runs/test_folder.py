@@ -1,5 +1,6 @@
 import json
 import math
+import threading
 import zipfile
 from pathlib import Path
 from typing import IO
@@ -11,9 +12,11 @@ from driftrl import PolicyFlow
 from driftrl.agents.registry import AGENTS
 from driftrl.agents.storage import files as durable
 from driftrl.agents.storage import format as checkpoint
+from driftrl.envs import make_vec
 from driftrl.runs import folder as runs
 from driftrl.runs import log as run_log
 from driftrl.runs.callbacks import _best_so_far
+from driftrl.runs.lock import alone, is_in_use
 
 
 def settings(env_id: str = "Pendulum-v1") -> runs.RunSettings:
@@ -194,3 +197,37 @@ def test_a_damaged_best_return_is_named_and_none(
     assert f"warning: {path} is damaged" in capsys.readouterr().err
     path.write_text('{"mean_return": 3}')
     assert _best_so_far(path) == 3
+
+
+def test_a_data_set_that_was_broken_off_is_no_hindrance(tmp_path: Path, agent: PolicyFlow) -> None:
+    folder = created(tmp_path, settings())
+    runs.save_agent(agent, folder / "final.zip")
+    (folder / ".data-v0.part" / "data").mkdir(parents=True)
+    (folder / "final.zip.part").touch()
+    assert runs.load_newest(folder, "cpu", make_vec("Pendulum-v1", 1, 0)).file.name == "final.zip"
+    assert not (folder / "final.zip.part").exists() and (folder / ".data-v0.part").exists()
+
+
+def test_who_looks_whether_a_run_trains_does_not_keep_others_from_it(tmp_path: Path) -> None:
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            is_in_use(tmp_path)
+
+    looks = threading.Thread(target=look)
+    looks.start()
+    try:
+        for _ in range(100):
+            with alone(tmp_path):
+                pass
+    finally:
+        over.set()
+        looks.join()
+
+
+def test_an_error_while_a_run_trains_is_not_taken_for_another_process(tmp_path: Path) -> None:
+    with pytest.raises(BlockingIOError, match="the terminal"), alone(tmp_path):
+        raise BlockingIOError("the terminal is full")
+    with alone(tmp_path), pytest.raises(ValueError, match="run in use: another process trains"), alone(tmp_path):
+        pass

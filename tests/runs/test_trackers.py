@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import sqlite3
@@ -15,7 +16,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from driftrl.commands import train, training
-from driftrl.runs.folder import is_complete
+from driftrl.runs.folder import RunSettings, is_complete
+from driftrl.runs.trackers import hyperparameters
 
 SMALL = [
     "policyflow", "--env", "InvertedPendulum-v5", "--n-envs", "1", "--n-steps", "16", "--batch-size", "16",
@@ -27,6 +29,18 @@ SMALL = [
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(training, "_FINAL_EPISODES", 1)
+
+
+def test_the_hyperparameters_say_what_a_run_was_pretrained_on() -> None:
+    settings = RunSettings("policyflow", "driftrl/Avoid-v0", {}, 1, 0, 16, 16, "cpu", 1, {})
+    plain = hyperparameters(settings)
+    assert not [name for name in plain if "pretrain" in name or "demonstration" in name]
+    shown = hyperparameters(dataclasses.replace(settings, demonstrations="avoid-v0", pretrain_steps=7))
+    added = {name: value for name, value in shown.items() if name not in plain}
+    assert added == {
+        "demonstrations": "avoid-v0", "demonstration_keys": settings.demonstration_keys, "pretrain_steps": 7,
+        "pretrain_batch_size": 512, "pretrain_learning_rate": 3e-3,
+    }  # fmt: skip
 
 
 def train_twice(track: str) -> Path:

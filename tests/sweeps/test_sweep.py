@@ -22,6 +22,7 @@ from driftrl.sweeps.executors import Local
 from driftrl.sweeps.plan import begin as begin_group
 from driftrl.sweeps.plan import grid
 from driftrl.sweeps.spec import read_spec
+from driftrl.sweeps.study import StudySource
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "oracles"))
 from killing import EXACT, EXACT_SETTINGS, begin, finish, kill, processes_of, run_folders, until, write_spec
@@ -157,6 +158,21 @@ def test_a_run_waits_for_another_process_that_trains_it() -> None:
         until(lambda: "waiting for another process" in job.log.read_text())
     job.wait()
     assert job.state.ended == "complete"
+
+
+@pytest.mark.skipif(not HAS_OPTUNA, reason="needs Optuna")
+def test_values_that_do_not_go_together_fail_their_trial_and_not_the_search(capsys: pytest.CaptureFixture[str]) -> None:
+    search = {"trials": 8, "pruner": "none", "space": {"chunk": {"choices": [8, 4]}, "execute": {"choices": [1, 8]}}}
+    write_spec(Path("pairs.yaml"), seeds=[0], search=search, settings={"total_timesteps": 16, "actor_hidden": [4]})
+    source = StudySource(read_spec(Path("pairs.yaml")), Local(1, 0))
+    for _ in range(8):
+        source._new()
+    states = [(trial.params, trial.state.name) for trial in source.study.get_trials()]
+    assert len(states) == 8
+    assert {state for params, state in states if params == {"chunk": 4, "execute": 8}} == {"FAIL"}
+    assert "FAIL" not in {state for params, state in states if params != {"chunk": 4, "execute": 8}}
+    text = "counts as failed: pairs.yaml: search.space.execute: got 8, expected at most chunk = 4"
+    assert text in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not HAS_OPTUNA, reason="needs Optuna")

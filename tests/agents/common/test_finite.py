@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from torch import Tensor, nn
 
 from driftrl import LipschitzMBPO, PolicyFlow
@@ -97,6 +97,17 @@ def bad_loss(vector: Tensor, terms: dict[str, Tensor]) -> Result:
 
 def bad_gradient(vector: Tensor, terms: dict[str, Tensor]) -> Result:
     return vector * torch.inf, terms | {"train/grad_norm": torch.tensor(torch.inf)}
+
+
+@both
+@pytest.mark.filterwarnings("ignore:non-finite reward.*the transition is left out:RuntimeWarning")
+@pytest.mark.parametrize("wrong", [np.inf, np.nan])
+def test_an_episode_without_a_return_does_not_hide_the_others(
+    kind: type[Any], fields: dict[str, Any], wrong: float
+) -> None:
+    env = VecMonitor(DummyVecEnv([lambda: Counter({}), lambda: Counter({3: {"reward": wrong}})]))
+    agent = kind("MlpPolicy", env, device="cpu", seed=0, nonfinite="skip", **fields).learn(16)
+    assert [episode["r"] for episode in agent.ep_info_buffer] == [4, 4, 4]
 
 
 @both
