@@ -51,7 +51,7 @@ def odeint_adaptive(
 
     The gradient is that of the map of the accepted steps, their sizes constant. The steps are found without it. If one
     is wanted, the accepted ones are then taken once more: rejected steps cost no memory and cannot spoil it. Gradients
-    in times are those of the exact flow, first ones only.
+    in times are those of the exact flow, by the field's velocity at the state found; first ones only.
 
     States within a step are those of the solver's interpolant, for which no further step is made: it adds ``O(h^5)`` to
     the error with DOPRI5 and ``O(h^4)`` with HEUN. The event is located on it to the last bit of the time. The gradient
@@ -113,9 +113,11 @@ def odeint_adaptive(
         x = x - slope.detach() * (t0 - t0.detach())
         slope = velocity(starts, x)
     happened = result.status == Status.EVENT
-    readout = Readout(torch.cat([times, torch.where(happened, result.t, torch.nan).unsqueeze(0)]), forwards)
+    readout = Readout(torch.cat([times.detach(), torch.where(happened, result.t, torch.nan).unsqueeze(0)]), forwards)
     end, (last,), error = retrace(replace(problem, x=x, carry=(slope,)), course, result.accepted, readout)
     states, t = readout.states(x, slope, span[0]), result.t
+    if times.requires_grad:
+        states = torch.cat([_move(field, cond, times, states[:-1]), states[-1:]])
     if isinstance(t1, Tensor) and t1.requires_grad:
         end = end + torch.where((result.status == Status.DONE).unsqueeze(-1), last.detach(), 0.0) * (t1 - t1.detach())
     (rows,) = happened.nonzero(as_tuple=True)
@@ -146,6 +148,17 @@ def _times(x: Tensor, t0: Time, t1: Time, at: Sequence[float] | Tensor) -> tuple
     if not ((low <= times) & (times <= high)).all():
         raise ValueError(f"at must lie between t0 = {span[0]} and t1 = {span[1]}, got {times.tolist()}")
     return span, times.unsqueeze(-1).expand(-1, len(x))
+
+
+def _move(field: FieldLike, cond: Tensor | None, times: Tensor, states: Tensor) -> Tensor:
+    """The states [T, B, D] with their gradient in the times [T, B]: the velocity; the interpolant's is less exact."""
+    which, rows = states.detach().isfinite().all(-1).nonzero(as_tuple=True)
+    if not len(rows):
+        return states
+    when, where = times[which, rows], states[which, rows]
+    with torch.no_grad():
+        slope = bind(field, select(cond, rows))(when, where)
+    return states.index_put((which, rows), where + slope * (when - when.detach()).unsqueeze(-1))
 
 
 def _until(t: Tensor, times: Tensor, states: Tensor, forwards: bool) -> Tensor:

@@ -108,8 +108,6 @@ def sdeint_adaptive(
     equation, t = bind_sde(sde, scheme, cond), x.new_full(x.shape[:1], t0)
     level = equation.diffusion(t, x)
     drift = equation.drift(t, x)
-    if drift.shape != x.shape:
-        raise ValueError(f"the drift must have shape {list(x.shape)}, got {list(drift.shape)}; t has shape [B]")
     with torch.no_grad():
         problem = Problem(
             lambda rows: _step(bind_sde(sde, scheme, select(cond, rows)), scheme, noise.rows(rows)),

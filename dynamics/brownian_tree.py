@@ -64,8 +64,9 @@ class BrownianTree:
         if not self._dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type, got {dtype}")
         count = torch.arange(2 * math.prod(shape), device=device).view(*shape, 2).movedim(-1, 0)
-        self._counter = count * _GOLDEN
-        self._seed = _hash(torch.tensor(_signed(operator.index(seed)), device=device))
+        # Outputs of SplitMix64 are numbered from 1: its output function maps 0, the state before, to 0.
+        self._counter = (count + 1) * _GOLDEN
+        self._seed = _hash(torch.tensor(_signed(operator.index(seed)), device=device) + _GOLDEN)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -178,7 +179,7 @@ class BrownianTree:
 
     def _normals(self, nodes: Tensor) -> Tensor:
         """Two standard normals per node [N, ..., B] and element, [N, 2, ..., B, D], by Box and Muller's transform."""
-        keys = _hash(self._seed + nodes * _GOLDEN).unsqueeze(-1).unsqueeze(1)
+        keys = _hash(self._seed + (nodes + 1) * _GOLDEN).unsqueeze(-1).unsqueeze(1)
         count = self._counter.view(2, *([1] * (nodes.ndim - 2)), *self.shape)
         bits = _hash(keys + count)
         uniform = ((bits >> 11 & (2**53 - 1)).double() + 0.5) * 2.0**-53

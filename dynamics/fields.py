@@ -147,7 +147,7 @@ def linear_pullback(
 
 _Layer: TypeAlias = tuple[Tensor, Tensor | None]  # weight and bias
 
-_WEIGHT_HOOKS = (BasePruningMethod, WeightNorm, SpectralNorm)
+WEIGHT_HOOKS = (BasePruningMethod, WeightNorm, SpectralNorm)
 """Hooks of torch that set a layer's weight or bias before each call and do not look at the call's input."""
 
 
@@ -218,7 +218,7 @@ class MLPField(VelocityField):
         if time_features < 1:
             raise ValueError(f"time_features must be at least 1, got {time_features}")
         self._activation, self._activation_with_derivative = ACTIVATIONS[activation]
-        self._known_features: dict[Any, Tensor] = {}
+        self._known_features: tuple[Any, tuple[Tensor, Tensor], Tensor] | None = None
 
         width = hidden[0]
         inputs = dim + cond_dim + 2 * time_features
@@ -288,7 +288,7 @@ class MLPField(VelocityField):
             if layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks:
                 return None
             for hook in layer._forward_pre_hooks.values():
-                if not isinstance(hook, _WEIGHT_HOOKS):
+                if not isinstance(hook, WEIGHT_HOOKS):
                     return None
                 hook(layer, ())
             rest.append((layer.weight, layer.bias))
@@ -352,19 +352,29 @@ class MLPField(VelocityField):
 
     def _features(self, times: tuple[float, ...]) -> Tensor:
         """Time features [S, 2F] of a solver's times. They do not learn: outside a compiled graph they are kept."""
-        key = (times, self.phases.dtype, self.phases.device)
+        numbers = self.angular_frequencies, self.phases
         if torch.compiler.is_compiling():
-            return torch.sin(self._angles(torch.tensor(times, dtype=key[1], device=key[2])))
-        if key not in self._known_features:
-            with torch.inference_mode(False):  # they may be differentiated through later
-                features = torch.sin(self._angles(torch.tensor(times, dtype=key[1], device=key[2])))
-            self._known_features = {key: features}
-        return self._known_features[key]
+            return torch.sin(self._angles(self.phases.new_tensor(times)))
+        # Loading a state gives the frequencies a new version, `functional_call` brings other tensors.
+        key = (times, *(None if each.is_inference() else each._version for each in numbers))
+        if self._known_features is not None:
+            known, (frequencies, phases), features = self._known_features
+            if known == key and frequencies is numbers[0] and phases is numbers[1]:
+                return features
+        with torch.inference_mode(False):  # they may be differentiated through later
+            features = torch.sin(self._angles(self.phases.new_tensor(times)))
+        # A tensor of torch.func's transforms is dead after them.
+        if not (features.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(features)):
+            self._known_features = key, numbers, features
+        return features
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_known_features": None}
 
     def _angles(self, t: Time) -> Tensor:
         """Arguments of the time features, [B, 2F]; for one time [1, 2F], whatever the batch."""
         if isinstance(t, Tensor):
-            return torch.addcmul(self.phases, t.reshape(-1, 1), self.angular_frequencies)
+            return torch.addcmul(self.phases, t.unsqueeze(-1) if t.ndim else t, self.angular_frequencies)
         return torch.add(self.phases, self.angular_frequencies, alpha=t)
 
 

@@ -154,10 +154,12 @@ class FractionalSteps(StepNoise):
         self._age = torch.zeros(shape[0], dtype=torch.long, device=device)
         self.terms = self._y.shape[-1]
         decay, factor = self._transition
-        self._change, self._innovation = decay - 1, torch.linalg.vector_norm(self._process.weights @ factor)
+        rates = self._process.rates.double()
+        self._change = torch.expm1(-rates).to(decay)  # decay - 1 would lose the digits of the slow ones
+        self._innovation = torch.linalg.vector_norm(self._process.weights @ factor)
         # Variance of the increment at each age, from E[y_i y_j] = (1 - e^(-(r_i + r_j) age)) / (r_i + r_j); it has
         # settled at the last of them, to e^-20.
-        rates, read = self._process.rates.double(), (self._process.weights * self._change).double()
+        read = (self._process.weights * self._change).double()
         pairs = rates[:, None] + rates
         ages = torch.arange(math.ceil(100 * horizon) + 1, device=device)[:, None, None]
         known = (read[:, None] * read * -torch.expm1(-pairs * ages) / pairs).sum((1, 2))
@@ -211,7 +213,8 @@ def fractional_sdeint(
     if len(normal) * dt > noise.horizon * (1 + 1e-6):
         raise ValueError(f"dt must be at most horizon / steps = {noise.horizon / len(normal):.4g}, got {dt}")
     decay, factor = noise.transition(dt)
-    reach = (1 - decay) / noise.rates  # of a control, held over the step, in each Y_k
+    rates = noise.rates.double()
+    reach = (-torch.expm1(-rates * dt) / rates).to(decay)  # of a control, held over the step, in each Y_k
     states, divergence = [x], x.new_zeros(len(x))
     for k, z in enumerate(normal.unbind()):
         after = noise.step(y, z, (decay, factor))

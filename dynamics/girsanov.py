@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .ode import FieldLike, bind, fixed_time, intervals
-from .sde import SDE
+from .sde import EULER_MARUYAMA, SDE, bind_sde
 
 
 def girsanov_kl(
@@ -30,7 +30,7 @@ def girsanov_kl(
         [B], in nats, differentiable.
 
     Raises:
-        ValueError: if path is not [steps + 1, B, D] with at least one step, or t1 not above t0.
+        ValueError: if path is not [steps + 1, B, D] with at least one step, t1 not above t0, or a drift not [B, D].
     """
     if path.ndim != 3 or path.shape[0] < 2 or not t1 > t0:
         raise ValueError(
@@ -39,9 +39,9 @@ def girsanov_kl(
     t0, t1 = fixed_time("t0", t0), fixed_time("t1", t1)
     course = intervals(path.shape[0] - 1, t0, t1)
     times = [t for t, _ in course]
-    drift, other = sde.bind(cond, times), bind(other_drift, cond, times)
+    equation, other = bind_sde(sde, EULER_MARUYAMA, cond, times), bind(other_drift, cond, times)
     total = path.new_zeros(path.shape[1])
     for (t, h), x in zip(course, path[:-1].unbind(), strict=True):
-        ratio = (drift(t, x) - other(t, x)) / sde.diffusion(t, x)
+        ratio = (equation.drift(t, x) - other(t, x)) / equation.diffusion(t, x)
         total = torch.add(total, ratio.square().sum(-1), alpha=0.5 * h)
     return total

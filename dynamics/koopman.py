@@ -31,15 +31,19 @@ def koopman_matrix(before: Tensor, after: Tensor, control: Tensor | None = None)
         )
     if not (inputs.is_floating_point() and inputs.isfinite().all() and after.isfinite().all()):
         raise ValueError("before, after and control must hold finite floating-point numbers")
-    mean, scale, tiny = inputs.mean(0), inputs.std(0), torch.finfo(inputs.dtype).eps
+    tiny, dtype = torch.finfo(inputs.dtype).eps, before.dtype
+    inputs, after = inputs.double(), after.double()
+    mean, scale = inputs.mean(0), inputs.std(0)
     # Inputs that never change say nothing; the mean of equal numbers is one of them but for rounding.
     still = scale <= 100 * tiny * mean.abs() + tiny**2
     scale = scale.masked_fill(still, 1.0)
     centred = ((inputs - mean) / scale).masked_fill(still, 0.0)
-    # A pseudo-inverse: inputs that repeat others get the least coefficients.
-    found = torch.linalg.pinv(centred) @ (after - after.mean(0))
+    # A pseudo-inverse: inputs that repeat others, to rounding, get the least coefficients. Rounding of the inputs does
+    # not grow with their number N, that of the decomposition may.
+    cut = max(inputs.shape[1] * tiny, len(inputs) * torch.finfo(inputs.dtype).eps)
+    found = torch.linalg.pinv(centred, rtol=cut) @ (after - after.mean(0))
     matrix: Tensor = (found / scale[:, None])[: before.shape[1]].mT
-    return matrix
+    return matrix.to(dtype)
 
 
 def lyapunov_exponents(jacobians: Tensor) -> Tensor:

@@ -89,8 +89,11 @@ def damped_metric(x: Tensor, gradients: Tensor, damping: float) -> Callable[[Ten
     """``(v [B, D], p) -> M^p v`` for M of `levenberg_marquardt` by positions and gradients [k, D]."""
     rank = min(len(x) - 1, x.shape[1])
     _, spread, span = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-    # Chains at one point say nothing: no curvature rather than nan.
-    spread, span = spread[:rank].clamp(min=torch.finfo(x.dtype).eps), span[:rank]
+    # Relative to the largest, for any units. Chains at one point say nothing: no curvature rather than nan, for which
+    # the least spread has a square.
+    numbers = torch.finfo(x.dtype)
+    floor = (numbers.eps * spread[:1]).clamp(min=(numbers.tiny / numbers.eps) ** 0.5)
+    spread, span = torch.maximum(spread[:rank], floor), span[:rank]
     # In units of the spread, C_g is Z^T Z and H its root.
     _, root, axes = torch.linalg.svd((gradients - gradients.mean(0)) @ span.mT * spread, full_matrices=False)
     curvature, turn = torch.linalg.eigh((axes.mT * root) @ axes / (spread[:, None] * spread))

@@ -169,8 +169,12 @@ def time_grid(steps: int, solver: Tableau | str = "midpoint", t0: float = 0.0, t
 
 
 def stage_times(tableau: Tableau, steps: list[tuple[float, float]]) -> tuple[float, ...]:
-    """The times at which `advance` calls the field in steps (t, h), each once, in order."""
-    return tuple(dict.fromkeys(t + c * h for t, h in steps for c in tableau.c))
+    """The times at which `advance` calls the field in steps (t, h), each once, in order.
+
+    Without those that are tensors: no field can look them up, and they may require a gradient.
+    """
+    times: list[Time] = [t + c * h for t, h in steps for c in tableau.c]
+    return tuple(dict.fromkeys(t for t in times if not isinstance(t, Tensor)))
 
 
 def bind(field: FieldLike, cond: Tensor | None, times: Sequence[float] = ()) -> Callable[[Time, Tensor], Tensor]:
@@ -179,15 +183,23 @@ def bind(field: FieldLike, cond: Tensor | None, times: Sequence[float] = ()) -> 
     Raises:
         ValueError: by a call of it, if v has not the shape of x: it would be added to x all the same, and enlarge it.
     """
-    embedded = field.embed(cond, times) if isinstance(field, VelocityField) else None
+    if not isinstance(field, VelocityField):
+        return same_shape("field", lambda t, x: field(t, x, cond))
+    embedded = field.embed(cond, times)
+    return same_shape("field", lambda t, x: field.forward_embedded(t, x, embedded))
 
-    def velocity(t: Time, x: Tensor) -> Tensor:
-        v = field.forward_embedded(t, x, embedded) if isinstance(field, VelocityField) else field(t, x, cond)
+
+def same_shape(name: str, function: Callable[[Time, Tensor], Tensor]) -> Callable[[Time, Tensor], Tensor]:
+    """The function ``(t, x) -> v`` of this name, whose calls raise ValueError if v has not the shape of x."""
+
+    def checked(t: Time, x: Tensor) -> Tensor:
+        v = function(t, x)
         if v.shape != x.shape:
-            raise ValueError(f"field must return the shape of x, {list(x.shape)}, got {list(v.shape)}")
+            hint = f"; t has shape {list(t.shape)}" if isinstance(t, Tensor) and t.ndim else ""
+            raise ValueError(f"{name} must return the shape of x, {list(x.shape)}, got {list(v.shape)}{hint}")
         return v
 
-    return velocity
+    return checked
 
 
 def advance(velocity: Callable[[Time, Tensor], Tensor], tableau: Tableau, t: Time, h: Time, x: Tensor) -> Tensor:
@@ -210,10 +222,11 @@ def stage_slopes(
 
 def combine(x: Tensor, h: Time, weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
     """``x + h sum_i weights_i slopes_i``, skipping zero weights; h a number, or one per row, [B]."""
+    h = column(h)  # a 0-d tensor as it is: it leaves x its type
     for weight, slope in zip(weights, slopes, strict=True):
         if weight != 0.0:
             if isinstance(h, Tensor):
-                x = torch.addcmul(x, h.unsqueeze(-1), slope, value=weight)
+                x = torch.addcmul(x, h, slope, value=weight)
             else:
                 x = torch.add(x, slope, alpha=h * weight)
     return x

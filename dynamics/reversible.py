@@ -34,10 +34,13 @@ def odeint_reversible(
         y' = c y + (1 - c) z + psi_h(t, z),    z' = z - psi_-h(t + h, y')
 
     The backward pass recovers the states from the last pair. Its gradient is that of this discrete map, to rounding
-    that grows as ``coupling^-steps``; first derivatives only. Not for stiff fields: y and z part where the field
-    contracts, by about ``e^(k T)`` for ``v = -k x`` over a time T, and the result itself is then wrong. Nor for fields
-    that draw random numbers, such as dropout: the way back calls them anew. A way back that misses the start by more
-    than a hundredth is an error. Not for ``torch.compile``, but with gradient="direct".
+    that grows as ``coupling^-steps``; first derivatives only. Three more field calls look for tensors that it would
+    leave out.
+
+    Not for stiff fields: y and z part where the field contracts, by about ``e^(k T)`` for ``v = -k x`` over a time T,
+    and the result itself is then wrong. Nor for fields that draw random numbers, such as dropout: the way back calls
+    them anew. A way back that misses the start by more than a hundredth is an error. Not for ``torch.compile``, but
+    with gradient="direct".
 
     Args:
         field: velocity field, whose parameters and buffers get gradients.
@@ -55,7 +58,8 @@ def odeint_reversible(
 
     Raises:
         ValueError: if ``steps`` is below 1, the solver or gradient unknown, the coupling outside (0, 1], x not [B, D],
-            the field not a VelocityField, or a time in need of a gradient that only "direct" gives.
+            the field not a VelocityField, or a time in need of a gradient that only "direct" gives, as does a tensor
+            that the field depends on and that is no parameter or buffer of it.
         RuntimeError: in the backward pass, if the way back misses the start.
     """
     if not isinstance(field, VelocityField):
@@ -71,6 +75,10 @@ def odeint_reversible(
     if gradient == "direct":
         return method.run(x, cond)[0]
     weights = [w for w in (*field.parameters(), *field.buffers()) if w.requires_grad]
+    if torch.is_grad_enabled():
+        velocity = bind(field, None if cond is None else cond.detach())
+        for t in looks(method.course):
+            check_leaves("field", [velocity(t, x.detach())], weights)
     end: Tensor = _ReversibleGradient.apply(method, x, cond, *weights)  # type: ignore[no-untyped-call]
     return end
 
@@ -103,6 +111,30 @@ class _Coupled:
         return combine(torch.zeros_like(x), h, self.tableau.b, stage_slopes(velocity, self.tableau, t, h, x))
 
 
+def looks(course: list[tuple[float, float]]) -> set[float]:
+    """Times at which to look for what an equation depends on: a term may set in later."""
+    return {course[0][0], course[len(course) // 2][0], course[-1][0]}
+
+
+def check_leaves(name: str, parts: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """Raise ValueError if the parts depend on a tensor that needs a gradient and is none of the weights."""
+    known, seen = set(map(id, weights)), {(w.grad_fn, w.output_nr) for w in weights}
+    open_edges = [(part.grad_fn, part.output_nr) for part in parts]
+    while open_edges:
+        edge = open_edges.pop()
+        node = edge[0]
+        if node is None or edge in seen:
+            continue
+        seen.add(edge)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            raise ValueError(
+                f"the {name} needs a gradient for a tensor of shape {list(variable.shape)} that is no parameter or "
+                "buffer of it; register it, or use gradient='direct'"
+            )
+        open_edges.extend(node.next_functions)
+
+
 def check_way_back(found: Tensor, start: Tensor) -> None:
     """Raise RuntimeError if the states that were walked back to are not those of the start: no gradient is right."""
     missed = ((found - start).abs() / (1 + start.abs())).max().item() if start.numel() else 0.0
@@ -127,6 +159,10 @@ class GradientSums:
 
     def pull_back(self, parts: Sequence[Tensor], gradients: Sequence[Tensor], state: Tensor) -> Tensor:
         """The gradient on the state of those on parts that are functions of it; what the inputs get is added."""
+        pairs = [(part, gradient) for part, gradient in zip(parts, gradients, strict=True) if part.requires_grad]
+        if not pairs:  # constants
+            return torch.zeros_like(state)
+        parts, gradients = zip(*pairs, strict=True)
         found = torch.autograd.grad(parts, [state, *self._inputs], gradients, materialize_grads=True)
         for total, gradient in zip(self._sums, found[1:], strict=True):
             total.add_(gradient)

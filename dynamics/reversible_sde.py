@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from .brownian import BrownianGrid
 from .brownian_tree import BrownianTree, check_tree
 from .ode import check_batch, fixed_time, intervals
-from .reversible import GradientSums, check_way_back
+from .reversible import GradientSums, check_leaves, check_way_back, looks
 from .sde import REVERSIBLE_HEUN, SDE, bind_sde, check_direction, check_noise
 
 
@@ -74,8 +74,8 @@ def sdeint_reversible(
         return method.run(x, cond)[0]
     weights = [w for w in (*sde.parameters(), *sde.buffers()) if w.requires_grad]
     if torch.is_grad_enabled():
-        for t in {t0, course[len(course) // 2][0], course[-1][0]}:  # a term may set in later
-            _check_leaves(method.terms(t, x.detach(), None if cond is None else cond.detach()), weights)
+        for t in looks(course):
+            check_leaves("equation", method.terms(t, x.detach(), None if cond is None else cond.detach()), weights)
     end: Tensor = _ReversibleGradient.apply(method, x, cond, *weights)  # type: ignore[no-untyped-call]
     return end
 
@@ -135,43 +135,17 @@ class _ReversibleGradient(torch.autograd.Function):
                 z = z.detach().requires_grad_()
                 return z, *method.terms(t, z, cond)
 
-        def pull_back(z: Tensor, f: Tensor, g: Tensor, grad_f: Tensor, grad_g: Tensor) -> Tensor:
-            """The gradient on z of those on f and g; that on the inputs is added to their sums."""
-            pairs = [(part, grad) for part, grad in ((f, grad_f), (g, grad_g)) if part.requires_grad]
-            if not pairs:
-                return torch.zeros_like(z)
-            parts, grads = zip(*pairs, strict=True)
-            return sums.pull_back(parts, grads, z)
-
         t, h = method.course[-1]
         z, f, g = differentiable(t + h, z)
         grad_z, grad_f, grad_g = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(g)
         for (t, h), w in zip(reversed(method.course), method.increments(back=True), strict=True):
             half = (0.5 * w * grad_x).sum_to_size(g.shape)
-            grad_z = grad_z + pull_back(z, f, g, grad_f + 0.5 * h * grad_x, grad_g + half)
+            grad_z = grad_z + sums.pull_back([f, g], [grad_f + 0.5 * h * grad_x, grad_g + half], z)
             before, f_before, g_before = differentiable(t, 2 * x - z - h * f - g * w)
             x = x.detach() - 0.5 * h * (f_before + f) - 0.5 * (g_before + g) * w
             grad_f, grad_g = 0.5 * h * grad_x + h * grad_z, half + (w * grad_z).sum_to_size(g.shape)
             grad_x, grad_z = grad_x + 2 * grad_z, -grad_z
             z, f, g, x = before, f_before, g_before, x.detach()
         check_way_back(x, start)
-        grad_start = grad_x + grad_z + pull_back(z, f, g, grad_f, grad_g)
+        grad_start = grad_x + grad_z + sums.pull_back([f, g], [grad_f, grad_g], z)
         return (None, grad_start, *sums.totals())
-
-
-def _check_leaves(terms: tuple[Tensor, Tensor], weights: list[Tensor]) -> None:
-    """Raise ValueError if the terms depend on a tensor that needs a gradient and is none of the weights."""
-    known, seen = set(map(id, weights)), set()
-    open_nodes = [part.grad_fn for part in terms if part.grad_fn is not None]
-    while open_nodes:
-        node = open_nodes.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in known:
-            raise ValueError(
-                f"the equation needs a gradient for a tensor of shape {list(variable.shape)} that is no parameter or "
-                "buffer of it; register it, or use gradient='direct'"
-            )
-        open_nodes.extend(each for each, _ in node.next_functions if each is not None)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .brownian import BrownianGrid
 from .fields import Time
-from .ode import check_batch, column, combine, fixed_time, intervals
+from .ode import check_batch, column, combine, fixed_time, intervals, same_shape
 
 Drift: TypeAlias = Callable[[Time, Tensor], Tensor]
 
@@ -277,8 +277,12 @@ def check_direction(t0: float, t1: float) -> None:
 
 
 def bind_sde(sde: SDE, solver: SDESolver, cond: Tensor | None, times: Sequence[float] = ()) -> Bound:
-    """The equation in the solver's sense, with cond and the times to come embedded once, here."""
-    drift = sde.bind(cond, times)
+    """The equation in the solver's sense, with cond and the times to come embedded once, here.
+
+    Raises:
+        ValueError: by a call of the drift or the diffusion, if what it returns does not fit x.
+    """
+    drift = same_shape("drift", sde.bind(cond, times))
 
     def level(t: Time, x: Tensor) -> float | Tensor:
         g = sde.diffusion(t, x)

@@ -234,5 +234,7 @@ def test_bad_arguments_are_refused() -> None:
         sdeint_adaptive(WELL, x, noise=paths, atol=0.0)
     with pytest.raises(ValueError, match="max_steps must be at least 1, got 0"):
         sdeint_adaptive(WELL, x, noise=paths, max_steps=0)
-    with pytest.raises(ValueError, match=r"the drift must have shape \[4, 1\], got \[4, 4\]; t has shape \[B\]"):
+    with pytest.raises(
+        ValueError, match=r"drift must return the shape of x, \[4, 1\], got \[4, 4\]; t has shape \[4\]"
+    ):
         sdeint_adaptive(Outgrowing(), x, noise=paths)

@@ -100,6 +100,12 @@ def test_tree_draws_from_splitmix64() -> None:
     assert [value % 2**64 for value in _hash(state).tolist()] == expected
 
 
+@pytest.mark.parametrize("seed", [0, -_GOLDEN])
+def test_no_seed_starts_the_generator_at_its_fixed_point(seed: int) -> None:
+    """SplitMix64's output function maps 0 to 0, which makes a radius of 8.6; one above 5 has a probability of 4e-6."""
+    assert all(BrownianTree(seed, (1, dim), dtype=F64)(1.0).abs().max() < 5 for dim in (1, 2, 5))
+
+
 def test_tree_rows_do_not_depend_on_the_batch() -> None:
     torch.testing.assert_close(BrownianTree(3, (7, 2), dtype=F64)(0.3)[:4], BrownianTree(3, (4, 2), dtype=F64)(0.3))
 

@@ -172,6 +172,21 @@ def test_divergence_and_mean_of_a_constant_control() -> None:
     torch.testing.assert_close(divergence, torch.tensor([u * u], dtype=F64))  # two dimensions of u^2 / 2
 
 
+def test_short_steps_of_float32_keep_the_digits_of_a_control() -> None:
+    """A control of 1 held over a short step moves each Y_k by (1 - e^(-r_k dt)) / r_k."""
+    noise, dt = FractionalNoise(0.7), 1e-4
+    x, z = torch.zeros(1, 1), torch.zeros(1, 1, 1, 6)
+    path, _ = fractional_sdeint(noise, lambda t, x: 0 * x, x, z, dt=dt, control=lambda t, x, y: torch.ones_like(x))
+    terms = zip(noise.weights.tolist(), noise.rates.tolist(), strict=True)
+    assert path[1].item() == pytest.approx(-sum(w * math.expm1(-r * dt) / r for w, r in terms), rel=1e-5)
+
+
+def test_increments_over_long_horizons_keep_the_digits_of_slow_rates() -> None:
+    steps = FractionalSteps(0.7, (1, 1), horizon=1e4)
+    expected = [math.expm1(-rate) for rate in steps._process.rates.tolist()]
+    assert steps._change.tolist() == pytest.approx(expected, rel=1e-6)
+
+
 def test_bound_is_below_the_evidence_and_reaches_it_with_the_best_control() -> None:
     """One observation o of ``B_1`` with noise s: the evidence is N(o; 0, w C w + s^2) for the covariance C of the Y.
 

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from driftrl.dynamics.brownian import BrownianGrid
 from driftrl.dynamics.fields import Time
 from driftrl.dynamics.girsanov import girsanov_kl
 from driftrl.dynamics.neural_sde import LangevinSDE, LinearNoiseSDE
-from driftrl.dynamics.sde import sdeint_path
+from driftrl.dynamics.sde import Drift, sdeint_path
 
 F64 = torch.float64
 
@@ -79,6 +80,17 @@ def test_times_and_conditioning_reach_both_drifts() -> None:
     kl = girsanov_kl(other, drift, path, cond=cond, t0=1.0, t1=3.0)
     expected = 0.25 * 4 * sum(t * t for t in (1.0, 1.5, 2.0, 2.5))
     torch.testing.assert_close(kl, expected * cond[:, 0].square())
+
+
+def test_a_drift_or_noise_level_of_another_shape_is_refused() -> None:
+    class Column(LangevinSDE):
+        def bind(self, cond: Tensor | None, times: Sequence[float] = ()) -> Drift:
+            return lambda t, x: -x[:, 0]
+
+    with pytest.raises(ValueError, match=r"drift must return the shape of x, \[5, 1\], got \[5\]"):
+        girsanov_kl(Column(lambda t, x, cond: x, 1.0), lambda t, x, cond: 0 * x, torch.ones(2, 5, 1))
+    with pytest.raises(ValueError, match=r"diffusion must broadcast with x, \[5, 1\], got \[5\]"):
+        girsanov_kl(LangevinSDE(lambda t, x, cond: x, torch.ones(5)), lambda t, x, cond: 0 * x, torch.ones(2, 5, 1))
 
 
 def test_path_without_a_step_is_refused() -> None:

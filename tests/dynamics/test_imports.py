@@ -45,6 +45,7 @@ def test_gaussian_model_and_adversary_load_neither_flows_nor_sdes() -> None:
         "jacobian_prior",
         "lipschitz",
         "precision",
+        "special_fields",
         "transition",
         "transition_base",
         "transition_settings",

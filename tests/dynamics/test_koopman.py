@@ -54,6 +54,21 @@ def test_eigenvalues_of_noisy_data_are_those_of_the_system() -> None:
     torch.testing.assert_close(values.angle().abs(), torch.full((2,), angle, dtype=F64), rtol=0, atol=0.02)
 
 
+def test_many_rows_of_float32_cut_no_direction() -> None:
+    """Two inputs that differ by little: a tolerance that grows with the number of rows takes them for one."""
+    x = rand(400_000, 2)
+    x, matrix = torch.stack([x[:, 0], x[:, 0] + 0.04 * x[:, 1]], 1), torch.tensor([[0.9, 0.2], [0.0, 0.5]], dtype=F64)
+    found = koopman_matrix(x.float(), (x @ matrix.mT).float())
+    torch.testing.assert_close(found, matrix.float(), rtol=0, atol=1e-4)
+
+
+def test_inputs_that_are_others_to_the_rounding_of_float32_get_no_large_coefficients() -> None:
+    x = rand(2000, 2)
+    before = torch.cat([x, x.sum(1, keepdim=True) / 3], 1).float()
+    found = koopman_matrix(before, before.square() - before)
+    assert found.abs().max() < 2
+
+
 def test_exponents_of_the_henon_map() -> None:
     """0.4192 and log 0.3 - 0.4192 (Sprott 2003, Chaos and Time-Series Analysis, appendix A)."""
     x, y, jacobians = 0.1, 0.1, []

@@ -41,6 +41,15 @@ def test_chains_at_one_point_step_by_the_damping_alone() -> None:
     torch.testing.assert_close(power(v, 0.5), v / 2)
 
 
+@pytest.mark.parametrize(("dtype", "c"), [(F64, 2.0**-70), (torch.float32, 2.0**-30)])
+def test_metric_does_not_depend_on_units(dtype: torch.dtype, c: float) -> None:
+    """U stays, x is c times as large: gradients c^-1, the damping c^-2 and M c^2 times, exactly for a power of two."""
+    x, v = rand(6, 3).to(dtype), rand(2, 3, seed=1).to(dtype)
+    hessian = torch.diag(torch.tensor([1.0, 10.0, 100.0], dtype=dtype))
+    ours, theirs = damped_metric(x, x @ hessian, 0.5), damped_metric(c * x, x @ hessian / c, 0.5 / c**2)
+    torch.testing.assert_close(theirs(v, 1.0) / c**2, ours(v, 1.0))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_independent_samples_stay_independent_samples(temperature: float) -> None:
     """4,000 times two pairs of chains, begun at samples of a double well, are still that, though pairs show little."""

@@ -1,11 +1,14 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 from driftrl.dynamics.fields import MLPField
 from driftrl.dynamics.lipschitz import adversarial_states, spectral_norms
+from driftrl.dynamics.special_fields import AffineField
 
 F64 = torch.float64
 
@@ -46,6 +49,41 @@ def test_product_of_the_norms_bounds_the_jacobian(activation: str, slope: float)
     largest = torch.linalg.matrix_norm(field.jacobian(0.3, x, cond)[1], 2).max().item()
     bound = math.prod(norm.item() for norm in spectral_norms(field).values()) * slope**2
     assert 0.1 * bound < largest <= bound
+
+
+LAYERS: dict[str, Callable[[nn.Linear], object]] = {
+    "pruned": lambda layer: prune.custom_from_mask(layer, "weight", torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 0, 1]])),
+    "weight norm": parametrizations.weight_norm,
+    "weight norm by hook": nn.utils.weight_norm,
+    "spectral norm": lambda layer: parametrizations.spectral_norm(layer).eval(),
+    "spectral norm by hook": lambda layer: nn.utils.spectral_norm(layer).eval(),
+}
+
+
+@pytest.mark.parametrize("change", LAYERS)
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+def test_norm_of_a_changed_layer_is_that_of_what_it_does(change: str) -> None:
+    layer = nn.Linear(3, 3, bias=False).double()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        layer.weight.copy_(rand(3, 3))
+        LAYERS[change](layer)
+        for parameter in layer.parameters():
+            parameter.mul_(2)
+    norms = spectral_norms(nn.Sequential(nn.ReLU(), layer))
+    assert set(norms) == {"1.weight"}
+    applied = layer(torch.eye(3, dtype=F64))
+    torch.testing.assert_close(norms["1.weight"], torch.linalg.matrix_norm(applied, 2), rtol=1e-12, atol=0)
+    norms["1.weight"].backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in layer.parameters())
+
+
+def test_conditioning_of_an_affine_field_does_not_count() -> None:
+    field = AffineField(2, 1)
+    with torch.no_grad():
+        field.output.weight.copy_(torch.tensor([[0.5, 0.0, 10.0], [0.0, 0.25, 10.0]]))
+    norms = spectral_norms(nn.Sequential(field))
+    assert {name: norm.item() for name, norm in norms.items()} == {"0.output.weight": pytest.approx(0.5)}
 
 
 def test_norms_can_be_penalised() -> None:
@@ -145,11 +183,23 @@ def test_adversary_is_repeatable_and_radius_may_differ_by_row() -> None:
         assert torch.equal(attack(lambda s: s.sum(-1), x, "langevin", radius, 1), first)
 
 
+@pytest.mark.parametrize("way", ["pgd", "langevin"])
+def test_states_are_detached_whatever_needs_a_gradient(way: str) -> None:
+    options, x = {"steps": 2, "step_size": 0.25}, rand(5, 3).requires_grad_()
+    start, radius = torch.zeros_like(x).requires_grad_(), torch.ones(3, dtype=F64, requires_grad=True)
+    if way == "langevin":
+        options |= {"temperature": 1.0, "noise": [rand(5, 3, seed=k).requires_grad_() for k in range(2)]}  # type: ignore[dict-item]
+    there = adversarial_states(lambda s: s.sum(-1), x, radius=radius, start=start, **options)  # type: ignore[arg-type]
+    assert not there.requires_grad
+
+
 def test_bad_arguments_of_the_adversary_are_refused() -> None:
     x = torch.zeros(4, 2)
     for options in ({"steps": 0}, {"step_size": 0.0}, {"temperature": -1.0}):
         with pytest.raises(ValueError, match="steps must be at least 1, step_size positive, temperature positive or N"):
             adversarial_states(lambda s: s.sum(-1), x, radius=1.0, **options)
+    with pytest.raises(ValueError, match=r"radius must be at least 0, got -0\.1"):
+        adversarial_states(lambda s: s.sum(-1), x, radius=-0.1)
     for more, wanted in (({"noise": [x]}, 0), ({"temperature": 1.0, "steps": 2}, 2)):
         with pytest.raises(ValueError, match=f"noise must hold {wanted} tensors"):
             adversarial_states(lambda s: s.sum(-1), x, radius=1.0, **more)

@@ -5,13 +5,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from driftrl.dynamics.fields import MLPField
+from driftrl.dynamics.control import ControlPath
+from driftrl.dynamics.fields import MLPField, Time, VelocityField
 from driftrl.dynamics.ode import (
     DOPRI5,
     SOLVERS,
     Tableau,
 )
 from driftrl.dynamics.reversible import odeint_reversible
+from driftrl.dynamics.special_fields import PotentialField
 
 from .draws import rand, saved_numbers
 from .known_fields import LinearField, SumField
@@ -110,3 +112,41 @@ def test_a_way_back_that_misses_the_start_is_an_error() -> None:
     stiff, x = LinearField(-60 * torch.eye(2)), torch.ones(4, 2, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"the way back misses the start, by .*use gradient='direct'"):
         odeint_reversible(stiff, x, steps=64).sum().backward()
+
+
+def test_a_tensor_that_is_no_parameter_is_refused_also_where_it_acts_late() -> None:
+    x, k = rand(4, 1), torch.tensor(2.0, dtype=F64, requires_grad=True)
+    path = ControlPath([0.0, 0.6, 1.0], torch.cat([torch.zeros(4, 2, 1, dtype=F64), k.expand(4, 1, 1)], 1))
+    field = PotentialField(lambda y, cond: 0.5 * k * y.square().sum(-1), 1)
+    for each in (field, path.drive(MLPField(1, 1, hidden=(4,), last_layer_scale=1.0).double())):
+        with pytest.raises(
+            ValueError, match=r"the field needs a gradient for a tensor of shape .*use gradient='direct'"
+        ):
+            odeint_reversible(each, x, steps=8)
+    # x' = -k x: dx(1)/dk = -x0 e^-k.
+    odeint_reversible(field, x, steps=200, gradient="direct").sum().backward()
+    torch.testing.assert_close(k.grad, -x.sum() * math.exp(-2), rtol=1e-3, atol=0)
+    with torch.no_grad():
+        assert odeint_reversible(field, x, steps=8).isfinite().all()
+
+
+def test_a_weight_that_is_computed_from_others_gets_its_gradient() -> None:
+    root = rand(1, 1).requires_grad_()
+    odeint_reversible(LinearField(root * 2), rand(4, 1), steps=8).sum().backward()
+    with torch.no_grad():
+        root_gradient, root.grad = root.grad, None
+    odeint_reversible(LinearField(root * 2), rand(4, 1), steps=8, gradient="direct").sum().backward()
+    torch.testing.assert_close(root_gradient, root.grad)
+
+
+class Wind(VelocityField):
+    """A velocity that depends on nothing."""
+
+    def forward(self, t: Time, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        return torch.full_like(x, 3.0)
+
+
+def test_gradient_of_a_field_that_depends_on_nothing() -> None:
+    x = rand(4, 2).requires_grad_()
+    odeint_reversible(Wind(2), x, steps=5).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones_like(x))

@@ -366,3 +366,13 @@ def test_terms_that_would_enlarge_the_state_are_refused() -> None:
         sdeint(LangevinSDE(lambda t, x, c: -x[:, 0], 0.3), x, steps=3, generator=generator)
     with pytest.raises(ValueError, match=r"diffusion must broadcast with x, \[4, 1\], got \[4\]"):
         sdeint(LangevinSDE(lambda t, x, c: -x, lambda t: torch.ones(4, dtype=F64)), x, steps=3, generator=generator)
+
+
+def test_a_drift_of_another_shape_is_refused() -> None:
+    class Column(LangevinSDE):
+        def bind(self, cond: Tensor | None, times: Sequence[float] = ()) -> Drift:
+            return lambda t, x: -x[:, 0]
+
+    for solver in NAMES:
+        with pytest.raises(ValueError, match=r"drift must return the shape of x, \[5, 1\], got \[5\]"):
+            sdeint(Column(lambda t, x, cond: x, 1.0), rand(5, 1), steps=2, solver=solver, noise=grid(2, 5, 1))

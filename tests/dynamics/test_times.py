@@ -12,7 +12,7 @@ from torch import Tensor
 
 from driftrl.dynamics.adaptive import odeint_adaptive
 from driftrl.dynamics.brownian_tree import BrownianTree
-from driftrl.dynamics.fields import Time, VelocityField
+from driftrl.dynamics.fields import MLPField, Time, VelocityField
 from driftrl.dynamics.girsanov import girsanov_kl
 from driftrl.dynamics.langevin import overdamped
 from driftrl.dynamics.neural_sde import LangevinSDE
@@ -114,3 +114,16 @@ def test_types_that_do_not_resolve_an_error_are_refused(kind: torch.dtype) -> No
 def test_an_interval_that_vanishes_in_the_type_of_x_is_refused() -> None:
     with pytest.raises(ValueError, match=r"t0 and t1 must differ in the type of x, got 1000000000.0 and 1000000001.0"):
         odeint_adaptive(lambda t, x, cond: -x, torch.ones(1, 1), t0=1e9, t1=1e9 + 1)
+
+
+@pytest.mark.parametrize("solve", [odeint, lambda *args, **kw: odeint_reversible(*args, gradient="direct", **kw)])
+def test_a_time_that_is_a_tensor_leaves_the_state_its_type_and_warns_of_nothing(solve: Any) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        field = MLPField(1, hidden=(4,), last_layer_scale=1.0)
+    t1, x = end_time(), X.float()
+    end = solve(field, x, steps=3, t0=0.25, t1=t1)
+    assert end.dtype == torch.float32
+    torch.testing.assert_close(end, solve(field, x, steps=3, t0=0.25, t1=1.0))
+    end.sum().backward()
+    assert t1.grad.dtype == torch.float64 and t1.grad != 0
