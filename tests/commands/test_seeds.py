@@ -20,6 +20,7 @@ from driftrl.runs.lock import alone
 
 SMALL = ["--n-envs", "1", "--n-steps", "16", "--batch-size", "16", "--n-epochs", "2", "--device", "cpu"]
 SMALL += ["--actor-hidden", "8", "8", "--critic-hidden", "8", "8", "--total-timesteps", "96", "--compile", "off"]
+SMALL += ["--checkpoint-interval", "1000"]  # at the end, and where a signal stops it
 TASK = """
 import os, signal, time
 from pathlib import Path
