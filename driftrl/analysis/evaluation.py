@@ -163,13 +163,16 @@ def evaluate_agent(
         return play(agent, env, env_id, episodes, sample=sample)
 
 
+def limited(env_id: str, env_kwargs: dict[str, Any], max_steps: int) -> dict[str, Any]:
+    """Arguments of an environment with a time limit of max_steps where it has none."""
+    return env_kwargs if has_time_limit(env_id, env_kwargs) else env_kwargs | {"max_episode_steps": max_steps}
+
+
 def evaluation_env(
     agent: BaseAlgorithm, env_id: str, env_kwargs: dict[str, Any], episodes: int, seed: int, max_steps: int = MAX_STEPS
 ) -> VecEnv:
     """The environments in which `evaluate_agent` plays; its arguments and errors."""
-    if not has_time_limit(env_id, env_kwargs):
-        env_kwargs = env_kwargs | {"max_episode_steps": max_steps}
-    env = make_vec(env_id, min(episodes, _MAX_ENVS), seed, **env_kwargs)
+    env = make_vec(env_id, min(episodes, _MAX_ENVS), seed, **limited(env_id, env_kwargs, max_steps))
     for kind in ("observation_space", "action_space"):
         expected, got = getattr(agent, kind), getattr(env, kind)
         if expected != got:

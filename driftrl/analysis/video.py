@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from ..envs.make import has_time_limit
-from .evaluation import MAX_STEPS, CheckedPolicy
+from .evaluation import MAX_STEPS, CheckedPolicy, limited
 
 
 def record_video(
@@ -35,8 +34,7 @@ def record_video(
         raise ValueError(f"video: {error.name} is not installed; run pip install 'driftrl[video]'") from error
     if path.suffix not in (".mp4", ".gif"):
         raise ValueError(f"video: got {path}, expected a name that ends in .mp4 or .gif")
-    if not has_time_limit(env_id, env_kwargs):
-        env_kwargs = env_kwargs | {"max_episode_steps": max_steps}
+    env_kwargs = limited(env_id, env_kwargs, max_steps)
     env: gym.Env[Any, Any] = gym.make(env_id, **env_kwargs)
     modes = env.metadata.get("render_modes") or ()
     env.close()
