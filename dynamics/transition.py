@@ -20,6 +20,8 @@ from .fitting import FitData
 from .transition_base import TransitionModel
 from .transition_settings import TransitionSettings
 
+DROPOUT_DRAWS = 8
+"""Draws of dropout whose disagreement is measured."""
 SNAPSHOT_UPDATES, SCALE_DRAWS = 25, 8
 """Updates from one snapshot to the next; minibatches that scale the steps of each weight."""
 TAME, WIDEST = 10.0, 0.01
@@ -48,6 +50,8 @@ class GaussianTransition(TransitionModel):
         snapshots: weights along a Langevin path after each fit that take turns in ``sample`` as the members of an
             ensemble would (`weight_snapshots`); 0 for the fitted weights alone. For one member with noise.
         dropout: share of the first layer's outputs left out in a fit, in [0, 1); falls linearly to 0 in the last layer.
+        rollout_dropout: leave them out in ``step`` and ``sample``, too, for each row anew: Monte Carlo dropout (Gal and
+            Ghahramani, arXiv 1506.02142), an ensemble in one network. ``predict`` and ``log_prob`` do not.
         members: M, at least 1. With more than one, each has its own bootstrap sample of the rows.
         elites: the members that predict, those of least hold-out error; 1 to M.
 
@@ -68,6 +72,7 @@ class GaussianTransition(TransitionModel):
         homoscedastic: bool = False,
         layer_norm: bool = False,
         dropout: float = 0.0,
+        rollout_dropout: bool = False,
         snapshots: int = 0,
         members: int = 1,
         elites: int = 1,
@@ -75,13 +80,15 @@ class GaussianTransition(TransitionModel):
         super().__init__(obs_dim, action_dim, settings, members, elites)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if rollout_dropout and not (dropout and hidden):
+            raise ValueError(f"rollout_dropout: got hidden {list(hidden)} and dropout {dropout}, expected both above 0")
         if snapshots < 0 or (snapshots and (members > 1 or not (probabilistic or homoscedastic))):
             raise ValueError(f"snapshots must be at least 0, and 0 without noise or with members, got {snapshots}")
         targets, varies = 1 + obs_dim, probabilistic and not homoscedastic
         widths = (obs_dim + action_dim, *hidden, (1 + varies) * targets)
         self.net = Members(members, widths, layer_norm)
         self.posterior = Members(snapshots, widths, layer_norm).requires_grad_(False) if snapshots else None
-        self.hidden, self.dropout = tuple(hidden), dropout
+        self.hidden, self.dropout, self.rollout_dropout = tuple(hidden), dropout, rollout_dropout
         self.bounds = None
         self.register_buffer("log_std", torch.zeros(members, 1, targets) if homoscedastic else None)
         if varies:
@@ -105,13 +112,15 @@ class GaussianTransition(TransitionModel):
         return mean, low + F.softplus(log_var - low)
 
     def _noise(self, x: Tensor, generator: torch.Generator) -> Sequence[Tensor]:
-        """Masks of dropout, of mean 1."""
+        return self._masks(x.shape[:-1], generator)
+
+    def _masks(self, rows: Sequence[int], generator: torch.Generator) -> Sequence[Tensor]:
+        """Masks of dropout, of mean 1, for the outputs of each hidden layer, [*rows, width]."""
         if not self.dropout:
             return ()
         shares = (self.dropout * (1 - k / len(self.hidden)) for k in range(len(self.hidden)))
         return [
-            dropout_mask((*x.shape[:-1], width), share, generator)
-            for width, share in zip(self.hidden, shares, strict=True)
+            dropout_mask((*rows, width), share, generator) for width, share in zip(self.hidden, shares, strict=True)
         ]
 
     def _loss(self, x: Tensor, y: Tensor, noise: Sequence[Tensor]) -> Tensor:
@@ -181,28 +190,49 @@ class GaussianTransition(TransitionModel):
             return super()._predictions(x)
         return self._noise_of(self.posterior(x.expand(self._hands, -1, -1)), None)[0]
 
+    @torch.no_grad()
+    def disagreement(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Deviations [K, B, O] of what each elite, snapshot or draw of dropout predicts for next_obs from their mean.
+
+        Without the clipping.
+        """
+        if not self.rollout_dropout:
+            return super().disagreement(obs, action)
+        generator = torch.Generator(obs.device).manual_seed(0)
+        drawn = [self.draw(len(obs), generator) for _ in range(DROPOUT_DRAWS)]
+        x = self._x(obs, action)
+        y = torch.stack([self._push(x, each, noisy=False) for each in drawn])
+        moves = self.targets.inverse(y)[..., 1:]
+        return moves - moves.mean(0)
+
     def draw(self, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Standard normals [elites, hand, T] where there is noise, and the rows' places in the elites' hands."""
+        """What is random in a step, of mean 0, and the rows' places in the elites' hands.
+
+        That are standard normals [elites, hand, T] where there is noise, and of each hidden layer with rollout_dropout
+        what its mask differs from 1, [elites, hand, width].
+        """
         # Rows are dealt to the elites at random, as many to each: every row's elite is uniform, the shapes are fixed,
         # and the whole costs as much as one network.
         elites = self._hands
         hand = -(-rows // elites)
         places = (self._permutation(hand * elites, generator)[:rows],) if elites > 1 else ()
-        if self.bounds is None and self.log_std is None:
-            return places
-        return (standard_normal((elites, hand, 1 + self.obs_dim), generator), *places)
+        masks = self._masks((elites, hand), generator) if self.rollout_dropout else ()
+        normals = () if self.bounds is None and self.log_std is None else ((elites, hand, 1 + self.obs_dim),)
+        return (*(standard_normal(shape, generator) for shape in normals), *(each - 1 for each in masks), *places)
 
-    def _push(self, x: Tensor, noise: tuple[Tensor, ...]) -> Tensor:
+    def _push(self, x: Tensor, noise: tuple[Tensor, ...], noisy: bool = True) -> Tensor:
         elites = self._hands
         hand = -(-len(x) // elites)
         if elites > 1:
             x = x.new_zeros(hand * elites, x.shape[1]).index_copy(0, noise[-1], x)
         dealt = x.view(elites, hand, -1)
+        first = 0 if self.bounds is None and self.log_std is None else 1
+        masks = [1 + each for each in noise[first : first + len(self.hidden)]] if self.rollout_dropout else []
         if self.posterior is not None:
-            mean, log_var = self._noise_of(self.posterior(dealt), None)
+            mean, log_var = self._noise_of(self.posterior(dealt, masks=masks), None)
         else:
-            mean, log_var = self._moments(dealt, None if elites == self.members else self.elite_members)
-        if log_var is not None:
+            mean, log_var = self._moments(dealt, None if elites == self.members else self.elite_members, masks)
+        if log_var is not None and noisy:
             mean = torch.addcmul(mean, noise[0], torch.exp(0.5 * log_var))
         y = mean.flatten(0, 1)
         return y[noise[-1]] if elites > 1 else y

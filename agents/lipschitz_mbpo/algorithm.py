@@ -83,9 +83,9 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
     config_class = LipschitzMBPOConfig
     _fixed = frozenset(
         ("buffer_size", "actor_hidden", "critic_hidden", "activation", "value_gradient", "model", "members", "elites",
-         "model_hidden", "model_jacobian_coef", "model_layer_norm", "model_dropout", "model_weight_decay",
-         "model_ema_decay", "model_batch_size", "model_patience", "precision", "snapshots", "model_rollouts",
-         "model_retain", "termination", "regularizer", "spectral_bound", *POLICY_FIELDS)
+         "model_hidden", "model_jacobian_coef", "model_layer_norm", "model_dropout", "rollout_dropout",
+         "model_weight_decay", "model_ema_decay", "model_batch_size", "model_patience", "precision", "snapshots",
+         "model_rollouts", "model_retain", "termination", "regularizer", "spectral_bound", *POLICY_FIELDS)
     )  # fmt: skip
     _learned = frozenset(
         ("actor_hidden", "critic_hidden", "n_critics", "critic_layer_norm", "temperature", "model", "members",

@@ -77,6 +77,8 @@ class LipschitzMBPOConfig:
     """Normalise the inputs of a Gaussian or deterministic model's layers but the first."""
     model_dropout: float = 0.0
     """Share of its first layer's outputs left out in a fit, in [0, 1); falls linearly to 0 in the last layer."""
+    rollout_dropout: bool = False
+    """Leave them out in model rollouts, too, for each row anew: what an ensemble does, in one network."""
     model_weight_decay: float | None = None
     """AdamW's, in the model's last layer; less in earlier ones, >= 0; None: MBPO's L2 of 5e-5."""
     snapshots: int = 0
@@ -157,7 +159,8 @@ class LipschitzMBPOConfig:
                 "an integer of at least 1, or None": "rollout_interval",
                 "positive integers": "actor_hidden critic_hidden",
                 "positive integers, at least one": "model_hidden",
-                "True or False": "learn_temperature normalize_observation critic_layer_norm model_layer_norm",
+                "True or False": "learn_temperature normalize_observation critic_layer_norm model_layer_norm "
+                "rollout_dropout",
             },
         )
         later = f"at least rollout_start = {self.rollout_start}"
@@ -166,6 +169,8 @@ class LipschitzMBPOConfig:
         require(self, "members", self.model in NETWORKS or self.members == 1, f"1 for the model {self.model}")
         single = self.members == 1 and self.model in ("probabilistic", "homoscedastic")
         require(self, "snapshots", single or not self.snapshots, "0 without one Gaussian network")
+        leaves_out = self.model in NETWORKS and self.model_dropout > 0
+        require(self, "rollout_dropout", leaves_out or not self.rollout_dropout, "off without model_dropout above 0")
         require(self, "value_gradient", self.model != "none" or not self.value_gradient, "0 without a model")
         bounded = self.regularizer != "spectral" or self.critic_hidden
         require(self, "regularizer", bool(bounded), "none or robust without hidden layers of the critics")
@@ -250,10 +255,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "model": (
         "model", "model_interval", "model_epochs", "model_patience", "model_hidden", "model_layer_norm",
-        "model_dropout", "model_weight_decay", "model_ema_decay", "model_batch_size", "model_jacobian_coef", "members",
-        "elites", "snapshots", "rollout_interval",
-        "model_rollouts", "model_retain", "rollout_min", "rollout_max", "rollout_start", "rollout_end", "real_ratio",
-        "termination",
+        "model_dropout", "rollout_dropout", "model_weight_decay", "model_ema_decay", "model_batch_size",
+        "model_jacobian_coef", "members", "elites", "snapshots", "rollout_interval", "model_rollouts", "model_retain",
+        "rollout_min", "rollout_max", "rollout_start", "rollout_end", "real_ratio", "termination",
     ),
     "critic regularizer": (
         "regularizer", "robust_coef", "robust_radius", "robust_actions", "adversary", "adversary_steps",

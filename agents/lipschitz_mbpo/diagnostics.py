@@ -100,8 +100,8 @@ def model_diagnostics(model: TransitionModel, policy: SACPolicy, real: Transitio
             Left out if no such stretch is whole.
         model/exploitation: mean reward that 20 steps of the model's prediction along these actions promise, minus the
             real one: above 0 where the policy has learned to live on the model's errors.
-        model/disagreement: of the predictions of an ensemble or of snapshots, root mean square deviation from their
-            mean, in running standard deviations.
+        model/disagreement: of the predictions of an ensemble, of snapshots or of draws of dropout, root mean square
+            deviation from their mean, in running standard deviations.
         model/spectral_radius: mean over these states of the largest absolute eigenvalue of d next_obs / d obs; above 1
             errors of the state grow along a rollout.
         model/growth: `growth` over 20 steps; left out like the errors.
@@ -119,7 +119,7 @@ def model_diagnostics(model: TransitionModel, policy: SACPolicy, real: Transitio
         found["model/koopman_radius"] = koopman_radius(batch, expected).item()
         found["model/koopman_radius_real"] = koopman_radius(batch, batch.next_obs).item()
     deviations = model.disagreement(batch.obs, batch.action)
-    if len(deviations) > 1:  # members of an ensemble, or snapshots
+    if len(deviations) > 1:  # members of an ensemble, snapshots, draws of dropout
         spread = deviations * policy.obs_norm.scale
         found["model/disagreement"] = spread.square().mean().sqrt().item()
 

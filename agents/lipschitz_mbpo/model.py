@@ -47,7 +47,8 @@ def build_model(
     return GaussianTransition(
         *sizes, settings, hidden=hidden, probabilistic=config.model != "deterministic",
         homoscedastic=config.model == "homoscedastic", layer_norm=config.model_layer_norm,
-        dropout=config.model_dropout, snapshots=config.snapshots, members=config.members, elites=config.elites,
+        dropout=config.model_dropout, rollout_dropout=config.rollout_dropout, snapshots=config.snapshots,
+        members=config.members, elites=config.elites,
     )  # fmt: skip
 
 

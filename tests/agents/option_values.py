@@ -100,6 +100,7 @@ MODEL_OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "model": ("deterministic", {}),
     "model_layer_norm": (True, {}),
     "model_dropout": (0.3, {}),
+    "rollout_dropout": (True, {"model_dropout": 0.3}),
     "model_weight_decay": (0.3, {}),
     "model_batch_size": (4, {}),
     "model_ema_decay": (0.9, {}),

@@ -196,11 +196,12 @@ def test_loss_is_traced_as_one_graph(kind: str) -> None:
     torch.testing.assert_close(compiled(x, y, noise), model._loss(x, y, noise))
 
 
-@pytest.mark.parametrize("kind", ["ensemble", "homoscedastic", "known step", *TRANSITIONS])
+@pytest.mark.parametrize("kind", ["ensemble", "homoscedastic", "dropout", "known step", *TRANSITIONS])
 def test_a_step_is_the_sample_of_its_noise_and_its_gradient_that_of_finite_differences(kind: str) -> None:
     special: dict[str, dict[str, Any]] = {
         "ensemble": {"members": 4, "elites": 3},
         "homoscedastic": {"homoscedastic": True, "layer_norm": True},
+        "dropout": {"members": 4, "elites": 3, "dropout": 0.3, "rollout_dropout": True},
         "known step": {"settings": TransitionSettings(known_step=lambda obs, action: obs.sin() * action)},
     }
     if kind in special:
@@ -266,6 +267,42 @@ def test_dropout_falls_to_zero_over_the_layers_and_leaves_the_mean() -> None:
     assert not torch.equal(model.net(x, masks=[first[:, :5], second[:, :5]]), model.net(x))
     with pytest.raises(ValueError, match="dropout must be in"):
         GaussianTransition(2, 1, dropout=1.0)
+    with pytest.raises(ValueError, match="rollout_dropout"):
+        GaussianTransition(2, 1, rollout_dropout=True)
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_dropout_in_rollouts_has_its_closed_form(members: int) -> None:
+    # One hidden layer: each unit by itself is 0 with probability p, else silu of its input / (1 - p).
+    p, rows = 0.3, 30_000
+    torch.manual_seed(0)
+    model = GaussianTransition(
+        2, 1, hidden=(16,), dropout=p, rollout_dropout=True, probabilistic=False, members=members, elites=members
+    )
+    state, act = torch.tensor([[0.7, -1.2]]), torch.tensor([[0.4]])
+    layers = [each.detach() for each in (*model.net.weights, *model.net.biases)]
+    unit = nn.functional.silu((torch.cat([state, act], 1) @ layers[0] + layers[2]) / (1 - p))  # [M, 1, 16]
+    mean = unit @ layers[1] * (1 - p) + layers[3]  # [M, 1, T]
+    within = unit.square() @ layers[1].square() * p * (1 - p)
+    variance = (within + mean.square()).mean(0) - mean.mean(0).square()
+    next_obs, reward = model.sample(state.expand(rows, -1), act.expand(rows, -1), generator(1))
+    drawn = torch.cat([reward[:, None], next_obs - state], 1)
+    torch.testing.assert_close(drawn.mean(0), mean.mean(0)[0], rtol=0.0, atol=0.01)
+    torch.testing.assert_close(drawn.var(0), variance[0], rtol=0.05, atol=0.0)
+
+    spread = model.disagreement(state.expand(rows, -1), act.expand(rows, -1))  # of eight draws about their own mean
+    torch.testing.assert_close(spread.square().mean((0, 1)) * 8 / 7, variance[0, 1:], rtol=0.05, atol=0.0)
+    noise = tuple(torch.zeros_like(each) if each.is_floating_point() else each for each in model.draw(1, generator()))
+    if members == 1:  # without its noise a step is the prediction
+        torch.testing.assert_close(model.step(state, act, noise), model.predict(state, act))
+
+
+def test_noise_of_the_outcome_does_not_count_as_disagreement() -> None:
+    model = GaussianTransition(2, 1, hidden=(16,), dropout=0.1, rollout_dropout=True, homoscedastic=True)
+    assert model.log_std is not None
+    spread = model.disagreement(torch.ones(50, 2), torch.ones(50, 1))
+    model.log_std.fill_(3.0)
+    assert torch.equal(model.disagreement(torch.ones(50, 2), torch.ones(50, 1)), spread)
 
 
 def test_decoupled_decay_rises_from_layer_to_layer_and_spares_biases() -> None:
