@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -134,7 +135,9 @@ def _tensor_env(
     steps = spec.max_episode_steps if steps is None else steps
     limit = math.inf if steps is None or steps < 0 else steps
     arguments = {name: value for name, value in env_kwargs.items() if name not in ("max_episode_steps", "render_mode")}
-    env = TensorVecEnv(TENSOR_TASKS[task](limit, **spec.kwargs | arguments), n_envs, device)
+    made = TENSOR_TASKS[task](limit, **spec.kwargs | arguments)
+    made.spec = dataclasses.replace(spec, kwargs=spec.kwargs | arguments)  # by which agents know its rules
+    env = TensorVecEnv(made, n_envs, device)
     env.seed(seed)
     return env
 

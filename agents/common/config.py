@@ -16,7 +16,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from .arguments import Neutral, without_neutral
-from .update import no_function
+from .learning_rate import no_function
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -178,7 +178,9 @@ class FiniteTransitions(BaseAlgorithm):
         held, space, left_out = self._last_obs, self.observation_space, self._held
         vectors = observation_vectors(new_obs, space)
         self._held = ~np.isfinite(vectors).all(1)
-        faults = dict(_faults(vectors, "observation"))
+        seen = dict(_faults(vectors, "observation"))
+        begun = {i: fault for i, fault in seen.items() if dones[i]}  # of the next episode: the one that ended is sound
+        faults = {i: fault for i, fault in seen.items() if not dones[i]}
         for i in np.flatnonzero(dones).tolist():
             last = infos[i].get("terminal_observation", row_of(new_obs, i))
             if found := dict(_faults(observation_vectors(batch_of_one(last), space), "observation", i)):
@@ -188,13 +190,14 @@ class FiniteTransitions(BaseAlgorithm):
             left_out[i] |= restarted
             self._worker_restarts += int(restarted)
         faults |= dict(_faults(rewards[:, None], "reward"))
-        for i, fault in faults.items():
+        for i, fault in (begun | faults).items():
             if self.config.nonfinite == "raise":
                 raise ValueError(f"{fault}; check the environment, or set nonfinite to skip")
             warnings.warn(f"{fault}; the transition is left out", RuntimeWarning, stacklevel=2)
-            left_out[i] = True
-        if left_out.any():
+            left_out[i] |= i in faults
+        if self._held.any():
             new_obs = with_rows(new_obs, self._held, held)
+        if left_out.any():
             self._transitions_left_out += int(left_out.sum())
             for i in np.flatnonzero(left_out).tolist():
                 infos[i][LEFT_OUT] = True

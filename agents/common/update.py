@@ -1,21 +1,18 @@
-"""The updates of an agent: losses and their weights, the gradient, the step, its numbers; and the learning rate."""
+"""The updates of an agent: losses and their weights, the gradient, the step and its numbers."""
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 from torch import Tensor, nn
 
 from ...dynamics.precision import bfloat16_is_fast, bfloat16_products
 from .compiling import Compiled, prepared
+from .learning_rate import LearningRate
 from .observations import FiniteTransitions, blame
 from .ranks import ALONE, Ranks
 from .weights import Joined, Weights
@@ -142,93 +139,9 @@ def _detached(scalars: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: scalar.detach() for name, scalar in scalars.items()}
 
 
-class LearningRate(BaseAlgorithm):
-    """The learning rate of an agent: a number of its Config, by the course that lr_schedule names, or a function.
-
-    A function of what remains of training (1 to 0) makes the Config's lr_schedule "function". Either is read and set as
-    `learning_rate` or `lr_schedule`.
-    """
-
-    config: Any
-    _rate: float
-    """The present rate, where lr_schedule adapts it."""
-    _assign: Callable[[str, Any, Any], None]  # of `Configured`
-
-    @property
-    def learning_rate(self) -> float | Schedule:
-        """The Config's number, or the function in use."""
-        function: Schedule | None = vars(self).get("learning_rate")
-        rate: float = self.config.learning_rate
-        return rate if function is None else function
-
-    @learning_rate.setter
-    def learning_rate(self, value: float | Schedule) -> None:
-        fields = rate_fields(value, self.config)
-        if fields.get("lr_schedule") == "function":
-            vars(self)["learning_rate"] = value  # below the property: with it, it is saved
-        elif vars(self).pop("learning_rate", None) is None and self.config.lr_schedule == "function":
-            raise no_function()
-        if any(getattr(self.config, name) != each for name, each in fields.items()):
-            self.config = dataclasses.replace(self.config, **fields)
-        self._rate = self.config.learning_rate
-
-    @property
-    def lr_schedule(self) -> Schedule:
-        """What remains of training (1 to 0) -> learning rate."""
-        return self._rate_at
-
-    @lr_schedule.setter
-    def lr_schedule(self, value: Schedule | str) -> None:
-        if isinstance(value, str):
-            self._assign("lr_schedule", self, value)
-        else:
-            self.learning_rate = value
-
-    def _rate_at(self, remaining: float) -> float:
-        rate, schedule = self.learning_rate, self.config.lr_schedule
-        if callable(rate):
-            return float(rate(remaining))
-        if schedule == "linear":
-            return LinearSchedule(rate, 0.0, 1.0)(remaining)
-        return self._rate if schedule == "adaptive" else rate
-
-    @property
-    def _rate_share(self) -> float:
-        """The present learning rate over the first one, at most 1."""
-        first = self._rate_at(1.0)
-        return min(self._rate_at(self._current_progress_remaining) / first, 1.0) if first else 1.0
-
-    def _setup_lr_schedule(self) -> None:
-        """Nothing to do: `lr_schedule` follows `learning_rate`."""
-
-
-def no_function() -> ValueError:
-    """The error of a lr_schedule "function" without one."""
-    return ValueError("lr_schedule: got 'function', expected learning_rate to be one of what remains (1 to 0)")
-
-
-def rate_fields(value: Any, config: Any) -> dict[str, Any]:
-    """The Config's fields for a learning rate: a number, or a function of what remains of training; None: none.
-
-    Raises:
-        ValueError: if the Config's lr_schedule is "function" and there is none.
-    """
-    if value is None and config.lr_schedule == "function":
-        raise no_function()
-    if value is None:
-        return {}
-    if isinstance(value, FloatSchedule):
-        value = value.value_schedule
-    if isinstance(value, ConstantSchedule):
-        return {"learning_rate": value.val, "lr_schedule": "constant"}
-    if isinstance(value, LinearSchedule) and (value.end, value.end_fraction) == (0, 1):
-        return {"learning_rate": value.start, "lr_schedule": "linear"}
-    if callable(value):
-        return {"learning_rate": float(value(1.0)), "lr_schedule": "function"}
-    return {"learning_rate": value} | ({"lr_schedule": "constant"} if config.lr_schedule == "function" else {})
-
-
 _SUMS = ("train/loss", "train/grad_norm")  # not finite for what another term is to blame for
+FRUITLESS = 10
+"""Epochs (LipschitzMBPO: environment steps) in a row whose every update was left out, after which training ends."""
 RECOMPILATIONS = 3
 """Compilations, some 20 s each, that assignments to hyperparameters of a compiled agent may cause."""
 
@@ -244,6 +157,7 @@ class Updates(LearningRate, FiniteTransitions):
     _step: Callable[..., Any] | None = None  # its `step`, where updates are compiled for the CPU
     _ranks: Ranks = ALONE
     _updates_left_out = _rollbacks = _recompilations = 0  # so far
+    _fruitless = 0  # calls of `_settle` in a row that had no update
 
     def _use_gradient(self, gradient: Gradient) -> None:
         """Update by another gradient from now on; compiled like the one before, if that happens rarely."""
@@ -353,14 +267,17 @@ class Updates(LearningRate, FiniteTransitions):
             before: what `_before_updates` returned.
 
         Returns:
-            The means; none where the updates were taken back.
+            The means; none where the updates were taken back, or all left out.
 
         Raises:
             ValueError: if a scalar or a weight is not finite and nothing can be taken back, or every update was left
-                out.
+                out `FRUITLESS` times in a row.
         """
-        if not metrics:
+        self._fruitless = 0 if metrics else self._fruitless + 1
+        if self._fruitless >= FRUITLESS:
             raise ValueError("non-finite losses: got no update whose terms are finite; lower learning_rate")
+        if not metrics:
+            return {}
         table = torch.stack(metrics)
         *means, total = torch.cat([table.mean(0), self._weights().finish()[None]]).tolist()
         if np.isfinite([*means, total]).all():

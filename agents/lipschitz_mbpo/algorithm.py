@@ -1,9 +1,8 @@
 """LipschitzMBPO: model-based RL with one dynamics model and a Lipschitz-regularized value function.
 
 Zheng, Wang, Xu, Huang 2023 (arXiv 2302.01244) on top of MBPO (Janner et al. 2019, arXiv 1906.08253): SAC learns from
-short rollouts of a learned model that begin in states really visited. The error of the learned Bellman operator is
-bounded by how much V changes between predicted and true next state, ``gamma^2 E[(V(s'_hat) - V(s'))^2]``: a smooth V
-needs no ensemble of models.
+short rollouts of a learned model that begin in states really visited. The error of the learned Bellman operator is at
+most ``gamma^2 E[(V(s'_hat) - V(s'))^2]``: a smooth V needs no ensemble of models.
 
 Differences from the papers (docs/lipschitz_mbpo.md): SAC's networks step at the same time (sac.py); the model's targets
 are normalised and its predictions clipped to the range of the data; the radius is in units of each observation's
@@ -26,9 +25,10 @@ from ...dynamics.transition_base import TransitionModel
 from ..common.arguments import without_neutral
 from ..common.compiling import compiles, eager
 from ..common.config import agreeing, resolve
+from ..common.learning_rate import rate_fields
 from ..common.networks import check_default_dtype, check_weights
 from ..common.observations import FiniteReplay
-from ..common.update import Gradient, Loss, Losses, Updates, rate_fields
+from ..common.update import Gradient, Loss, Losses, Updates
 from .config import LipschitzMBPOConfig
 from .critic_regularizers import draw_search, robust_penalty
 from .diagnostics import GRADIENTS, gradient_diagnostics, model_diagnostics, runs_away, value_diagnostics

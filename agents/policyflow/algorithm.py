@@ -18,8 +18,9 @@ from ...dynamics.regularize import jacobian_penalty, local_error_penalty
 from ..common.arguments import without_neutral
 from ..common.compiling import compiles, owner, prepared
 from ..common.config import agreeing, resolve
+from ..common.learning_rate import rate_fields
 from ..common.networks import check_default_dtype, check_weights
-from ..common.update import Gradient, Loss, Losses, rate_fields
+from ..common.update import Gradient, Loss, Losses
 from .config import PolicyFlowConfig
 from .diagnostics import flow_diagnostics
 from .entropy import policy_entropy, steered_weight
@@ -298,8 +299,11 @@ class PolicyFlow(Imitation):
                 if scalars is not None:  # else it was left out
                     metrics.append(scalars)
             means = self._settle(metrics, before)
-            passes = [*passes, means] if means else []
-            if not means or (config.target_kl is not None and means["train/approx_kl"] > 1.5 * config.target_kl):
+            if not means and before is not None:  # the updates were taken back
+                passes.clear()
+                break
+            passes += [means] if means else []
+            if means and config.target_kl is not None and means["train/approx_kl"] > 1.5 * config.target_kl:
                 break
         if several:
             self._ranks.end_updates()

@@ -196,12 +196,15 @@ class Pretraining:
             "step": self.step, "since": self._since, "best_loss": self.best_loss,
             "validation_loss": self.validation_loss, "weights": [each.detach().clone() for each in self._weights],
             "averages": list(self._averages), "best": self._best, "optimizer": self.optimizer.state_dict(),
-            "generator": self._generator.get_state(),
+            "generator": self._generator.get_state(), "device": self._obs.device.type,
         }  # fmt: skip
 
     @torch.no_grad()
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was called, with the same policy, data and settings."""
+        """Go on where `state` was called, with the same policy, data and settings.
+
+        On another kind of device with other random numbers.
+        """
         self.step, self._since = state["step"], state["since"]
         self.best_loss, self.validation_loss = state["best_loss"], state["validation_loss"]
         for mine, saved in ((self._weights, state["weights"]), (self._averages, state["averages"])):
@@ -209,7 +212,8 @@ class Pretraining:
                 each.copy_(value)
         self._best = [each.to(self._obs.device) for each in state["best"]]
         self.optimizer.load_state_dict(state["optimizer"])
-        self._generator.set_state(state["generator"])
+        if state.get("device", self._obs.device.type) == self._obs.device.type:
+            self._generator.set_state(state["generator"])
 
 
 def normalised(policy: FlowPolicy, data: Demonstrations) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,6 @@ class FlowRollouts(Ranked):
         super().dump_logs(self._iteration + 1)
 
     @one_thread()
-    @torch.no_grad()
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
         """Act for n_rollout_steps in every environment and fill the rollout; False if a callback ended training."""
         config, policy, (features, drawn) = self.config, self.policy, self.storage
@@ -139,7 +138,8 @@ class FlowRollouts(Ranked):
             if queue is not None:
                 decided[step] = due = queue.due(self._last_episode_starts)
             if due.any():
-                drawn[:, step] = self._act(features[step], noise[step])
+                with torch.no_grad():
+                    drawn[:, step] = self._act(features[step], noise[step])
                 chunks = _to_host(FlowSample(*drawn[:, step]).action).reshape(chunk_shape)
                 self._check_actions(chunks)
             actions = chunks[:, 0] if queue is None else queue.next(chunks, due)
@@ -201,6 +201,7 @@ class FlowRollouts(Ranked):
         kind = type(env)  # what a subclass does with rewards or actions must be done
         return (kind.step_wait, kind.step_async) == (TensorVecEnv.step_wait, TensorVecEnv.step_async)
 
+    @torch.no_grad()
     def _act_on_device(self, env: TensorVecEnv, callback: BaseCallback, noise: Tensor, further: Tensor) -> Steps | None:
         """The steps of a rollout whose environments are tensors; None if a callback ended training.
 
@@ -233,7 +234,8 @@ class FlowRollouts(Ranked):
                       "clipped_actions": clipped}  # fmt: skip
             shown = {name: OnDemand(envs, partial(_to_host, each)) for name, each in arrays.items()}
             callback.update_locals({**locals(), **shown, "infos": OnDemand(envs, partial(env.infos, result))})
-            goes_on = callback.on_step()
+            with torch.enable_grad():
+                goes_on = callback.on_step()
             self.steps_collected = step + 1
             if not goes_on:
                 break
@@ -253,6 +255,7 @@ class FlowRollouts(Ranked):
         decided = np.ones(rewards.shape, bool)
         return Steps(rewards, terminated, truncated, ends if len(ends) else None, decided, None, moments)
 
+    @torch.no_grad()
     def _fill(self, steps: Steps, begins: np.ndarray, noise: Tensor) -> None:
         """Make samples of a rollout's steps: normalised, with values and advantages.
 

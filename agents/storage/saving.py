@@ -96,6 +96,7 @@ class Checkpointed(BaseAlgorithm):
             "attributes": attributes,
             "parameters": parameters,
             "variables": {name: recursive_getattr(self, name) for name in variables},
+            "left_out": sorted(exclude & vars(self).keys()),
         }
 
     def _excluded_save_params(self) -> list[str]:
@@ -141,6 +142,8 @@ class Checkpointed(BaseAlgorithm):
             raise TypeError(f"unknown argument: got {', '.join(unknown)}, expected attributes of {cls.__name__}")
         if "config" in kwargs and kwargs["config"].learning_rate != attributes["config"].learning_rate:
             kwargs.setdefault("_rate", kwargs["config"].learning_rate)  # in use where lr_schedule adapts it
+        elif isinstance(rate := kwargs.get("learning_rate"), int | float):
+            kwargs.setdefault("_rate", rate)
         if missing := [name for name in _NEEDED if name not in attributes]:
             given = f"custom_objects={{{missing[0]!r}: ...}}"
             raise CheckpointError(f"{label}: got a file saved without {', '.join(missing)}; give load {given}")
@@ -181,7 +184,7 @@ class Checkpointed(BaseAlgorithm):
         model = cls(policy=attributes["policy_class"], env=env, device=device, _init_setup_model=False)  # type: ignore[call-arg]
         if type(model.config) is not type(attributes["config"]):  # type: ignore[attr-defined]
             raise CheckpointError(f"it is one of another class, with a {type(attributes['config']).__name__}")
-        known = {*content["attributes"], *_NEEDED, *given, *vars(model), *dir(cls)}
+        known = {*content["attributes"], *content.get("left_out", ()), *_NEEDED, *given, *vars(model), *dir(cls)}
         vars(model).update({name: value for name, value in attributes.items() if name in known})
         with _Allocations(size + 2**24):
             model._setup_model()

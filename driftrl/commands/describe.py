@@ -45,11 +45,15 @@ def describe_preset(entry: AgentSpec, defaults: Arguments, arguments: Arguments)
     return "\n".join(lines)
 
 
+def further_steps(done: int) -> int:
+    """Steps up to which a run can go on that came to its end after so many: 0 after pretraining alone."""
+    return 2 * done or 200_000
+
+
 def describe_commands(agent: Checkpointed, folder: Path, total_timesteps: int) -> str:
     """What can be done next with a run that has a saved agent."""
     evaluate, run = command("evaluate"), shlex.quote(str(folder))
-    further = 2 * agent.num_timesteps or 200_000  # 0 after pretraining alone
-    more = f" --total-timesteps {further}" if agent.num_timesteps >= total_timesteps else ""
+    more = f" --total-timesteps {further_steps(agent.num_timesteps)}" if agent.num_timesteps >= total_timesteps else ""
     return (
         f"evaluate:  {evaluate} {run} --episodes 20\n"
         f"watch:     {evaluate} {run} --episodes 1 --video {shlex.quote(str(folder / 'video.mp4'))}\n"

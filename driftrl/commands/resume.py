@@ -30,7 +30,7 @@ from ..runs.kinds import is_group, is_shared
 from ..runs.lock import alone
 from ..runs.trackers import check_tracker
 from ..runs.warnings import warn
-from .describe import command, describe
+from .describe import command, describe, further_steps
 from .errors import Parser, whole_number
 from .ranks import check_agent, check_same_file
 from .seeds import check_jobs, train_group
@@ -105,9 +105,10 @@ def _resume_in(folder: Path, arguments: argparse.Namespace, report_to: Report | 
         for reason in found.skipped:
             warn(f"skipped {reason}")
         if done >= settings.total_timesteps and is_complete(folder):
+            more = f"{command('train')} --resume {shlex.quote(str(folder))} --total-timesteps {further_steps(done)}"
             print(
                 f"nothing left to do: {found.file} has {done:,} of {settings.total_timesteps:,} steps; to go on, raise "
-                f"them\n  {command('train')} --resume {shlex.quote(str(folder))} --total-timesteps {2 * done}"
+                f"them\n  {more}"
             )
             return 0
         if arguments.total_timesteps is not None and arguments.total_timesteps < done:

@@ -14,7 +14,7 @@ from ..runs.group import members
 from ..runs.lock import alone
 from ..runs.results import read_results
 from ..runs.warnings import warn
-from .describe import command
+from .describe import command, further_steps
 from .processes import RunProcess, Signals
 from .progress import Board
 
@@ -109,4 +109,5 @@ def _next_commands(group: Path, runs: Sequence[RunProcess]) -> str:
 def _lines(folder: str, complete: bool, total: int) -> Iterator[str]:
     yield f"evaluate:  {command('evaluate')} {folder} --episodes 20"
     yield f"curves:    {command('tensorboard')} --logdir {folder}"
-    yield f"resume:    {command('train')} --resume {folder}{f' --total-timesteps {2 * total}' if complete else ''}"
+    more = f" --total-timesteps {further_steps(total)}" if complete else ""
+    yield f"resume:    {command('train')} --resume {folder}{more}"

@@ -117,4 +117,8 @@ def _check_pretraining(name: str, arguments: Arguments, chosen: Collection[str])
         raise ValueError(f"demonstrations: got them for {name}, which cannot learn from them; use policyflow")
     if not arguments.pretrain_steps and not arguments.config.bc_coef:
         raise ValueError("demonstrations: got them, which change nothing without pretrain_steps or bc_coef above 0")
+    for option in ("pretrain_batch_size", "pretrain_learning_rate"):
+        if option in chosen and not arguments.pretrain_steps:
+            got = getattr(arguments, option)
+            raise ValueError(f"{option}: got {got}, which changes nothing without pretrain_steps above 0")
     find_dataset(arguments.demonstrations)  # refused here, not in the run

@@ -159,8 +159,8 @@ def _learn(
         try:
             agent.learn(total - done, callback=CallbackList(callbacks), reset_num_timesteps=done == 0)
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and stop.signal is not None:  # the second, or too long a wait
-                raise
+            if isinstance(error, KeyboardInterrupt) and not (stop.signal is stop.agreed is None):
+                raise  # training has stopped and saved; or it is the second signal, or too long a wait
             if _is_worth_saving(agent, done):
                 stop.be_patient()
                 checkpoints.save()
@@ -188,6 +188,7 @@ def _go_on(agent: Checkpointed, settings: RunSettings, found: Resumption) -> dic
         missing = ["all but the agent: the file is no checkpoint"]
     else:
         missing = [found.state["missing"]] if "missing" in found.state else restore(agent, found.state)
+        missing += [found.state["lost"]] if "lost" in found.state else []
     how = "as if it had not been interrupted"
     if settings.backend == "warp":
         how = "simulation by Warp goes on to rounding, not to the last bit"

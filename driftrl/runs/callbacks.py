@@ -48,7 +48,7 @@ class Checkpoints(BaseCallback):
         self._evaluations = Evaluations(settings, stop)
 
     def _on_training_start(self) -> None:
-        self._last = self.model.num_timesteps
+        self._last = self._learned = self.model.num_timesteps
         self._was_final = (self._folder / "final.zip").exists()
         if self._progress is None:
             self._progress = {
@@ -64,14 +64,16 @@ class Checkpoints(BaseCallback):
     def _on_rollout_start(self) -> None:  # the policy was just updated
         assert self._progress is not None
         steps, interval = self.model.num_timesteps, self._settings.checkpoint_interval
+        self._learned = steps
         is_due = steps // interval > self._last // interval or self._was_final
-        _agree(self._stop, is_due)
-        if self._evaluations.are_due(steps, self._progress["evaluated_at"]):  # before a checkpoint, which knows of it
+        _, evaluates = _agree(self._stop, is_due, self._evaluations.are_due(steps, self._progress["evaluated_at"]))
+        if evaluates:  # before a checkpoint, which knows of it
             self._evaluate(steps)
-        if self._stop.signal is not None:
+            _agree(self._stop, is_due)
+        if self._stop.agreed is not None:
             self._stop.be_patient()
             self.save()
-            raise KeyboardInterrupt(self._stop.signal)
+            raise KeyboardInterrupt(self._stop.agreed)
         if is_due:
             self._last, self._was_final = steps, False
             self.save()
@@ -80,15 +82,20 @@ class Checkpoints(BaseCallback):
 
     def _on_training_end(self) -> None:
         assert self._progress is not None
-        steps = self.model.num_timesteps
+        steps = self._learned = self.model.num_timesteps
         if self._settings.eval_interval is not None and self._progress["evaluated_at"] != steps:
             self._evaluate(steps)
 
     def save(self) -> None:
-        """Save a checkpoint."""
+        """Save a checkpoint; it says what it lacks where an error ended the steps of a rollout, or their update."""
         assert self._progress is not None
-        with reported("checkpoint", self.model.num_timesteps):
-            save_checkpoint(self.model, self._folder, self._settings.keep_checkpoints, self._progress)
+        steps = self.model.num_timesteps
+        lost = f"what the last {steps - self._learned:,} steps teach: an error ended the run in them"
+        with reported("checkpoint", steps):
+            save_checkpoint(
+                self.model, self._folder, self._settings.keep_checkpoints, self._progress,
+                lost if steps > self._learned else None,
+            )  # fmt: skip
             for name in COMPLETE:  # of a run that goes on: they are final no longer
                 (self._folder / name).unlink(missing_ok=True)
 
@@ -128,24 +135,29 @@ class Follows(BaseCallback):
         return True
 
     def _on_rollout_start(self) -> None:
-        is_due = _agree(self._stop, False)
-        if self._stop.signal is not None:
+        is_due, evaluates = _agree(self._stop)
+        if evaluates:  # rank 0, for which the others wait here
+            is_due, _ = _agree(self._stop)
+        if self._stop.agreed is not None:
             self._stop.be_patient()
-        if is_due or self._stop.signal is not None:
+        if is_due or self._stop.agreed is not None:
             self.save()
-        if self._stop.signal is not None:
-            raise KeyboardInterrupt(self._stop.signal)
+        if self._stop.agreed is not None:
+            raise KeyboardInterrupt(self._stop.agreed)
 
     def save(self) -> None:
         """Hand over."""
         hand_over(self.model)
 
 
-def _agree(stop: StopOnSignal, saves: bool) -> bool:
-    """Let a signal of one rank stop all. Returns whether one of them wants to save."""
-    said = present().gather((stop.signal, saves))
-    stop.signal = next((signal for signal, _ in said if signal is not None), None)
-    return any(each for _, each in said)
+def _agree(stop: StopOnSignal, saves: bool = False, evaluates: bool = False) -> tuple[bool, bool]:
+    """Let a signal of one rank stop all at once: one that comes later waits for the next time.
+
+    Returns whether a checkpoint is due, and whether an evaluation is that has to come first: none where all stop.
+    """
+    said = present().gather((stop.signal, saves, evaluates))
+    stop.agreed = next((signal for signal, *_ in said if signal is not None), None)
+    return any(each for _, each, _ in said), stop.agreed is None and any(each for *_, each in said)
 
 
 @contextlib.contextmanager
@@ -175,7 +187,14 @@ class Progress(BaseCallback):
         self._bar.update(min(self.num_timesteps, self._total) - self._bar.n)
         return True
 
-    def _on_rollout_end(self) -> None:
+    def _on_rollout_start(self) -> None:  # of the one before, which was learned from: the output may be closed
+        if self.model.num_timesteps > self._begin:
+            self._show()
+
+    def _on_training_end(self) -> None:
+        self._show()
+
+    def _show(self) -> None:
         now, steps = time.monotonic(), self.model.num_timesteps
         mean = f"return {_mean_return(self.model):.1f}" if self.model.ep_info_buffer else "return -"
         self._bar.set_postfix_str(mean, refresh=False)
@@ -208,9 +227,9 @@ class Reports(BaseCallback):
     def _on_step(self) -> bool:
         return True
 
-    def _on_rollout_end(self) -> None:
+    def _on_rollout_start(self) -> None:
         now = time.monotonic()
-        if now - self._reported_at >= 0.5:
+        if now - self._reported_at >= 0.5 and self.model.num_timesteps > self._begin:
             self._reported_at = now
             mean = _mean_return(self.model) if self.model.ep_info_buffer else None
             seconds = now - self._start

@@ -183,14 +183,16 @@ def save_agent(agent: Checkpointed, path: Path) -> None:
     _save(path, {"agent": checkpoint.encode(agent.contents())})
 
 
-def save_checkpoint(agent: Checkpointed, folder: Path, keep: int, progress: dict[str, Any]) -> Path:
+def save_checkpoint(
+    agent: Checkpointed, folder: Path, keep: int, progress: dict[str, Any], lost: str | None = None
+) -> Path:
     """Save an agent and all that its training goes on from, all or nothing; of the older ones `keep` - 1 stay.
 
     Newer ones can only be broken: training went on from before them, and will replace them. Of several ranks rank 0
-    calls this, the others `rank_states.hand_over`.
+    calls this, the others `rank_states.hand_over`. `lost` says what a run that goes on from it lacks.
     """
     path = checkpoint_path(folder, agent.num_timesteps)
-    _save(path, {"agent": checkpoint.encode(agent.contents()), **documents(agent, progress)})
+    _save(path, {"agent": checkpoint.encode(agent.contents()), **documents(agent, progress, lost)})
     for old in [file for file in checkpoints(folder) if _steps(file) < agent.num_timesteps][keep - 1 :]:
         old.unlink()
     return path

@@ -31,10 +31,10 @@ def hand_over(agent: Checkpointed) -> list[torch.Tensor | None]:
     return ranks.gather(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
 
 
-def documents(agent: Checkpointed, progress: dict[str, Any]) -> dict[str, checkpoint.Document]:
+def documents(agent: Checkpointed, progress: dict[str, Any], lost: str | None) -> dict[str, checkpoint.Document]:
     """The documents of a checkpoint beside the agent's, on rank 0; the others call `hand_over`."""
     _, *others = hand_over(agent)
-    run = {**saving.capture(agent), "progress": progress}
+    run = {**saving.capture(agent), "progress": progress} | ({"lost": lost} if lost else {})
     if not others:
         return {"run": checkpoint.encode(run)}
     return {

@@ -42,7 +42,8 @@ class StopOnSignal:
     PATIENCE = 6.0
 
     def __init__(self, says_so: bool = True) -> None:
-        self.signal: int | None = None
+        self.signal: int | None = None  # what came here
+        self.agreed: int | None = None  # what stops all ranks
         self._says_so = says_so
 
     def __enter__(self) -> StopOnSignal:

@@ -81,6 +81,11 @@ def test_an_error_in_the_users_environment_keeps_its_traceback_and_what_was_lear
     assert any(Path(frame.path).name == Path(__file__).name for frame in caught.traceback)
     assert load_agent(only_run(), "cpu").num_timesteps == 89
     assert (only_run() / "progress.csv").read_text().count("\n") > 3
+    rollout = int(SMALL[SMALL.index("--n-steps") + 1])
+    with pytest.raises(KINDS[how]):  # the evaluation fails, too
+        train.main(["--resume", str(only_run()), "--total-timesteps", "128"])
+    lost = f"not restored: what the last {89 % rollout} steps teach: an error ended the run in them\n"
+    assert lost in capsys.readouterr().out
 
 
 def test_an_interrupt_that_the_users_environment_raises_keeps_what_was_learned() -> None:

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "oracles"))
+
+from run_differences import differences
+
 from driftrl.runs.folder import load_agent
 
 ROOT = Path(__file__).parents[2]
 TRAIN = [
-    str(ROOT / "train.py"), "policyflow", "--env", "InvertedPendulum-v5", "--n-envs", "1", "--n-steps", "64",
+    str(ROOT / "train.py"), "policyflow", "--env", "InvertedPendulum-v5", "--n-envs", "2", "--n-steps", "32",
     "--batch-size", "64", "--n-epochs", "1", "--compile", "off", "--device", "cpu", "--seed", "0",
     "--total-timesteps", "640",
 ]  # fmt: skip
@@ -39,6 +43,14 @@ def test_training_is_saved_where_its_output_is_closed(tmp_path: Path) -> None:
     assert error.startswith("output closed at ") and f"kept {run.relative_to(tmp_path)}" in error
     assert error.count("\n") == 1
     assert 0 < load_agent(run, "cpu").num_timesteps < 640
+
+    resumed = subprocess.run(
+        [sys.executable, TRAIN[0], "--resume", str(run)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "all restored: as if it had not been interrupted" in resumed.stdout
+    subprocess.run([sys.executable, *TRAIN, "--run-dir", "whole"], cwd=tmp_path, capture_output=True, check=True)
+    (whole,) = (path.parent for path in (tmp_path / "whole").rglob("config.json"))
+    assert differences(whole, run) == []
 
 
 @pytest.mark.parametrize("command", ["train.py policyflow --help-all", "evaluate.py --help", "train.py --version"])

@@ -128,6 +128,10 @@ def test_runs_of_a_group_may_only_pretrain(data: str, tmp_path: Path, capsys: py
             "demonstrations: got them, which change nothing without pretrain_steps or bc_coef above 0",
         ),
         (["--pretrain-batch-size", "5"], "pretrain_batch_size: got 5, which changes nothing without demonstrations"),
+        (
+            ["--demonstrations", "DATA", "--bc-coef", "0.1", "--pretrain-learning-rate", "123"],
+            "pretrain_learning_rate: got 123.0, which changes nothing without pretrain_steps above 0",
+        ),
         (["--demonstrations", "nowhere", "--pretrain-steps", "5"], "no data set: got nowhere"),
         (["--total-timesteps", "0"], "total_timesteps: got 0, expected an integer of at least 1"),
         (["--demonstrations", "DATA", "--pretrain-steps", "5", "--env", "Pendulum-v1"], "expected [3]"),

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from several_ranks import Said, train_on_ranks
 
 from driftrl.commands import sweep, train, training
 from driftrl.envs.mujoco_batch import MujocoVecEnv
+from driftrl.runs.callbacks import Checkpoints, Follows
+from driftrl.runs.evaluations import Evaluations
 from driftrl.runs.folder import checkpoints, load_agent
 
 SMALL = [
@@ -120,6 +123,50 @@ def test_a_signal_to_one_rank_stops_all_and_saves(number: signal.Signals) -> Non
     assert [path.stem for path in checkpoints(run_in("runs"))] == ["step_192"]
     (_, other) = train_on_ranks(2, ["--resume", str(run_in("runs")), "--total-timesteps", "256"])
     assert other.code == 0
+
+
+def test_a_signal_while_rank_0_evaluates_stops_all_where_nothing_is_lost() -> None:
+    options = ("--checkpoint-interval", "100000", "--eval-interval", "192", "--eval-episodes", "3")
+
+    def signalled(rank: int) -> None:
+        if rank == 0:
+            play = Evaluations._play
+
+            def interrupted(self: Evaluations, agent: Any) -> Any:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return play(self, agent)
+
+            Evaluations._play = interrupted  # type: ignore[method-assign]
+
+    said = train_on_ranks(2, [*PENDULUM, "--total-timesteps", "100000", *options], signalled)
+    assert [each.code for each in said] == [143, 143] and said[1].out == ""
+    assert "stopped at 192 of 100,000 steps; last saved in " in said[0].out
+    resumed = run_in("runs")
+    first, second = train_on_ranks(2, ["--resume", str(resumed), "--total-timesteps", "256"])
+    assert (first.code, second.code) == (0, 0) and "all restored" in first.out
+    started("whole", 256, *options)
+    assert differences(run_in("whole"), resumed) == []
+
+
+def test_a_signal_that_comes_while_ranks_agree_stops_them_the_next_time() -> None:
+    def late(rank: int) -> None:
+        kind = Follows if rank else Checkpoints
+        original, count = kind._on_rollout_start, [0]
+
+        def start(self: Any) -> None:
+            count[0] += 1
+            if count[0] == 3 and rank:
+                threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            elif count[0] == 3:
+                time.sleep(1.0)  # rank 1 has said that nothing stops it, and waits
+            original(self)
+
+        kind._on_rollout_start = start  # type: ignore[method-assign]
+
+    arguments = [*PENDULUM, "--total-timesteps", "100000", "--checkpoint-interval", "100000"]
+    said = train_on_ranks(2, arguments, late)
+    assert [each.code for each in said] == [143, 143] and said[1].out == ""
+    assert [path.stem for path in checkpoints(run_in("runs"))] == ["step_192"]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from driftrl.agents.storage.saving import capture, restore
 from driftrl.commands import train
 from driftrl.envs import make_vec
 from driftrl.envs.avoid import AVOID, Avoid
+from driftrl.envs.known import known_task_of
 from driftrl.envs.multigoal import GOAL_TASKS
 from driftrl.envs.tensor import TensorVecEnv
 from driftrl.envs.tensor_tasks import TENSOR_TASKS
@@ -87,6 +88,13 @@ def test_steps_ends_and_infos_are_those_of_the_batch_in_numpy() -> None:
                 assert mine["episode"]["l"] == other["episode"]["l"]
                 assert mine["episode"]["r"] == pytest.approx(other["episode"]["r"], abs=1e-4)
     assert ended > 12
+
+
+@pytest.mark.parametrize("task", TENSOR_TASKS)
+def test_agents_know_the_task_and_its_arguments(task: str) -> None:
+    options: dict[str, Any] = {"start": [0.5, 0.0]} if task == "driftrl/MultiGoal-v0" else {}
+    found = known_task_of(make_vec(task, 2, 0, backend="tensor", **options))
+    assert found == known_task_of(make_vec(task, 2, 0, backend="sync", **options)) and found is not None
 
 
 def test_a_seed_makes_episodes_and_is_used_once() -> None:

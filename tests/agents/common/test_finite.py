@@ -151,6 +151,11 @@ class ValueIsTheMean(nn.Module):
             [1 + (1 + (1 + 13 / 2) / 2) / 2, 1 + (1 + 13 / 2) / 2, 7.5, None],
         ),
         (
+            {4: {"first": np.nan}},
+            [],
+            [1 + (1 + (1 + 1 / 2) / 2) / 2, 1 + (1 + 1 / 2) / 2, 1.5, 1],
+        ),  # the next episode's
+        (
             {4: {"restarted": True, "truncated": True}},
             [3],
             [1 + (1 + (1 + 13 / 2) / 2) / 2, 1 + (1 + 13 / 2) / 2, 1 + 13 / 2, None],
@@ -175,7 +180,7 @@ def test_a_transition_left_out_changes_no_other(
     others = [i for i in range(8) if i not in [2 * t + 1 for t in left_out]]
     for t in left_out:  # in its place stands another one, whole
         assert (rows[2 * t + 1] == rows[others]).all(1).any()
-    assert agent.logger.name_to_value["rollout/transitions_left_out"] == len(left_out)
+    assert agent.logger.name_to_value.get("rollout/transitions_left_out", 0) == len(left_out)
     assert all(values.isfinite().all() for values in tensors_in(agent.samples))
 
 
@@ -185,6 +190,7 @@ def test_a_transition_left_out_changes_no_other(
         ({7: {"reward": np.inf}}, 1),
         ({6: {"obs": np.nan}, 7: {"obs": np.nan}}, 3),  # two into nowhere, the third from nowhere
         ({8: {"obs": np.nan}}, 1),  # the end of an episode
+        ({8: {"first": np.nan}}, 1),  # the beginning of one: what ended before it is whole
         ({8: {"restarted": True}}, 1),
     ],
 )
@@ -247,7 +253,20 @@ def test_skip_does_not_go_on_without_any_update(kind: type[Any], fields: dict[st
     agent = make(kind, fields, nonfinite="skip")
     agent._gradient = lambda *batch, gradient=agent._gradient: bad_loss(*gradient(*batch))
     with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="got no update whose terms are finite"):
-        agent.learn(16)
+        agent.learn(200)
+
+
+@both
+def test_skip_goes_on_where_the_only_update_was_left_out(kind: type[Any], fields: dict[str, Any]) -> None:
+    one = {"batch_size": 16, "n_epochs": 2} if kind is PolicyFlow else {"gradient_steps": 1, "batch_size": 8}
+    agent, sound = make(kind, fields | one, nonfinite="skip"), make(kind, fields | one).learn(48)
+    poisoned(agent, 1, bad_loss)
+    with pytest.warns(RuntimeWarning, match="the update is left out"):
+        agent.learn(48)
+    states = [each.policy.optimizer.state.values() for each in (agent, sound)]
+    taken, of_sound = ([moments["step"].item() for moments in state] for state in states)
+    assert of_sound and taken == [steps - 1 for steps in of_sound]
+    assert agent._n_updates == sound._n_updates - 1
 
 
 def spoil_weights(agent: Any) -> Callable[[Tensor, dict[str, Tensor]], Result]:

@@ -9,8 +9,11 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
 
 from driftrl import LipschitzMBPO, PolicyFlow
+from driftrl.envs import make_vec
 
 from .test_weights import both, make
 
@@ -25,6 +28,28 @@ def test_vector_environments_of_gymnasium_are_refused_with_the_remedy(kind: type
     with pytest.raises(ValueError, match=message):
         make(kind).set_env(env)
     env.close()
+
+
+@pytest.mark.parametrize("kind", [PPO, PolicyFlow, LipschitzMBPO])
+@pytest.mark.parametrize("backend", ["sync", "tensor"])
+def test_callbacks_may_train_networks_of_their_own(kind: Any, backend: Any) -> None:
+    class Discriminator(BaseCallback):
+        net = torch.nn.Linear(2, 1)
+
+        def learn(self) -> None:
+            self.net(torch.ones(8, 2)).sum().backward()
+
+        def _on_step(self) -> bool:
+            self.learn()
+            return True
+
+        _on_rollout_start = _on_rollout_end = learn
+
+    fields: dict[str, Any] = {"learning_starts": 8} if kind is LipschitzMBPO else {"n_steps": 16, "batch_size": 16}
+    fields |= {} if kind is PPO else {"actor_hidden": (4,), "critic_hidden": (4,), "compile": "off"}
+    env = make_vec("driftrl/MultiGoal-v0", 2, 0, backend=backend)
+    kind("MlpPolicy", env, device="cpu", **fields).learn(32, callback=Discriminator())
+    assert torch.equal(Discriminator.net.weight.grad, Discriminator.net.weight.grad[:, :1].expand(1, 2))
 
 
 @both

@@ -190,6 +190,9 @@ def test_a_pretraining_that_is_broken_off_goes_on_as_if_it_had_not_been() -> Non
     assert averaged is not None
     for one, other in zip(averaged.parameters(), actor.parameters(), strict=True):
         assert torch.equal(one, other)  # predict() uses the average: it was pretrained, too
+    # On another kind of device random numbers cannot go on: they are others, and the rest goes on.
+    elsewhere = saved | {"device": "cuda", "generator": torch.zeros(16, dtype=torch.uint8)}
+    assert agent(ema_decay=0.9).pretrain(data, settings=settings, state=elsewhere) != expected
 
 
 def test_the_best_weights_are_kept_and_patience_ends_it() -> None:

@@ -135,6 +135,17 @@ def test_parameters_are_set_from_a_file(tmp_path: Path) -> None:
         second.set_parameters({"policy": first.get_parameters()["policy"]})
 
 
+def test_what_was_left_out_is_put_back_as_the_error_says(tmp_path: Path) -> None:
+    agent: Any = flow()
+    agent.rule = lambda obs: -obs
+    with pytest.raises(CheckpointError, match=r"exclude=\['rule'\]\) leaves it out, load\(.*'rule': ...\}\) puts it"):
+        agent.save(tmp_path / "a")
+    agent.save(tmp_path / "a", exclude=["rule"])
+    loaded: Any = PolicyFlow.load(tmp_path / "a", custom_objects={"rule": abs, "other": abs}, device="cpu")
+    assert loaded.rule is abs and not hasattr(loaded, "other")
+    assert not hasattr(PolicyFlow.load(tmp_path / "a", device="cpu"), "rule")
+
+
 def test_exclude_include_and_custom_objects(tmp_path: Path) -> None:
     learner = flow()
     learner.save(tmp_path / "a", exclude=["gamma", "ep_info_buffer"], include=["_discounted_return"])
@@ -142,7 +153,7 @@ def test_exclude_include_and_custom_objects(tmp_path: Path) -> None:
     assert loaded.verbose == 1
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         text = archive.read("agent.json").decode()
-    assert '"ep_info_buffer"' not in text and '"_discounted_return"' in text
+    assert '"ep_info_buffer":' not in text and '"_discounted_return"' in text
 
 
 def halved(progress: float) -> float:

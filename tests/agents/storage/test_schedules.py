@@ -78,6 +78,29 @@ def test_what_rl_zoo3s_enjoy_always_passes_loads(kind: type[Any], fields: dict[s
     assert agent.predict(np.zeros(4))[0].shape == (1,)
 
 
+@both
+def test_no_schedule_is_asked_for_less_than_nothing(kind: type[Any], fields: dict[str, Any]) -> None:
+    asked = list[float]()
+
+    def schedule(remaining: float) -> float:
+        asked.append(remaining)
+        return 1e-3 * remaining
+
+    steps = {"n_steps": 48} if kind is PolicyFlow else {}
+    agent = kind("MlpPolicy", make_vec("InvertedPendulum-v5", 3, 0), schedule, seed=0, device="cpu", **fields | steps)
+    agent.learn(100)  # the last rollout goes on to 102, or 144
+    assert agent.num_timesteps > 100 and min(asked) == 0
+
+
+@pytest.mark.parametrize("rate", [1e-3, 2e-3])
+def test_a_rate_given_to_load_takes_the_place_of_the_adapted_one(rate: float, tmp_path: Path) -> None:
+    agent = PolicyFlow("MlpPolicy", make_vec("InvertedPendulum-v5", 1, 0), 1e-3, device="cpu", **FLOW)
+    agent._rate = 1e-5
+    agent.save(tmp_path / "agent")
+    assert PolicyFlow.load(tmp_path / "agent").lr_schedule(0.5) == 1e-5
+    assert PolicyFlow.load(tmp_path / "agent", learning_rate=rate).lr_schedule(0.5) == rate
+
+
 def test_ppos_arguments_that_say_nothing_are_accepted() -> None:
     env = make_vec("InvertedPendulum-v5", 1, 0)
     agent: Any = PolicyFlow(
