@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 RESULTS = Path(__file__).parent / "results" / "learning"
 LATE_NOISE_SHARE = 0.3
@@ -113,13 +114,29 @@ def sb3_preset(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     n_envs, config = preset(run.env, **overrides)
 
     class AdaptivePPO(PPO):
-        """PPO whose learning rate keeps the KL within a factor of 2 of desired_kl."""
+        """PPO whose learning rate keeps the mean KL of all minibatches within a factor of 2 of desired_kl."""
 
         rate = config.learning_rate
 
-        def train(self) -> None:
-            super().train()
-            kl = self.logger.name_to_value["train/approx_kl"]
+        def train(self) -> None:  # what Stable-Baselines3 logs is the mean of the last epoch
+            found, batches, evaluate = list[float](), self.rollout_buffer.get, self.policy.evaluate_actions
+
+            def watched_batches(size: int | None) -> Iterator[Any]:
+                for self.batch in batches(size):
+                    yield self.batch
+
+            def watched(obs: Any, actions: Any) -> Any:
+                values, log_prob, entropy = evaluate(obs, actions)
+                change = (log_prob - self.batch.old_log_prob).detach()
+                found.append((change.exp() - 1 - change).mean().item())
+                return values, log_prob, entropy
+
+            with (
+                mock.patch.object(self.rollout_buffer, "get", watched_batches),
+                mock.patch.object(self.policy, "evaluate_actions", watched),
+            ):
+                super().train()
+            kl = sum(found) / len(found)
             factor = 1 / 1.5 if kl > 2 * config.desired_kl else 1.5 if kl < config.desired_kl / 2 else 1.0
             self.rate = min(max(self.rate * factor, config.lr_min), config.lr_max)
 

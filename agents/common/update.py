@@ -188,19 +188,18 @@ class Updates(LearningRate, FiniteTransitions):
         if device.type == "cpu" and self._ranks.size == 1:
             self._step = prepared(self._step or self._objective.step, wanted, device) if wanted else None
 
-    def _update(self, weights: Weights, *batch: Any, step: Callable[[Tensor], None] | None = None) -> Tensor | None:
+    def _update(self, weights: Weights, *batch: Any) -> Tensor | None:
         """One update: the gradient of the sum of the losses, clipped; the optimizer's step; then the average follows.
 
         Args:
             weights: what learns.
             *batch: of the losses.
-            step: takes the step given a gradient, in place of `Weights.update`.
 
         Returns:
             The scalars, [number of `_names`]; None if the update was left out.
         """
         skips = self.config.nonfinite == "skip"
-        joined = weights.joined() if self._step is not None and step is None else None
+        joined = weights.joined() if self._step is not None else None
         if self._step is not None and joined is not None:  # the same as one program
             table: Tensor = self._step(joined, *batch)
             self._names = self._objective.names
@@ -213,7 +212,7 @@ class Updates(LearningRate, FiniteTransitions):
         self._names, table = tuple(scalars), torch.stack(list(scalars.values()))
         if skips and self._refuses(table):
             return None
-        (step or weights.update)(gradient)
+        weights.update(gradient)
         return table
 
     def _averaged(self, gradient: Tensor, scalars: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

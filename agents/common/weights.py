@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ class Joined(NamedTuple):
     taken: Tensor  # steps so far, t, 0-d
     average: Tensor  # of the first parameters, [A]; A = 0: there is none
     options: Tensor  # float64, [7]: rate, betas, eps, weight decay (decoupled; by the gradient), average's rate
+    shares: Tensor  # of the rate, for each weight, [P]; [0]: all of it
 
     def parts(self, policy: BoxPolicy) -> list[Tensor]:
         """The parameters, as views of the vector."""
@@ -43,8 +44,10 @@ class Joined(NamedTuple):
         exp_avg_sq = beta2.float() * self.exp_avg_sq + (1 - beta2).float() * gradient * gradient
         size = exp_avg_sq.sqrt() / second.sqrt().float() + eps.float()
         vector = vector - (rate / first).float() * exp_avg / size
+        if len(self.shares):
+            vector = torch.lerp(self.vector, vector, self.shares)
         average = self.average + average_rate.float() * (vector[: len(self.average)] - self.average)
-        return Joined(vector, exp_avg, exp_avg_sq, taken, average, self.options)
+        return Joined(vector, exp_avg, exp_avg_sq, taken, average, self.options, self.shares)
 
 
 class Weights:
@@ -58,10 +61,14 @@ class Weights:
         policy: names its modules `followed` and `follower` of the average, and the average's rate.
 
     Attributes:
+        shares: of the learning rate that each parameter has, in [0, 1]: it goes that share of its step, and its moments
+            move as ever; none: all of it. Set before `prepare`.
         names: of the parameters that require a gradient and that the optimizer holds.
         parameters: they themselves; first those that the average follows, the larger before the smaller.
         vector: what they are views of, or None.
     """
+
+    shares: Sequence[float] = ()
 
     def __init__(self, policy: BoxPolicy) -> None:
         self.optimizer, self.rate = policy.optimizer, policy.averaging
@@ -149,7 +156,11 @@ class Weights:
         numbers = [group["lr"], *group["betas"], group["eps"], *decays, self.rate]
         options = torch.tensor([float(each) for each in numbers], dtype=torch.float64, device=self.vector.device)
         average = self._average[0] if self._average else self.vector[:0]
-        self._prepared = Joined(self.vector, state["exp_avg"], state["exp_avg_sq"], state["step"], average, options)
+        shares = [self.vector.new_full((size,), each) for size, each in zip(self._sizes, self.shares, strict=False)]
+        self._prepared = Joined(
+            self.vector, state["exp_avg"], state["exp_avg_sq"], state["step"], average, options,
+            torch.cat(shares) if shares else self.vector[:0],
+        )  # fmt: skip
         return self._prepared
 
     def update(self, gradient: Tensor) -> None:
@@ -158,7 +169,12 @@ class Weights:
         Args:
             gradient: of all parameters as one vector, in their order.
         """
+        partial = [pair for pair in zip(self.parameters, self.shares, strict=False) if pair[1] < 1]
+        before = [each.detach().clone() for each, _ in partial]
         self.step(gradient)
+        with torch.no_grad():
+            for (each, share), old in zip(partial, before, strict=True):
+                each.copy_(torch.lerp(old, each, share))
         self.average()
 
     def average(self) -> None:

@@ -281,8 +281,8 @@ class PolicyFlow(Imitation):
             references = references._replace(samples=references.samples._replace(spread_rate=rate))
 
         bc_coef = torch.tensor(self._present_weight() if config.bc_coef > 0 else 0.0, device=self.device)
-        is_tuned = config.critic_learning_rate is not None or self._iteration < config.critic_warmup
-        passes, step = list[dict[str, float]](), self._two_rates(weights) if is_tuned else None
+        self._use_two_rates(weights)
+        passes = list[dict[str, float]]()
         if several:
             self._ranks.begin_updates()
         for _ in range(config.n_epochs):
@@ -295,7 +295,7 @@ class PolicyFlow(Imitation):
             order = torch.randperm(len(epoch.obs), generator=generator, device=self.device)
             for minibatch in epoch.minibatches(config.batch_size, order):
                 # The gradient of the sum of `losses`, its clip, the optimizer's step, then the weight average follows.
-                scalars = self._update(weights, minibatch, spread_coef, bc_coef, step=step)
+                scalars = self._update(weights, minibatch, spread_coef, bc_coef)
                 if scalars is not None:  # else it was left out
                     metrics.append(scalars)
             means = self._settle(metrics, before)

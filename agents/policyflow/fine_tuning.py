@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from ..common.weights import Weights
 from .policy import FlowActor
@@ -28,8 +26,8 @@ class SteeringRatio(Ratio):
         return gaussian_terms(actor, samples, torch.zeros_like(samples.x1))
 
 
-def two_rates(weights: Weights, actor_rate: float, critic_rate: float) -> Callable[[Tensor], None]:
-    """An update in place of `Weights.update` whose critic learns at another rate than all else.
+def two_rates(weights: Weights, actor_rate: float, critic_rate: float) -> None:
+    """Let the critic learn at another rate than all else, until the shares of the weights are others.
 
     The optimizer takes a step at the larger rate and the parameters of the smaller one go the share of it that is
     theirs: Adam's step is proportional to its rate. At a rate of 0 parameters stay and their moments move.
@@ -42,17 +40,6 @@ def two_rates(weights: Weights, actor_rate: float, critic_rate: float) -> Callab
     largest = max(actor_rate, critic_rate)
     for group in weights.optimizer.param_groups:
         group["lr"] = largest
-    weights.prepare()
     rates = [critic_rate if name.startswith("critic.") else actor_rate for name in weights.names]
-    shares = [rate / largest if largest else 1.0 for rate in rates]
-    partial = [(each, share) for each, share in zip(weights.parameters, shares, strict=True) if share < 1]
-
-    @torch.no_grad()
-    def update(gradient: Tensor) -> None:
-        before = [each.detach().clone() for each, _ in partial]
-        weights.step(gradient)
-        for (each, share), old in zip(partial, before, strict=True):
-            each.copy_(torch.lerp(old, each, share) if share else old)
-        weights.average()
-
-    return update
+    weights.shares = [rate / largest if largest else 1.0 for rate in rates]
+    weights.prepare()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -102,13 +102,16 @@ class Imitation(FlowRollouts):
         """Whether only the critic learns yet."""
         return self._iteration < int(self.config.critic_warmup)
 
-    def _two_rates(self, weights: Weights) -> Callable[[Tensor], None]:
-        """What takes the optimizer's step given a gradient, where the critic has a rate of its own or learns alone."""
+    def _use_two_rates(self, weights: Weights) -> None:
+        """For the updates of an iteration, where the critic has a rate of its own or learns alone at first."""
         config, rate = self.config, self._rate_at(self._current_progress_remaining)
+        weights.shares = ()
+        if config.critic_learning_rate is None and not config.critic_warmup:
+            return
         critic_rate = rate if config.critic_learning_rate is None else config.critic_learning_rate
         if config.critic_learning_rate is not None and config.lr_schedule == "linear":
             critic_rate *= self._current_progress_remaining
-        return two_rates(weights, 0.0 if self.is_warming_up else rate, critic_rate)
+        two_rates(weights, 0.0 if self.is_warming_up else rate, critic_rate)
 
     @property
     def is_pretrained(self) -> bool:

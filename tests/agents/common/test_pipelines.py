@@ -49,7 +49,7 @@ def test_callbacks_may_train_networks_of_their_own(kind: Any, backend: Any) -> N
     fields |= {} if kind is PPO else {"actor_hidden": (4,), "critic_hidden": (4,), "compile": "off"}
     env = make_vec("driftrl/MultiGoal-v0", 2, 0, backend=backend)
     kind("MlpPolicy", env, device="cpu", **fields).learn(32, callback=Discriminator())
-    assert torch.equal(Discriminator.net.weight.grad, Discriminator.net.weight.grad[:, :1].expand(1, 2))
+    assert Discriminator.net.weight.grad is not None and Discriminator.net.weight.grad.abs().sum() > 0
 
 
 @both

@@ -164,7 +164,8 @@ def test_steering_learns_from_reward_through_the_base() -> None:
     assert trained.predict(np.zeros(1, np.float32), deterministic=True)[0].item() > 0.5
 
 
-def test_two_rates_are_two_optimizers_and_the_average_follows() -> None:
+@pytest.mark.parametrize("as_program", [False, True])
+def test_two_rates_are_two_optimizers_and_the_average_follows(as_program: bool) -> None:
     trained, reference = agent(ema_decay=0.9), agent(ema_decay=0.9)
     rng = torch.Generator().manual_seed(0)
     ours, theirs = trained.policy, reference.policy
@@ -175,10 +176,17 @@ def test_two_rates_are_two_optimizers_and_the_average_follows() -> None:
     rest = [named[name] for name in names if not name.startswith("critic.")]
     options: dict[str, Any] = {"weight_decay": 0.0, "eps": 1e-5}
     adams = [torch.optim.AdamW(rest, lr=1e-4, **options), torch.optim.AdamW(critic, lr=1e-2, **options)]
-    update = two_rates(ours.weights, 1e-4, 1e-2)
+    together = ours.weights
+    two_rates(together, 1e-4, 1e-2)
     for _ in range(5):
-        gradient = torch.randn(sum(each.numel() for each in ours.weights.parameters), generator=rng)
-        update(gradient)
+        gradient = torch.randn(sum(each.numel() for each in together.parameters), generator=rng)
+        if as_program:
+            joined = together.joined()
+            assert joined is not None
+            for old, new in zip(joined, joined.after(gradient), strict=True):
+                old.copy_(new)
+        else:
+            together.update(gradient)
         parts = gradient.split([named[name].numel() for name in names])
         for name, part in zip(names, parts, strict=True):
             named[name].grad = part.view_as(named[name])
