@@ -347,7 +347,9 @@ class PolicyFlow(Imitation):
 
     def _adapt_learning_rate(self, kl: float) -> None:
         """Keep the KL within a factor of 2 of desired_kl (Schulman et al. 2017, section 4, on the learning rate)."""
-        if kl > 2 * self.config.desired_kl:
+        first, last = self.config.desired_kl, self.config.desired_kl_end
+        goal = first if last is None else last + (first - last) * self._current_progress_remaining
+        if kl > 2 * goal:
             self._rate = max(self._rate / 1.5, self.config.lr_min)
-        elif kl < self.config.desired_kl / 2:
+        elif kl < goal / 2:
             self._rate = min(self._rate * 1.5, self.config.lr_max)

@@ -56,6 +56,8 @@ class PolicyFlowConfig:
     """Course of the learning rate. adaptive: KL near desired_kl; linear: falls to 0; function: learning_rate is one."""
     desired_kl: float = 0.01
     """Mean KL of an iteration's minibatches that the adaptive learning rate aims at, > 0, in nats."""
+    desired_kl_end: float | None = None
+    """The same at the end of training, > 0; it moves there linearly. None: it stays."""
     lr_min: float = 1e-6
     """Lower bound of the adaptive learning rate, > 0."""
     lr_max: float = 1e-2
@@ -144,7 +146,7 @@ class PolicyFlowConfig:
             "a number above 0": "max_grad_norm desired_kl lr_min lr_max action_std spread_std noise_time",
             "a number above 0, at most 1": "collapse_drop",
             "a number in [0.3, 1)": "hurst",
-            "a number above 0, or None": "clip_range_vf target_kl critic_learning_rate action_std_min",
+            "a number above 0, or None": "clip_range_vf target_kl critic_learning_rate action_std_min desired_kl_end",
             "a number of at least 0": "learning_rate clip_range ent_coef vf_coef weight_decay spread_coef "
             "transport_coef "
             "jacobian_coef solver_error_coef base_std critic_gain bc_coef",
@@ -238,7 +240,7 @@ class PolicyFlowConfig:
         if self.on_collapse == "ignore":
             off["collapse_drop"] = "on_collapse warn, lower_rate or rollback"
         if self.lr_schedule != "adaptive":
-            off |= dict.fromkeys(("lr_min", "lr_max"), "lr_schedule adaptive")
+            off |= dict.fromkeys(("lr_min", "lr_max", "desired_kl_end"), "lr_schedule adaptive")
             if self.on_collapse == "ignore":
                 off["desired_kl"] = "lr_schedule adaptive, or on_collapse"
         return off
@@ -269,13 +271,14 @@ def upgraded(fields: dict[str, Any]) -> dict[str, Any]:
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "basics": (
-        "learning_rate", "lr_schedule", "desired_kl", "target_kl", "n_steps", "batch_size", "n_epochs", "gamma",
-        "gae_lambda", "clip_range", "clip_range_vf", "normalize_advantage", "vf_coef", "max_grad_norm",
-        "normalize_observation", "normalize_reward", "actor_hidden", "critic_hidden", "activation",
+        "learning_rate", "lr_schedule", "critic_learning_rate", "desired_kl", "desired_kl_end", "target_kl", "n_steps",
+        "batch_size", "n_epochs", "gamma", "gae_lambda", "clip_range", "clip_range_vf", "normalize_advantage",
+        "vf_coef", "max_grad_norm", "normalize_observation", "normalize_reward", "actor_hidden", "critic_hidden",
+        "activation",
     ),
     "flow": ("ratio", "ratio_draws", "solver", "solver_steps", "langevin_eps", "base", "base_std", "components"),
     "demonstrations": (
-        "chunk", "execute", "critic_learning_rate", "critic_warmup", "bc_coef", "bc_schedule", "freeze_flow",
+        "chunk", "execute", "critic_warmup", "bc_coef", "bc_schedule", "freeze_flow",
     ),
     "exploration": ("action_std", "action_std_min", "ent_coef", "exploration_noise", "noise_time", "hurst"),
     "spread": ("spread", "spread_coef", "spread_std", "target_entropy"),

@@ -33,6 +33,7 @@ FLOW_OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "weight_decay": (0.1, {}),
     "lr_schedule": ("linear", {}),
     "desired_kl": (1e-9, {}),
+    "desired_kl_end": (1e-9, {}),
     "lr_min": (3e-4, {"desired_kl": 1e-9}),
     "lr_max": (3e-4, {"desired_kl": 1.0}),
     "target_kl": (1e-12, {}),

@@ -241,6 +241,16 @@ def test_learning_rate_follows_the_kl() -> None:
     assert rates == pytest.approx([2e-4, 2e-4, 2e-4, 3e-4, 4e-4, 4e-4 / 1.5, 4e-4 / 2.25, 1.5e-4])
 
 
+@pytest.mark.parametrize(("remaining", "goal"), [(1.0, 0.02), (0.5, 0.0125), (0.0, 0.005)])
+def test_the_desired_kl_moves_to_its_end_over_training(remaining: float, goal: float) -> None:
+    agent = PolicyFlow("MlpPolicy", pendulum(), desired_kl=0.02, desired_kl_end=0.005, **SMALL)
+    agent._current_progress_remaining = remaining
+    for factor, change in ((2.01, 1 / 1.5), (1.99, 1.0), (0.51, 1.0), (0.49, 1.5)):
+        agent._rate = 1e-4
+        agent._adapt_learning_rate(factor * goal)
+        assert agent._rate == pytest.approx(change * 1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "halfway"),
     [
