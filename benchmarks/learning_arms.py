@@ -186,8 +186,9 @@ def policyflow(run: Run, presets_of: str | None = None, **overrides: Any) -> tup
 
 
 def policyflow_default(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
-    """PolicyFlow by the preset of a task that has none of its own."""
-    return policyflow(run, presets_of="", **overrides)
+    """PolicyFlow by the default preset as it was while it was tuned: kept results are named by what differs from it."""
+    former = {"critic_learning_rate": None, "clip_range_vf": 0.2, "desired_kl_end": None}
+    return policyflow(run, presets_of="", **(former | overrides))
 
 
 def mbpo(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
