@@ -180,9 +180,13 @@ def execute(run: Run) -> None:
 
 
 def run_missing(runs: Sequence[Run], jobs: int) -> None:
-    """Execute those whose result is not kept yet, `jobs` at a time, each in a process of its own with one thread."""
+    """Execute those whose result is not kept yet, `jobs` at a time, each in a process of its own with one thread.
 
-    def launch(run: Run) -> None:
+    Raises:
+        SystemExit: after all of them, if one failed: a table would leave it out in silence.
+    """
+
+    def launch(run: Run) -> bool:
         code = (
             f"import learning; learning.execute(learning.Run(*{(run.env, run.arm, run.seed, run.total_timesteps)!r}))"
         )
@@ -192,9 +196,12 @@ def run_missing(runs: Sequence[Run], jobs: int) -> None:
         outcome = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
         state = "done" if outcome.returncode == 0 else f"FAILED with code {outcome.returncode}"
         print(f"{run.env} {run.arm} seed {run.seed}: {state} in {time.perf_counter() - start:.0f} s", flush=True)
+        return outcome.returncode == 0
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(launch, [run for run in runs if not run.path.exists()]))
+        done = list(pool.map(launch, [run for run in runs if not run.path.exists()]))
+    if not all(done):
+        raise SystemExit(f"{done.count(False)} of {len(done)} runs failed: no table without them")
 
 
 def load(env: str, arm: str, total_timesteps: int) -> list[dict[str, Any]]:

@@ -15,7 +15,8 @@ RESULTS = Path(__file__).parent / "results" / "learning"
 LATE_NOISE_SHARE = 0.3
 """Part of a run, at its end, that has the noise of `late_noise`."""
 
-# rl_zoo3 2.9.2, hyperparams/ppo.yml, entries of the v4 tasks (it has none for v5). Ant's are SB3's defaults.
+# rl_zoo3 2.9.2, hyperparams/ppo.yml, entries of the v4 tasks (it has none for v5). Ant's are SB3's defaults, as are
+# Walker2d's networks.
 ZOO: dict[str, dict[str, Any]] = {
     "HalfCheetah-v5": {
         "n_steps": 512, "batch_size": 64, "n_epochs": 20, "learning_rate": 2.0633e-05, "gamma": 0.98,
@@ -72,7 +73,7 @@ def sb3_zoo(run: Run) -> tuple[Any, dict[str, Any]]:
         "net_arch": {"pi": [256, 256], "vf": [256, 256]},
     }
     stated: dict[str, Any] = {"net_arch": [256, 256], "log_std_init": -2, "activation": "relu"}
-    if run.env == "Ant-v5":
+    if run.env in ("Ant-v5", "Walker2d-v5"):  # their entries name no policy_kwargs
         network, stated = {}, {}
     env = VecNormalize(make_vec_env(run.env, n_envs=1, seed=run.seed), gamma=settings["gamma"])
     agent = PPO("MlpPolicy", env, policy_kwargs=network, seed=run.seed, device="cpu", **settings)
@@ -107,7 +108,7 @@ def sb3_preset(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
-    from torch import nn
+    from torch import nn, optim
 
     from driftrl.agents.registry import policy_alias
 
@@ -136,8 +137,11 @@ def sb3_preset(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
                 mock.patch.object(self.policy, "evaluate_actions", watched),
             ):
                 super().train()
-            kl = sum(found) / len(found)
-            factor = 1 / 1.5 if kl > 2 * config.desired_kl else 1.5 if kl < config.desired_kl / 2 else 1.0
+            kl, last = sum(found) / len(found), config.desired_kl_end
+            goal = config.desired_kl
+            if last is not None:
+                goal = last + (goal - last) * self._current_progress_remaining
+            factor = 1 / 1.5 if kl > 2 * goal else 1.5 if kl < goal / 2 else 1.0
             self.rate = min(max(self.rate * factor, config.lr_min), config.lr_max)
 
         def _update_learning_rate(self, optimizers: Any) -> None:
@@ -146,6 +150,9 @@ def sb3_preset(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
                     group["lr"] = self.rate
             else:
                 super()._update_learning_rate(optimizers)
+            if config.critic_learning_rate is not None:
+                falls = self._current_progress_remaining if config.lr_schedule == "linear" else 1.0
+                optimizers.param_groups[1]["lr"] = config.critic_learning_rate * falls
 
     names = (
         "n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "clip_range", "clip_range_vf", "ent_coef",
@@ -163,10 +170,14 @@ def sb3_preset(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
     }
     env = VecNormalize(make_vec_env(run.env, n_envs=n_envs, seed=run.seed), gamma=config.gamma)
     agent = AdaptivePPO(policy_alias(env), env, rate, policy_kwargs=network, seed=run.seed, device="cpu", **settings)
+    if config.critic_learning_rate is not None:
+        own = [*agent.policy.mlp_extractor.value_net.parameters(), *agent.policy.value_net.parameters()]
+        rest = [each for each in agent.policy.parameters() if all(each is not one for one in own)]
+        groups = [{"params": rest}, {"params": own}]
+        agent.policy.optimizer = optim.Adam(groups, config.learning_rate, eps=1e-5)
     adaptive = {
-        "learning_rate": config.learning_rate,
-        "lr_schedule": config.lr_schedule,
-        "desired_kl": config.desired_kl,
+        name: getattr(config, name)
+        for name in ("learning_rate", "critic_learning_rate", "lr_schedule", "desired_kl", "desired_kl_end")
     }
     return agent, settings | adaptive | {
         "n_envs": n_envs, "net_arch": network["net_arch"], "initial_std": std, "activation": config.activation

@@ -69,7 +69,7 @@ def value_gradient_arms(
                 given += [f"value_gradient={horizon}"] * (horizon != 5) + [VALUE_GRADIENT_MODELS[model]]
                 given += [f"regularizer={regularizer}"] * (regularizer != "none") + ["precision=bfloat16"]
                 arm = f"value-gradient:{','.join(filter(None, given))}"
-                labels[arm] = f"H = {horizon}, {model}, {regularizer}"
+                labels[arm] = f"H = {horizon}, {model}, {regularizer}, bfloat16"
     return labels
 
 

@@ -78,7 +78,7 @@ def test_interrupted_run_goes_on_from_a_checkpoint_of_its_last_fifth(
     assert [row["steps"] for row in result["late"]] == [1024, 1152]
 
 
-@pytest.mark.parametrize("env", ["HalfCheetah-v5", "Hopper-v5"])
+@pytest.mark.parametrize("env", ["HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "Pusher-v5"])
 def test_controls_get_the_presets_hyperparameters(learning: ModuleType, env: str) -> None:
     agent, settings = learning.arms.sb3_preset(learning.Run(env, "sb3-preset", 0, 1))
     n_envs, config = learning.arms.preset(env)
@@ -86,6 +86,17 @@ def test_controls_get_the_presets_hyperparameters(learning: ModuleType, env: str
     assert (agent.gamma, agent.n_epochs, agent.clip_range(1)) == (config.gamma, config.n_epochs, config.clip_range)
     assert settings["net_arch"]["pi"] == list(config.actor_hidden)
     assert [m.out_features for m in agent.policy.mlp_extractor.policy_net[::2]] == list(config.actor_hidden)
+    critic = {id(each) for name, each in agent.policy.named_parameters() if "value_net" in name}
+    agent._current_progress_remaining = 0.5
+    agent._update_learning_rate(agent.policy.optimizer)
+    for group in agent.policy.optimizer.param_groups:
+        learning_critic = {id(each) for each in group["params"]} & critic
+        assert learning_critic in (set(), critic)
+        own = config.critic_learning_rate if learning_critic and config.critic_learning_rate else config.learning_rate
+        assert group["lr"] == own
+    assert len(agent.policy.optimizer.param_groups) == 1 + (config.critic_learning_rate is not None)
+    moves = config.desired_kl_end is not None
+    assert settings["desired_kl_end"] == (0.005 if moves else None) and moves == (env == "Pusher-v5")
 
 
 @pytest.mark.parametrize("arm", ["policyflow", "mbpo", "sac", "sb3-sac", "sb3-preset"])
