@@ -137,10 +137,7 @@ def sb3_preset(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
                 mock.patch.object(self.policy, "evaluate_actions", watched),
             ):
                 super().train()
-            kl, last = sum(found) / len(found), config.desired_kl_end
-            goal = config.desired_kl
-            if last is not None:
-                goal = last + (goal - last) * self._current_progress_remaining
+            kl, goal = sum(found) / len(found), config.kl_goal(self._current_progress_remaining)
             factor = 1 / 1.5 if kl > 2 * goal else 1.5 if kl < goal / 2 else 1.0
             self.rate = min(max(self.rate * factor, config.lr_min), config.lr_max)
 

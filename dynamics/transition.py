@@ -178,6 +178,11 @@ class GaussianTransition(TransitionModel):
             each.copy_(torch.cat([by_name(vector)[name] for vector in snapshots]))
 
     @property
+    def _has_noise(self) -> bool:
+        """Whether outcomes are Gaussian and not one alone."""
+        return self.bounds is not None or self.log_std is not None
+
+    @property
     def _hands(self) -> int:
         """Networks among which rows are dealt."""
         return len(self.elite_members if self.posterior is None else self.posterior.weights[0])
@@ -200,8 +205,10 @@ class GaussianTransition(TransitionModel):
             return super().disagreement(obs, action)
         generator = torch.Generator(obs.device).manual_seed(0)
         drawn = [self.draw(len(obs), generator) for _ in range(DROPOUT_DRAWS)]
+        if self._has_noise:  # which is no disagreement
+            drawn = [(torch.zeros_like(normal), *rest) for normal, *rest in drawn]
         x = self._x(obs, action)
-        y = torch.stack([self._push(x, each, noisy=False) for each in drawn])
+        y = torch.stack([self._push(x, each) for each in drawn])
         moves = self.targets.inverse(y)[..., 1:]
         return moves - moves.mean(0)
 
@@ -217,22 +224,22 @@ class GaussianTransition(TransitionModel):
         hand = -(-rows // elites)
         places = (self._permutation(hand * elites, generator)[:rows],) if elites > 1 else ()
         masks = self._masks((elites, hand), generator) if self.rollout_dropout else ()
-        normals = () if self.bounds is None and self.log_std is None else ((elites, hand, 1 + self.obs_dim),)
-        return (*(standard_normal(shape, generator) for shape in normals), *(each - 1 for each in masks), *places)
+        normals = (standard_normal((elites, hand, 1 + self.obs_dim), generator),) if self._has_noise else ()
+        return (*normals, *(each - 1 for each in masks), *places)
 
-    def _push(self, x: Tensor, noise: tuple[Tensor, ...], noisy: bool = True) -> Tensor:
+    def _push(self, x: Tensor, noise: tuple[Tensor, ...]) -> Tensor:
         elites = self._hands
         hand = -(-len(x) // elites)
         if elites > 1:
             x = x.new_zeros(hand * elites, x.shape[1]).index_copy(0, noise[-1], x)
         dealt = x.view(elites, hand, -1)
-        first = 0 if self.bounds is None and self.log_std is None else 1
-        masks = [1 + each for each in noise[first : first + len(self.hidden)]] if self.rollout_dropout else []
+        further = noise[1:] if self._has_noise else noise
+        masks = [1 + each for each in further[: len(self.hidden)]] if self.rollout_dropout else []
         if self.posterior is not None:
             mean, log_var = self._noise_of(self.posterior(dealt, masks=masks), None)
         else:
             mean, log_var = self._moments(dealt, None if elites == self.members else self.elite_members, masks)
-        if log_var is not None and noisy:
+        if log_var is not None:
             mean = torch.addcmul(mean, noise[0], torch.exp(0.5 * log_var))
         y = mean.flatten(0, 1)
         return y[noise[-1]] if elites > 1 else y

@@ -347,8 +347,7 @@ class PolicyFlow(Imitation):
 
     def _adapt_learning_rate(self, kl: float) -> None:
         """Keep the KL within a factor of 2 of desired_kl (Schulman et al. 2017, section 4, on the learning rate)."""
-        first, last = self.config.desired_kl, self.config.desired_kl_end
-        goal = first if last is None else last + (first - last) * self._current_progress_remaining
+        goal = self.config.kl_goal(self._current_progress_remaining)
         if kl > 2 * goal:
             self._rate = max(self._rate / 1.5, self.config.lr_min)
         elif kl < goal / 2:

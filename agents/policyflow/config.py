@@ -204,6 +204,11 @@ class PolicyFlowConfig:
         """Steps from one decision of the policy to the next, unless the episode ends."""
         return self.execute or self.chunk
 
+    def kl_goal(self, remaining: float) -> float:
+        """KL that the adaptive learning rate aims at when a share of training remains, 1 to 0."""
+        first, last = self.desired_kl, self.desired_kl_end
+        return first if last is None else last + (first - last) * remaining
+
     def decisions(self, envs: int) -> int:
         """Samples of a rollout of so many environments."""
         return -(-self.n_steps // self.decision_steps) * envs

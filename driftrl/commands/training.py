@@ -159,7 +159,7 @@ def _learn(
         try:
             agent.learn(total - done, callback=CallbackList(callbacks), reset_num_timesteps=done == 0)
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and not (stop.signal is stop.agreed is None):
+            if isinstance(error, KeyboardInterrupt) and (stop.signal, stop.agreed) != (None, None):
                 raise  # training has stopped and saved; or it is the second signal, or too long a wait
             if _is_worth_saving(agent, done):
                 stop.be_patient()

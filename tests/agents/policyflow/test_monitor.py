@@ -87,7 +87,10 @@ def test_recorded_runs_of_policyflow_raise_no_alarm_and_collapsed_ones_do() -> N
     healthy = {file: curve for file, curve in found if not any(each in file for each in noisy)}
     assert len(healthy) >= 100
     assert alarms(healthy, 0.5) == 0
-    assert alarms({file: curve for file, curve in healthy.items() if "HalfCheetah-v5" in file}, 0.25) == 0
+    # One trial, of a critic with a rate of its own, did fall by 0.21 of its range.
+    fell = "HalfCheetah-v5-1000k/policyflow_n_steps_64_batch_size_128_critic_learning_rate_0.001_clip_range_vf_null/"
+    steady = {file: curve for file, curve in healthy.items() if "HalfCheetah-v5" in file and fell not in file}
+    assert alarms(steady, 0.2) == 0
     assert alarms(recorded(f"Hopper-v5-200k/policyflow_ratio_fpo++_{lost}_*/s*.json"), 0.5) == 3
     # rl_zoo3's hyperparameters on Hopper-v5: two of three seeds fall from 1,000 to what they began with, and recover
     assert alarms(recorded("Hopper-v5-1000k/sb3-zoo/s*.json"), 0.5) == 2
