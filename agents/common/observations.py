@@ -89,6 +89,7 @@ class RunningNorm(nn.Module):
     Args:
         dim: length of the vectors.
         clip: bound on the magnitude of what `forward` returns, in standard deviations.
+        epsilon: added to the variance that `forward` divides by the root of, as VecNormalize does.
         enabled: whether `forward` standardises; the statistics are kept in any case.
     """
 
@@ -98,9 +99,9 @@ class RunningNorm(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, dim: int, clip: float = 10.0, *, enabled: bool = True) -> None:
+    def __init__(self, dim: int, clip: float = 10.0, *, epsilon: float = 1e-8, enabled: bool = True) -> None:
         super().__init__()
-        self.clip, self.enabled = clip, enabled
+        self.clip, self.epsilon, self.enabled = clip, epsilon, enabled
         # float64: the statistics run over millions of samples. What `forward` needs of them is kept in float32.
         self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
         self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
@@ -129,7 +130,7 @@ class RunningNorm(nn.Module):
         self.var.copy_(spread / total)
         self.count.copy_(total)
         self.shift.copy_(self.mean)
-        self.scale.copy_((self.var + 1e-8).rsqrt())
+        self.scale.copy_((self.var + self.epsilon).rsqrt())
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise x [B, dim] and clip it to +-clip; before the first batch only clip it. Not enabled: x itself."""

@@ -128,6 +128,8 @@ class PolicyFlowConfig:
     """Decay of the weight average that predict() uses, in [0, 1); 0: predict with the last weights."""
     normalize_observation: bool = True
     """Standardise observations with running statistics kept in the policy."""
+    observation_epsilon: float = 1e-8
+    """Added to the variance they are standardised by, > 0: entries that hardly vary stay as small as they are."""
     normalize_reward: bool = True
     """Divide rewards by the running standard deviation of the discounted return."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -143,7 +145,8 @@ class PolicyFlowConfig:
 
     def __post_init__(self) -> None:
         ranges = {
-            "a number above 0": "max_grad_norm desired_kl lr_min lr_max action_std spread_std noise_time",
+            "a number above 0": "max_grad_norm desired_kl lr_min lr_max action_std spread_std noise_time "
+            "observation_epsilon",
             "a number above 0, at most 1": "collapse_drop",
             "a number in [0.3, 1)": "hurst",
             "a number above 0, or None": "clip_range_vf target_kl critic_learning_rate action_std_min desired_kl_end",
@@ -230,6 +233,8 @@ class PolicyFlowConfig:
             off["gae_lambda"] = "gamma above 0 and rollouts of more than one decision"
         if not (self.actor_hidden or self.critic_hidden):
             off["activation"] = "hidden layers of actor or critic"
+        if not self.normalize_observation:
+            off["observation_epsilon"] = "normalize_observation"
         if self.bc_coef == 0:
             off["bc_schedule"] = "bc_coef above 0"
         if self.vf_coef == 0:
@@ -278,8 +283,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "basics": (
         "learning_rate", "lr_schedule", "critic_learning_rate", "desired_kl", "desired_kl_end", "target_kl", "n_steps",
         "batch_size", "n_epochs", "gamma", "gae_lambda", "clip_range", "clip_range_vf", "normalize_advantage",
-        "vf_coef", "max_grad_norm", "normalize_observation", "normalize_reward", "actor_hidden", "critic_hidden",
-        "activation",
+        "vf_coef", "max_grad_norm", "normalize_observation", "observation_epsilon", "normalize_reward", "actor_hidden",
+        "critic_hidden", "activation",
     ),
     "flow": ("ratio", "ratio_draws", "solver", "solver_steps", "langevin_eps", "base", "base_std", "components"),
     "demonstrations": (

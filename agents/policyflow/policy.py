@@ -221,6 +221,7 @@ class FlowPolicy(BoxPolicy):
             `FlowActor`.
         critic_gain: of the critic's last layer at the start; 0: all values are 0, no state is preferred.
         normalize_observation: standardise observations with running statistics.
+        observation_epsilon: added to their variance before.
         ema_decay: decay of the weight average used for prediction; 0 for none.
         chunk, execute: steps that an action of the networks covers, and those of them that are done (`chunks.py`).
         optimizer_class: optimizer of all parameters.
@@ -237,8 +238,8 @@ class FlowPolicy(BoxPolicy):
         net_arch: list[int] | dict[str, list[int]] | None = None, activation_fn: str | type[nn.Module] = "silu",
         base: str = "learned", base_std: float = 0.1, log_std_init: float = math.log(0.5), solver: str = "euler",
         solver_steps: int = 2, langevin_eps: float = 0.0, chained: bool = False, critic_gain: float = 1.0,
-        normalize_observation: bool = True, ema_decay: float = 0.0, action_std_min: float | None = None,
-        chunk: int = 1, execute: int | None = None, components: int = 5,
+        normalize_observation: bool = True, observation_epsilon: float = 1e-8, ema_decay: float = 0.0,
+        action_std_min: float | None = None, chunk: int = 1, execute: int | None = None, components: int = 5,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
@@ -268,11 +269,11 @@ class FlowPolicy(BoxPolicy):
             "net_arch": net_arch, "activation_fn": activation, "base": base, "base_std": base_std,
             "log_std_init": log_std_init, "solver": solver, "solver_steps": solver_steps, "langevin_eps": langevin_eps,
             "chained": chained, "critic_gain": critic_gain, "normalize_observation": normalize_observation,
-            "ema_decay": ema_decay, "action_std_min": action_std_min, "chunk": chunk, "execute": execute,
-            "components": components, "optimizer_class": optimizer_class,
+            "observation_epsilon": observation_epsilon, "ema_decay": ema_decay, "action_std_min": action_std_min,
+            "chunk": chunk, "execute": execute, "components": components, "optimizer_class": optimizer_class,
             "optimizer_kwargs": optimizer_kwargs,
         }  # fmt: skip
-        self.obs_norm = RunningNorm(self.obs_dim, enabled=normalize_observation)
+        self.obs_norm = RunningNorm(self.obs_dim, epsilon=observation_epsilon, enabled=normalize_observation)
         self.return_norm = RunningNorm(1)
         self.actor = FlowActor(
             self.obs_dim, self.action_dim, hidden=tuple(net_arch["pi"]), activation=activation, base=base,

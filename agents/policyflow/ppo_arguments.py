@@ -35,7 +35,7 @@ POLICY_ARGUMENTS: Neutral = {
 }
 """Of the policy of PPO."""
 POLICY_FIELDS = ("base", "base_std", "components", "solver", "solver_steps", "langevin_eps", "critic_gain", "ema_decay",
-                 "action_std_min", "chunk", "execute", "normalize_observation")  # fmt: skip
+                 "action_std_min", "chunk", "execute", "normalize_observation", "observation_epsilon")  # fmt: skip
 """Fields of the Config that are arguments of `FlowPolicy` under the same name."""
 
 

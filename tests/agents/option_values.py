@@ -68,6 +68,7 @@ FLOW_OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "activation": ("tanh", {}),
     "ema_decay": (0.5, {}),
     "normalize_observation": (False, {}),
+    "observation_epsilon": (1.0, {}),
     "normalize_reward": (False, {}),
     "compile": ("on", {}),
     "nonfinite": ("skip", {}),

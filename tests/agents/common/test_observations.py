@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gymnasium as gym
 import numpy as np
 import torch
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from driftrl.agents.common.observations import RunningNorm
 
@@ -28,3 +31,14 @@ def test_a_batch_of_weight_two_counts_twice() -> None:
         norm.update(batch, weight=weight)
     for ours, theirs in zip(weighted.buffers(), repeated.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_epsilon_is_that_of_vec_normalize() -> None:
+    batch = torch.randn(64, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 3.0])
+    norm = RunningNorm(2, epsilon=0.5)
+    norm.update(batch)
+    peer = VecNormalize(DummyVecEnv([lambda: gym.make("MountainCarContinuous-v0")]), epsilon=0.5)
+    statistics = RunningMeanStd(shape=(2,))
+    statistics.mean, statistics.var = norm.mean.numpy(), norm.var.numpy()
+    peer.obs_rms = statistics  # type: ignore[assignment]  # a dictionary to the checker: it has Dict spaces, too
+    np.testing.assert_allclose(norm(batch), np.asarray(peer.normalize_obs(batch.numpy())), rtol=1e-5, atol=1e-6)
