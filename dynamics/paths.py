@@ -186,6 +186,7 @@ def flow_matching_loss(
     t: Time,
     cond: Tensor | None = None,
     z: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Conditional flow matching: ``|v(t, x_t, cond) - (a' x0 + b' x1)|^2``, summed over the D dimensions.
 
@@ -200,6 +201,7 @@ def flow_matching_loss(
         t: times, a float or [B].
         cond: conditioning, [B, C], or None.
         z: standard normal noise, [B, D], exactly for the paths that have a noise term.
+        mask: where x1 is known, bool [B, D]; the velocity elsewhere does not count. None: everywhere.
 
     Returns:
         Loss per row, [B].
@@ -208,7 +210,7 @@ def flow_matching_loss(
         ValueError: if shapes do not fit, or z is missing or superfluous.
     """
     error = bind(field, cond)(t, path.sample(t, x0, x1, z)) - path.velocity(t, x0, x1)
-    return error.square().sum(-1)
+    return (error if mask is None else error * mask).square().sum(-1)
 
 
 def denoising_loss(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,15 @@ class Demonstrations:
         actions: in the environment's units, within the bounds, float32 [M, D].
         rewards: float32 [M].
         lengths: steps of each episode, [E], which sum to M.
+        demonstrated: of chunks that reach beyond their episode's end, bool [M, D]: which actions were demonstrated;
+            None: all.
     """
 
     observations: Array
     actions: Array
     rewards: Array
     lengths: Array
+    demonstrated: Array | None = None
 
     @classmethod
     def of(
@@ -92,15 +95,26 @@ class Demonstrations:
     def chunked(self, chunk: int) -> Demonstrations:
         """With the actions of so many steps, one after the other, in place of each action: actions [M, chunk x D].
 
-        After its end an episode goes on with its last action.
+        After its end an episode goes on with its last action, and `demonstrated` says so.
         """
         ends = np.repeat(np.cumsum(self.lengths), self.lengths)
-        rows = np.minimum(np.arange(len(ends))[:, None] + np.arange(chunk), ends[:, None] - 1)
-        return Demonstrations(self.observations, self.actions[rows].reshape(len(ends), -1), self.rewards, self.lengths)
+        rows = np.arange(len(ends))[:, None] + np.arange(chunk)
+        inside = rows < ends[:, None]
+        return replace(
+            self,
+            actions=self.actions[np.minimum(rows, ends[:, None] - 1)].reshape(len(ends), -1),
+            demonstrated=None if inside.all() else inside.repeat(self.actions.shape[1], axis=1),
+        )
 
     def _episodes(self, chosen: Array) -> Demonstrations:
         steps = np.repeat(chosen, self.lengths)
-        return Demonstrations(self.observations[steps], self.actions[steps], self.rewards[steps], self.lengths[chosen])
+        return Demonstrations(
+            self.observations[steps],
+            self.actions[steps],
+            self.rewards[steps],
+            self.lengths[chosen],
+            None if self.demonstrated is None else self.demonstrated[steps],
+        )
 
 
 def _checked(

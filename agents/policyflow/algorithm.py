@@ -170,6 +170,8 @@ class PolicyFlow(Imitation):
         if "_brownian_weight" in vars(self):  # as files of earlier versions call it
             self._spread_coef = vars(self).pop("_brownian_weight")
             self._first_spread_coef = self.config.spread_coef
+        if self.config.bc_coef and (weight := vars(self).pop("_bc_weight", None)):  # likewise: bc_coef times the factor
+            self._bc_factor = weight / self.config.bc_coef
         config = self.config
         check_weights(self.device, actor_hidden=(1, config.actor_hidden), critic_hidden=(1, config.critic_hidden))
         self.set_random_seed(self.seed)

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from ..common.networks import mlp
 
 
-def gaussian_log_prob(x: Tensor, mean: Tensor | float, log_std: Tensor) -> Tensor:
-    """Log-density of a diagonal Gaussian: x [B, D], mean and log_std broadcast to it; returns [B], in nats."""
-    return (-0.5 * ((x - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+def gaussian_log_prob(x: Tensor, mean: Tensor | float, log_std: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Log-density of a diagonal Gaussian: x [B, D], mean and log_std broadcast to it; returns [B], in nats.
+
+    With a mask, bool and broadcast to x, that of the dimensions where it is True.
+    """
+    each = -0.5 * ((x - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)
+    return (each if mask is None else each * mask).sum(-1)
 
 
 def gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor | float, other_log_std: Tensor) -> Tensor:
@@ -29,9 +33,13 @@ class Mixture(NamedTuple):
     mean: Tensor  # [B, K, D]
 
 
-def mixture_log_prob(x: Tensor, mixture: Mixture, log_std: Tensor) -> Tensor:
-    """Log-density of a mixture of Gaussians: x [B, D], log_std broadcasts to [B, K, D]; returns [B], in nats."""
-    return torch.logsumexp(mixture.log_weight + gaussian_log_prob(x.unsqueeze(1), mixture.mean, log_std), 1)
+def mixture_log_prob(x: Tensor, mixture: Mixture, log_std: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Log-density of a mixture of Gaussians: x [B, D], log_std broadcasts to [B, K, D]; returns [B], in nats.
+
+    With a mask, bool [B, D], that of the dimensions where it is True.
+    """
+    where = None if mask is None else mask.unsqueeze(1)
+    return torch.logsumexp(mixture.log_weight + gaussian_log_prob(x.unsqueeze(1), mixture.mean, log_std, where), 1)
 
 
 class Points(nn.Module):

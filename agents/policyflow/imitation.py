@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from stable_baselines3.common.type_aliases import MaybeCallback
-from torch import Tensor
 
 from ..common.demonstrations import Demonstrations
 from ..common.weights import Weights
 from .fine_tuning import two_rates
-from .pretraining import Follow, Pretraining, PretrainResult, PretrainSettings, with_noise
+from .pretraining import Follow, Pretraining, PretrainResult, PretrainSettings, Steps
 from .ratios import Samples
 from .rollout import FlowRollouts
 
@@ -24,10 +23,10 @@ class Imitation(FlowRollouts):
     _is_pretrained = False
     """Whether it was: the statistics of its observations are then those of the demonstrations and stay so."""
 
-    _expert_data: tuple[Tensor, Tensor] | None = None
-    """Raw observations [M, O] and normalised actions [M, D] of the demonstrations."""
-    _bc_weight: float | None = None
-    """The present weight of their loss, where it adapts."""
+    _expert_data: Steps | None = None
+    """The demonstrations, with raw observations."""
+    _bc_factor = 1.0
+    """By which the weight of their loss has adapted."""
     _bc_reference: float | None = None
     """What their loss was in the first iteration, where the weight adapts."""
 
@@ -37,13 +36,16 @@ class Imitation(FlowRollouts):
         Raises:
             ValueError: if the demonstrations are of other spaces.
         """
+        self._expert_data = Steps.of(self.policy, self._decisions(data))
+
+    def _decisions(self, data: Demonstrations) -> Demonstrations:
+        """Demonstrations in chunks as the policy acts in."""
         data = data.chunked(self.config.chunk)
         expected = (self.policy.obs_dim, self.policy.action_dim)
         got = (data.observations.shape[1], data.actions.shape[1])
         if expected != got:
             raise ValueError(f"demonstrations: got {got} observations and actions per step, expected {expected}")
-        obs, actions = (torch.as_tensor(each, device=self.device) for each in (data.observations, data.actions))
-        self._expert_data = (obs, self.policy.to_normalised(actions))
+        return data
 
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True,
@@ -52,7 +54,7 @@ class Imitation(FlowRollouts):
         if self.config.bc_coef > 0 and self._expert_data is None:
             got = self.config.bc_coef
             raise ValueError(f"bc_coef: got {got} without demonstrations; call agent.use_demonstrations(data) first")
-        if self._expert_data is not None and self.config.bc_coef == 0 and not self._is_pretrained:
+        if self._expert_data is not None and self.config.bc_coef == 0:
             warnings.warn("demonstrations: they change nothing with bc_coef 0", UserWarning, stacklevel=3)
         if self.config.freeze_flow:
             self._check_steering()
@@ -73,14 +75,14 @@ class Imitation(FlowRollouts):
         """An epoch with as many demonstrated steps beside its own."""
         if self._expert_data is None:
             return epoch
-        obs, actions = self._expert_data
-        rows = torch.randint(len(obs), epoch.values.shape, generator=self._generator, device=obs.device)
-        return epoch._replace(expert=with_noise(self.policy.obs_norm(obs[rows]), actions[rows], self._generator))
+        steps = self._expert_data
+        rows = torch.randint(len(steps.obs), epoch.values.shape, generator=self._generator, device=steps.obs.device)
+        return epoch._replace(expert=steps.rows(rows).normalised(self.policy).with_noise(self._generator))
 
     def _present_weight(self) -> float:
         schedule, weight = self.config.bc_schedule, float(self.config.bc_coef)
         if schedule == "adaptive":
-            return weight if self._bc_weight is None else self._bc_weight
+            return weight * self._bc_factor
         return weight * self._current_progress_remaining if schedule == "linear" else weight
 
     def _adapt_weight(self, means: Mapping[str, float]) -> dict[str, float]:
@@ -93,8 +95,7 @@ class Imitation(FlowRollouts):
                 self._bc_reference = loss
             # Losses of a Gaussian policy can be negative: the tenth is of its size.
             rises = loss > self._bc_reference + 0.1 * abs(self._bc_reference)
-            low, high = 0.01 * self.config.bc_coef, 100 * self.config.bc_coef
-            self._bc_weight = min(max(used * (1.2 if rises else 1 / 1.2), low), high)
+            self._bc_factor = min(max(self._bc_factor * (1.2 if rises else 1 / 1.2), 0.01), 100.0)
         return {"flow/bc_coef": used}
 
     @property
@@ -140,12 +141,13 @@ class Imitation(FlowRollouts):
         if (steps is None) == (settings is None):
             raise ValueError(f"steps: got {steps} with settings {settings}, expected one of the two")
         settings = settings or PretrainSettings(steps or 0)
-        self.use_demonstrations(data)
+        decisions = self._decisions(data)
+        if self.config.bc_coef > 0:
+            self.use_demonstrations(data)
         # Steering freezes the field after pretraining; what the user froze stays as it is.
         every = self.config.freeze_flow
         frozen = [name for name, each in self.policy.actor.named_parameters() if not (every or each.requires_grad)]
-        seed, chunked = (self.seed or 0) % 2**31, data.chunked(self.config.chunk)
-        pretraining = Pretraining(self.policy, chunked, settings, seed, frozen)
+        pretraining = Pretraining(self.policy, decisions, settings, (self.seed or 0) % 2**31, frozen)
         if state is not None:
             pretraining.set_state(state)
         while not pretraining.is_over:

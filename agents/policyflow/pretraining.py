@@ -35,20 +35,56 @@ class Expert(NamedTuple):
     action: Tensor  # normalised action units, [B, D]
     base: Tensor  # standard normals, [B, D]
     time: Tensor  # uniform in [0, 1), [B]
+    demonstrated: Tensor | None = None  # which of the actions were, bool [B, D]; None: all
+
+
+class Steps(NamedTuple):
+    """What is demonstrated, as tensors; first axis M."""
+
+    obs: Tensor  # [M, O]
+    action: Tensor  # normalised action units, [M, D]
+    demonstrated: Tensor | None  # as of `Expert`
+
+    @classmethod
+    def of(cls, policy: FlowPolicy, data: Demonstrations) -> Steps:
+        """Steps of demonstrations with their raw observations, on the policy's device."""
+        parts = (data.observations, data.actions, data.demonstrated)
+        obs, actions, demonstrated = (
+            None if each is None else torch.as_tensor(each, device=policy.device) for each in parts
+        )
+        assert obs is not None and actions is not None
+        return cls(obs, policy.to_normalised(actions), demonstrated)
+
+    @torch.no_grad()
+    def normalised(self, policy: FlowPolicy) -> Steps:
+        """The same with normalised observations."""
+        return self._replace(obs=policy.obs_norm(self.obs))
+
+    def rows(self, rows: Tensor) -> Steps:
+        """The chosen ones."""
+        return Steps(*(None if each is None else each[rows] for each in self))  # type: ignore[arg-type]
+
+    def with_noise(self, generator: torch.Generator) -> Expert:
+        """The same with noise drawn for their loss."""
+        base = torch.randn(self.action.shape, generator=generator, device=self.action.device)
+        time = torch.rand(len(base), generator=generator, device=base.device)
+        return Expert(self.obs, self.action, base, time, self.demonstrated)
 
 
 def imitation_loss(actor: FlowActor, expert: Expert) -> Tensor:
     """What a policy minimises to act as demonstrated, a scalar.
 
     Of a flow the flow-matching loss (the base is held fixed in it), of a Gaussian policy and of a mixture the negative
-    log-density, both divided by the number of action dimensions.
+    log-density, each the mean over demonstrated action dimensions.
     """
-    dim = expert.action.shape[1]
+    obs, action, known = expert.obs, expert.action, expert.demonstrated
     if actor.has_latent:
-        mean, log_std = (each.detach() for each in actor.base(expert.obs))
+        mean, log_std = (each.detach() for each in actor.base(obs))
         z = mean + log_std.exp() * expert.base
-        return flow_matching_loss(actor.field, LINEAR, z, expert.action, expert.time, expert.obs).mean() / dim
-    return -mixture_log_prob(expert.action, actor.mixture(expert.obs), actor.noise_log_std()).mean() / dim
+        loss = flow_matching_loss(actor.field, LINEAR, z, action, expert.time, obs, mask=known)
+    else:
+        loss = -mixture_log_prob(action, actor.mixture(obs), actor.noise_log_std(), known)
+    return loss.mean() / action.shape[1] if known is None else loss.sum() / known.sum()
 
 
 @dataclass(frozen=True)
@@ -116,9 +152,12 @@ class Pretraining:
     ) -> None:  # fmt: skip
         self.policy, self.settings, device = policy, settings, policy.device
         policy.obs_norm.reset()
-        policy.obs_norm.update(torch.as_tensor(data.observations, device=device))
+        obs = torch.as_tensor(data.observations, device=device)
+        policy.obs_norm.update(obs)
+        # What is the same in all demonstrations does not say how much it may vary: it stays in its own unit.
+        policy.obs_norm.scale[(obs == obs[0]).all(0)] = 1.0
         rest, held_out = data.split(settings.validation_share, np.random.default_rng(seed))
-        self._obs, self._actions = normalised(policy, rest)
+        self._steps = Steps.of(policy, rest).normalised(policy)
         self.learner = copy.deepcopy(policy.actor).requires_grad_(False)
         # A base that is learned starts from where it was set: fine-tuning moves it.
         learning = ("field.",) if self.learner.has_latent else ("field.", "points.", "log_std")
@@ -135,16 +174,17 @@ class Pretraining:
         self._generator = torch.Generator(device)
         self._generator.manual_seed(seed)
         self.step = self._since = 0
-        self._held_out = self._held_out_rows(*normalised(policy, held_out), seed)
+        self._held_out = self._held_out_rows(Steps.of(policy, held_out).normalised(policy), seed)
         self.validation_loss = self.best_loss = self._validate()
         self._best = [each.clone() for each in self._averages]
 
-    def _held_out_rows(self, obs: Tensor, actions: Tensor, seed: int) -> Expert:
+    def _held_out_rows(self, steps: Steps, seed: int) -> Expert:
         """Rows of the episodes held out, spread over them, always with the same noise."""
-        generator = torch.Generator(obs.device).manual_seed(seed + 1)
-        repeats = max(1, _VALIDATED // len(obs))  # few rows get several draws of the noise each
-        rows = torch.arange(0, len(obs), -(-len(obs) // _VALIDATED), device=obs.device).repeat(repeats)
-        return with_noise(obs[rows], actions[rows], generator)
+        number, device = len(steps.obs), steps.obs.device
+        generator = torch.Generator(device).manual_seed(seed + 1)
+        repeats = max(1, _VALIDATED // number)  # few rows get several draws of the noise each
+        rows = torch.arange(0, number, -(-number // _VALIDATED), device=device).repeat(repeats)
+        return steps.rows(rows).with_noise(generator)
 
     @property
     def is_over(self) -> bool:
@@ -153,12 +193,11 @@ class Pretraining:
 
     def advance(self) -> dict[str, float]:
         """Update until the next look at the validation loss; returns what is to be logged."""
-        settings, losses = self.settings, list[Tensor]()
+        settings, losses, generator = self.settings, list[Tensor](), self._generator
+        number, device = len(self._steps.obs), self._steps.obs.device
         for _ in range(min(settings.interval, settings.steps - self.step)):
-            rows = torch.randint(
-                len(self._obs), (settings.batch_size,), generator=self._generator, device=self._obs.device
-            )
-            loss = imitation_loss(self.learner, with_noise(self._obs[rows], self._actions[rows], self._generator))
+            rows = torch.randint(number, (settings.batch_size,), generator=generator, device=device)
+            loss = imitation_loss(self.learner, self._steps.rows(rows).with_noise(generator))
             self.optimizer.param_groups[0]["lr"] = settings.rate(self.step)
             self.optimizer.zero_grad()
             loss.backward()
@@ -196,7 +235,7 @@ class Pretraining:
             "step": self.step, "since": self._since, "best_loss": self.best_loss,
             "validation_loss": self.validation_loss, "weights": [each.detach().clone() for each in self._weights],
             "averages": list(self._averages), "best": self._best, "optimizer": self.optimizer.state_dict(),
-            "generator": self._generator.get_state(), "device": self._obs.device.type,
+            "generator": self._generator.get_state(), "device": self._steps.obs.device.type,
         }  # fmt: skip
 
     @torch.no_grad()
@@ -210,23 +249,11 @@ class Pretraining:
         for mine, saved in ((self._weights, state["weights"]), (self._averages, state["averages"])):
             for each, value in zip(mine, saved, strict=True):
                 each.copy_(value)
-        self._best = [each.to(self._obs.device) for each in state["best"]]
+        device = self._steps.obs.device
+        self._best = [each.to(device) for each in state["best"]]
         self.optimizer.load_state_dict(state["optimizer"])
-        if state.get("device", self._obs.device.type) == self._obs.device.type:
+        if state.get("device", device.type) == device.type:
             self._generator.set_state(state["generator"])
-
-
-def normalised(policy: FlowPolicy, data: Demonstrations) -> tuple[Tensor, Tensor]:
-    """Normalised observations [M, O] and actions [M, D] of demonstrations, on the policy's device."""
-    obs, actions = (torch.as_tensor(each, device=policy.device) for each in (data.observations, data.actions))
-    with torch.no_grad():
-        return policy.obs_norm(obs), policy.to_normalised(actions)
-
-
-def with_noise(obs: Tensor, action: Tensor, generator: torch.Generator) -> Expert:
-    """Demonstrated actions [B, D] given obs [B, O] with noise drawn for their loss."""
-    base = torch.randn(action.shape, generator=generator, device=action.device)
-    return Expert(obs, action, base, torch.rand(len(action), generator=generator, device=action.device))
 
 
 class PretrainResult(NamedTuple):

@@ -38,7 +38,7 @@ class Report(NamedTuple):
 
 COUNTS = ("_transitions_left_out", "_worker_restarts", "_diverged")
 """Attributes that count what should not happen, over all ranks."""
-AGREED = ("n_envs", "num_timesteps", "_iteration", "_rate", "_spread_coef", "_bc_weight", "_is_pretrained")
+AGREED = ("n_envs", "num_timesteps", "_iteration", "_rate", "_spread_coef", "_bc_factor", "_is_pretrained")
 """Attributes on which the course of training depends."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,11 @@ def test_demonstrated_chunks_end_with_the_last_action_of_their_episode() -> None
     expected = [[0, 1, 2], [1, 2, 2], [2, 2, 2], [10, 11, 11], [11, 11, 11]]
     assert data.chunked(3).actions.tolist() == expected
     assert data.chunked(1).actions.tolist() == actions.tolist()
+    inside = data.chunked(3).demonstrated
+    assert inside is not None and data.chunked(1).demonstrated is None
+    assert inside.sum(1).tolist() == [3, 2, 1, 2, 1] and inside[:, 0].all()
+    kept = dataclasses.replace(data, rewards=np.array([0, 0, 0, 1, 1], np.float32)).chunked(3).returning(1.0)
+    assert kept.demonstrated is not None and kept.demonstrated.tolist() == [[True, True, False], [True, False, False]]
 
 
 def test_chunks_are_pretrained_saved_and_exported(tmp_path: Path) -> None:

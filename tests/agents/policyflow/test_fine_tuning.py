@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -294,6 +295,27 @@ def test_the_weight_of_imitation_stays_while_only_the_critic_learns() -> None:
     trained = agent(bc_coef=0.5, bc_schedule="adaptive", critic_warmup=3)
     trained.use_demonstrations(demonstrations())
     assert [row["flow/bc_coef"] for row in logged(trained, 160)] == [0.5, 0.5, 0.5, 0.5, pytest.approx(0.5 / 1.2)]
+
+
+def test_a_new_weight_of_imitation_counts_at_once() -> None:
+    trained = agent(bc_coef=0.5, bc_schedule="adaptive")
+    trained.use_demonstrations(demonstrations())
+    logged(trained, 64)
+    before = logged(trained, 32)[0]["flow/bc_coef"]
+    trained.bc_coef = 5.0  # type: ignore[attr-defined]
+    after = logged(trained, 32)[0]["flow/bc_coef"]
+    assert any(after == pytest.approx(10 * before * factor) for factor in (1.2, 1 / 1.2))
+
+
+def test_demonstrations_that_change_nothing_are_said_to_after_pretraining_too() -> None:
+    trained = agent()
+    trained.pretrain(demonstrations(), 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained.learn(32)
+    trained.use_demonstrations(demonstrations())
+    with pytest.warns(UserWarning, match="demonstrations: they change nothing with bc_coef 0"):
+        trained.learn(32)
 
 
 def test_what_means_nothing_is_refused() -> None:

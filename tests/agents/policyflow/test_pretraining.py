@@ -122,6 +122,28 @@ def test_the_loss_of_a_gaussian_policy_is_the_negative_log_density() -> None:
     assert imitation_loss(actor, data).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_actions_that_were_not_demonstrated_count_in_no_loss() -> None:
+    known = torch.tensor([[True, False], [True, True], [True, False], [True, True]]).repeat(10, 1)
+    data = expert(40, 0.3, 0.5)._replace(demonstrated=known)
+    gaussian = agent(**GAUSSIAN).policy.actor
+    density = Normal(gaussian.mode(data.obs), gaussian.log_std.exp()).log_prob(data.action)
+    assert imitation_loss(gaussian, data).item() == pytest.approx(-density[known].mean().item(), rel=1e-5)
+    mixture = agent(**MIXTURE).policy.actor
+    short = data._replace(action=data.action[:, :1], demonstrated=None)  # where the second never was
+    first = imitation_loss(mixture, data._replace(demonstrated=known & torch.tensor([True, False])))
+    parts = mixture.mixture(short.obs)
+    each = (
+        Normal(parts.mean[..., :1], mixture.noise_log_std()[..., :1].exp()).log_prob(short.action.unsqueeze(1)).sum(-1)
+    )
+    expected = -torch.logsumexp(parts.log_weight + each, 1).mean()
+    assert first.item() == pytest.approx(expected.item(), rel=1e-5)
+    flow = agent().policy.actor
+    field = flow.field = Known(0.3, 0.0, 0.5)  # type: ignore[assignment]
+    field.offset.data.copy_(torch.tensor([0.0, 7.0]))
+    first = known & torch.tensor([True, False])
+    assert imitation_loss(flow, expert(40, 0.3, 0.0)._replace(demonstrated=first)).item() == pytest.approx(0, abs=1e-9)
+
+
 def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
     """``2 E|X - Y| - E|X - X'| - E|Y - Y'|`` (Szekely and Rizzo 2013), 0 for equal laws."""
 
@@ -149,6 +171,16 @@ def test_two_modes_are_recovered_by_flow_and_mixture_and_not_by_the_gaussian() -
             distances[name].append(energy_distance(drawn, truth))
     assert max(distances["flow"]) < 0.03 < 0.15 < min(distances["gaussian"]), distances
     assert max(distances["mixture"]) < 0.03, distances
+
+
+def test_what_a_chunk_does_beyond_its_episode_is_learned_from_others() -> None:
+    # Actions change their sign at every step of four; the episode's end would repeat the last.
+    signs = np.tile(np.array([1, -1, 1, -1], np.float32), 100)[:, None]
+    data = Demonstrations(signs, np.repeat(signs, 2, 1), signs[:, 0], np.full(100, 4))
+    learner = agent(**GAUSSIAN, chunk=3, batch_size=6)
+    learner.pretrain(data, 300)
+    chunk = learner.policy.actor.mode(learner.policy.obs_norm(torch.ones(1, 1))).view(3, 2)
+    torch.testing.assert_close(chunk, 0.5 * torch.tensor([[1.0], [-1.0], [1.0]]).expand(3, 2), atol=0.05, rtol=0)
 
 
 def test_a_gaussian_policy_learns_mean_and_noise() -> None:
@@ -219,6 +251,14 @@ def test_statistics_are_those_of_the_demonstrations_and_stay_so() -> None:
     other = agent()
     other.learn(48)
     assert other.policy.obs_norm.count == 48  # without pretraining they move
+
+
+def test_an_observation_that_never_varies_stays_in_its_own_unit() -> None:
+    learner, data = agent(), demonstrations("one")
+    same = Demonstrations(np.full_like(data.observations, 0.7), data.actions, data.rewards, data.lengths)
+    learner.pretrain(same, 1)
+    probe = torch.tensor([[0.7], [0.71]])
+    torch.testing.assert_close(learner.policy.obs_norm(probe), torch.tensor([[0.0], [0.01]]), atol=1e-5, rtol=0)
 
 
 def test_a_pretrained_agent_is_saved_to_the_last_bit_and_learns_on(tmp_path: Path) -> None:
