@@ -68,8 +68,10 @@ def check_script(episodes: int, success: float, noise: float) -> None:
         raise ValueError(f"noise: got {noise}, expected a number of at least 0")
 
 
-def good_episodes(episodes: int, success: float, rounds_of: int = 1) -> Array:
-    """Which episodes shall succeed, bool [episodes]: a share of them, spread evenly over rounds of so many episodes."""
-    rounds = np.arange(episodes) // rounds_of
-    good: Array = np.floor((rounds + 1) * success) > np.floor(rounds * success)
+def good_episodes(episodes: int, success: float, routes: int = 1) -> Array:
+    """Which episodes shall succeed, bool [episodes]: their share, spread evenly over routes that take turns."""
+    number = round(episodes * success)
+    by_route = np.argsort(np.arange(episodes) % routes, kind="stable")  # one route after the other
+    good = np.zeros(episodes, dtype=bool)
+    good[by_route] = np.diff(np.arange(episodes + 1) * number // episodes) > 0  # in integers: nothing is rounded off
     return good
