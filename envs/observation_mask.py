@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from numbers import Integral
 from typing import Any
 
 import gymnasium as gym
@@ -21,11 +22,13 @@ class ObservationMask(gym.ObservationWrapper[NDArray[Any], Any, NDArray[Any]], g
         hidden: the entries that are left out: indices, from the end where negative, or a slice.
 
     Raises:
-        ValueError: if the observation is no Box of one dimension, or ``hidden`` names an entry that does not exist or
-            one twice, none, or all.
+        ValueError: if the observation is no Box of one dimension, or ``hidden`` is something else, or names an entry
+            that does not exist or one twice, none, or all.
     """
 
     def __init__(self, env: gym.Env[NDArray[Any], Any], hidden: Sequence[int] | slice) -> None:
+        if not _names_entries(hidden):
+            raise ValueError(f"hidden: got {hidden}, expected integers, such as [0, 3], or a slice of them")
         hidden = hidden if isinstance(hidden, slice) else list(hidden)
         gym.utils.RecordConstructorArgs.__init__(self, hidden=hidden)
         gym.ObservationWrapper.__init__(self, env)
@@ -57,3 +60,12 @@ class ObservationMask(gym.ObservationWrapper[NDArray[Any], Any, NDArray[Any]], g
     def observation(self, observation: NDArray[Any]) -> NDArray[Any]:
         """What is left of an observation."""
         return observation[self._shown]
+
+
+def _names_entries(hidden: object) -> bool:
+    """Whether it is a slice of integers or some integers; True and False are none."""
+    if isinstance(hidden, slice):
+        hidden = [part for part in (hidden.start, hidden.stop, hidden.step) if part is not None]
+    return isinstance(hidden, Collection) and all(
+        isinstance(entry, Integral) and not isinstance(entry, bool) for entry in hidden
+    )

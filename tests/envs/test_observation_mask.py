@@ -116,6 +116,11 @@ def test_a_spec_makes_the_same_environment() -> None:
         ([], r"hidden: got \[\], none of 11 entries"),
         (slice(20, None), r"hidden: got slice\(20, None, None\), none of 11 entries"),
         (slice(None), r"hidden: got slice\(None, None, None\), all of 11 entries"),
+        ([5.5], r"hidden: got \[5\.5\], expected integers, such as \[0, 3\], or a slice of them"),
+        ([True], r"hidden: got \[True\], expected integers"),
+        (5, "hidden: got 5, expected integers"),
+        ("5", "hidden: got 5, expected integers"),
+        (slice(0.5, None), r"hidden: got slice\(0\.5, None, None\), expected integers"),
     ],
 )
 def test_bad_entries_are_refused(hidden: Any, message: str) -> None:
