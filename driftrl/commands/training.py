@@ -28,7 +28,7 @@ from ..envs.make import has_time_limit
 from ..runs.callbacks import Checkpoints, Follows, Progress, Report, Reports, reported
 from ..runs.folder import Resumption, RunSettings, find_checkpoint, has_saved, save_agent
 from ..runs.log import messages_shown, open_logger
-from ..runs.pretraining import pretrain, use_demonstrations
+from ..runs.pretraining import evaluate_pretrained, pretrain, use_demonstrations
 from ..runs.signals import StopOnSignal, exit_code
 from ..runs.warnings import warn
 from .describe import describe_commands
@@ -88,6 +88,7 @@ def train(
             if settings.pretrain_steps and not getattr(agent, "is_pretrained", True):
                 pretrain(agent, folder, settings)
             elif settings.demonstrations is not None:
+                evaluate_pretrained(folder, settings)
                 use_demonstrations(agent, settings)
             start = time.monotonic()
             if settings.total_timesteps > 0:
@@ -184,8 +185,8 @@ def _is_worth_saving(agent: Checkpointed, done: int) -> bool:
 def _go_on(agent: Checkpointed, settings: RunSettings, found: Resumption) -> dict[str, Any] | None:
     """Put back all that the checkpoint holds beside the agent and say what it lacks; returns the best so far."""
     agent.set_random_seed((settings.seed + agent.num_timesteps) % 2**31)  # of what cannot be put back
-    if found.state is None:
-        missing = ["all but the agent: the file is no checkpoint"]
+    if found.state is None:  # before the first step there is nothing but the agent
+        missing = ["all but the agent: the file is no checkpoint"] if agent.num_timesteps else []
     else:
         missing = [found.state["missing"]] if "missing" in found.state else restore(agent, found.state)
         missing += [found.state["lost"]] if "lost" in found.state else []

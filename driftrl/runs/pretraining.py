@@ -18,13 +18,16 @@ from ..agents.policyflow.pretraining import Pretraining, PretrainSettings
 from ..agents.storage import format as checkpoint
 from ..agents.storage.files import all_or_nothing, write_json
 from ..agents.storage.saving import Checkpointed
+from ..agents.storage.values import CheckpointError
 from ..analysis.evaluation import EVALUATION_SEED, evaluate_modes, format_table
+from ..sweeps.progress_file import last_steps
 from .demonstrations import read_demonstrations
-from .folder import PRETRAIN, PRETRAINED, RunSettings, save_agent
+from .folder import PRETRAIN, PRETRAINED, RunSettings, load_agent, save_agent
 from .log import open_logger, write_row
 from .signals import StopOnSignal
+from .warnings import warn
 
-_EPISODES = 20
+_REPORT, _EPISODES = "pretrained.json", 20
 _SAVE_EVERY = 60.0
 """Seconds between two saved states."""
 
@@ -73,12 +76,27 @@ def pretrain(agent: Checkpointed, folder: Path, settings: RunSettings) -> None:
     print(f"pretrained by {result.steps:,} updates in {seconds:.0f} s, validation loss {result.validation_loss:.4g}")
     save_agent(agent, folder / PRETRAINED)
     (folder / PRETRAIN).unlink(missing_ok=True)
-    report = evaluate_modes(
-        agent, settings.env_id, settings.env_kwargs, _EPISODES, EVALUATION_SEED, ("deterministic", "sampled")
-    )
-    write_json(folder / "pretrained.json", {"file": PRETRAINED, "updates": result.steps, **report})
-    print(f"before reinforcement learning, {_EPISODES} episodes each\n{format_table(report)}\n", flush=True)
+    _evaluate(agent, folder, settings, result.steps)
     agent.set_random_seed(settings.seed)  # evaluating has drawn: what follows is not to depend on it
+
+
+def evaluate_pretrained(folder: Path, settings: RunSettings) -> None:
+    """Evaluate the pretrained agent of a run that was killed before it had been."""
+    if not (folder / PRETRAINED).exists() or (folder / _REPORT).exists():
+        return
+    try:
+        agent = load_agent(folder / PRETRAINED, settings.device)
+    except CheckpointError as error:
+        warn(f"the pretrained agent is not evaluated: {error}")
+    else:
+        _evaluate(agent, folder, settings, last_steps(folder / "pretrain"))
+
+
+def _evaluate(agent: Checkpointed, folder: Path, settings: RunSettings, updates: int | None) -> None:
+    modes = ("deterministic", "sampled")
+    report = evaluate_modes(agent, settings.env_id, settings.env_kwargs, _EPISODES, EVALUATION_SEED, modes)
+    write_json(folder / _REPORT, {"file": PRETRAINED, "updates": updates, **report})
+    print(f"before reinforcement learning, {_EPISODES} episodes each\n{format_table(report)}\n", flush=True)
 
 
 def _saved_state(path: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,10 +83,12 @@ def test_a_signal_breaks_pretraining_off_and_resume_ends_where_the_whole_would(
     monkeypatch.setattr(module, "write_row", write_row)
     capsys.readouterr()
     assert train.main(["--resume", str(run)]) == 0
-    assert "pretrained by 750 updates" in capsys.readouterr().out
-    whole, half = (load_agent(run_in(tmp_path / name) / "pretrained.zip") for name in ("whole", "half"))
-    for (name, one), other in zip(whole.policy.state_dict().items(), half.policy.state_dict().values(), strict=True):
-        assert torch.equal(one, other), name
+    out = capsys.readouterr().out
+    assert "pretrained by 750 updates" in out and "all restored" in out
+    for file in ("pretrained.zip", "final.zip"):
+        whole, half = (load_agent(run_in(tmp_path / name) / file).policy.state_dict() for name in ("whole", "half"))
+        for (name, one), other in zip(whole.items(), half.values(), strict=True):
+            assert torch.equal(one, other), (file, name)
 
 
 def test_rows_after_the_last_saved_state_are_dropped_when_a_killed_run_goes_on(
@@ -104,6 +107,34 @@ def test_rows_after_the_last_saved_state_are_dropped_when_a_killed_run_goes_on(
     assert train.main(["--resume", str(run)]) == 0
     with (run / "pretrain" / "progress.csv").open() as file:
         assert [int(row["time/total_timesteps"]) for row in csv.DictReader(file)] == [250, 500, 750]
+
+
+def test_a_run_killed_before_its_pretrained_agent_was_evaluated_loses_nothing(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--pretrain-steps", "300", "--bc-coef", "0.1", "--total-timesteps", "32", "--checkpoint-interval", "32"]
+    assert train.main(command(data, tmp_path / "whole", *options)) == 0
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate_modes", killed)
+        assert train.main(command(data, tmp_path / "half", *options)) == 143
+    whole, half = (run_in(tmp_path / name) for name in ("whole", "half"))
+    assert (half / "pretrained.zip").exists() and not (half / "pretrained.json").exists()
+    capsys.readouterr()
+    assert train.main(["--resume", str(half)]) == 0
+    out = capsys.readouterr().out
+    assert "before reinforcement learning" in out and "pretrained by" not in out
+    assert "all restored" in out and "not restored" not in out
+    assert (half / "pretrained.json").read_text() == (whole / "pretrained.json").read_text()
+    ends = [load_agent(run / "final.zip").policy.state_dict() for run in (whole, half)]
+    assert all(torch.equal(one, other) for one, other in zip(*(end.values() for end in ends), strict=True))
+    (half / "pretrained.json").unlink()
+    (half / "pretrained.zip").write_bytes(b"")
+    assert train.main(["--resume", str(half), "--total-timesteps", "64"]) == 0
+    assert "warning: the pretrained agent is not evaluated: " in capsys.readouterr().err
 
 
 def test_runs_of_a_group_may_only_pretrain(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
