@@ -125,11 +125,15 @@ def _checked(
     observations = _vectors(name, episode.observations, observation_space, keys)[: steps + 1]
     _check_shape(name, "actions", episode.actions, action_space.shape)
     actions = episode.actions.reshape(steps, -1)
-    for part, values in (("observations", observations), ("actions", actions), ("rewards", episode.rewards[:, None])):
-        if not (finite := np.isfinite(values).all(axis=1)).all():
-            step = int(np.argmin(finite))
-            got = values[step][~np.isfinite(values[step])][0]
-            raise ValueError(f"{name}: step {step}: {part}: got {got}, expected finite numbers")
+    _check_shape(name, "rewards", episode.rewards, ())
+    columns = [
+        _finite(name, part, values)
+        for part, values in (
+            ("observations", observations),
+            ("actions", actions),
+            ("rewards", episode.rewards[:, None]),
+        )
+    ]
     low, high = action_space.low.ravel().astype(np.float64), action_space.high.ravel().astype(np.float64)
     slack = _SLACK * (high - low)
     if not (inside := ((actions >= low - slack) & (actions <= high + slack)).all(axis=1)).all():
@@ -138,7 +142,18 @@ def _checked(
         bounds = f"[{low[k]:g}, {high[k]:g}]"
         raise ValueError(f"{name}: step {step}: actions: got {actions[step, k]:g} in dimension {k}, expected {bounds}")
     within = actions.clip(action_space.low.ravel(), action_space.high.ravel()).astype(np.float32)
-    return observations[:steps].astype(np.float32), within, episode.rewards.astype(np.float32)
+    return columns[0][:steps], within, columns[2][:, 0]
+
+
+def _finite(name: str, part: str, values: Array) -> Array:
+    """Rows in float32; a ValueError if a number is not finite in it."""
+    with np.errstate(over="ignore"):  # the error below says more
+        rows: Array = values.astype(np.float32)
+    if not (finite := np.isfinite(rows).all(axis=1)).all():
+        step = int(np.argmin(finite))
+        got = values[step][~np.isfinite(rows[step])][0]
+        raise ValueError(f"{name}: step {step}: {part}: got {got}, expected finite numbers of float32")
+    return rows
 
 
 def _vectors(name: str, observations: Any, space: spaces.Space[Any], keys: Sequence[str]) -> Array:

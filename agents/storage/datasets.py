@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,16 +59,18 @@ def find_dataset(source: str | os.PathLike[str]) -> Path:
             ``$MINARI_DATASETS_PATH``, or else ``~/.minari/datasets``.
 
     Raises:
-        DatasetError: if there is none.
+        DatasetError: if there is none, or it is in another format.
         ValueError: if h5py is missing, without which nothing of it can be read.
     """
     _h5py()
     path = Path(source)
+    if path.is_file():
+        return path
     root = Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
-    candidates = [path, path / MAIN, path / "data" / MAIN, root / path / "data" / MAIN]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+    for folder in (path, path / "data", root / path / "data"):
+        _metadata(folder)  # first: of data in another format there is no such file
+        if (folder / MAIN).is_file():
+            return folder / MAIN
     raise DatasetError(
         f"no data set: got {source}, expected an .hdf5 file, the folder of a Minari data set, or an id of one in {root}"
     )
@@ -86,50 +88,50 @@ def read_episodes(source: str | os.PathLike[str]) -> Iterator[Named]:
         with h5py.File(path, "r") as file:
             is_robomimic = isinstance(file.get("data"), h5py.Group)
             yield from _robomimic(path, file) if is_robomimic else _minari(path, file)
-    except (OSError, KeyError, RuntimeError) as error:  # whatever h5py makes of a damaged file
+    except (OSError, KeyError, RuntimeError, ValueError) as error:  # whatever h5py makes of a damaged file
         if isinstance(error, DatasetError):
             raise
         raise DatasetError(f"{path}: no data set of Minari or robomimic can be read ({error})") from error
 
 
 def _minari(path: Path, file: h5py.File) -> Iterator[Named]:
-    number = _number_of_episodes(path)
+    number = _metadata(path.parent).get("total_episodes")
     groups = [name for name in file if re.fullmatch(r"episode_\d+", name)]
     if not groups:
         raise DatasetError(f"{path}: got {', '.join(list(file)[:3]) or 'nothing'}, expected groups episode_0, ...")
-    number = len(groups) if number is None else number
+    number = number if isinstance(number, int) else len(groups)
     for i in range(max(number, len(groups))):
         name = f"{path}: episode {i}"
         if i >= number:
             raise DatasetError(f"{name}: got one more than the {number} of {METADATA}")
         if f"episode_{i}" not in file:
             raise DatasetError(f"{name}: got none, expected {number} episodes; the data set is not complete")
-        group = file[f"episode_{i}"]
-        observations = _observations(name, group, "observations")
-        actions, rewards = _array(name, group, "actions"), _array(name, group, "rewards")
-        ends = [_array(name, group, key).astype(bool) for key in ("terminations", "truncations")]
-        episode = Episode(observations, actions, rewards, *ends)
-        _check_lengths(name, episode, extra=1)
+        columns = ("rewards", "terminations", "truncations")
+        observations, actions, rewards, *ends = _parts(name, file[f"episode_{i}"], "observations", columns, extra=1)
+        episode = Episode(observations, actions, rewards, *(each.astype(bool) for each in ends))
+        if (early := (episode.terminated | episode.truncated)[:-1]).any():
+            last = f"expected none before the last one, step {len(early)}"
+            raise DatasetError(f"{name}: step {int(np.argmax(early))}: got an end of the episode, {last}")
         yield Named(name, episode)
 
 
-def _number_of_episodes(path: Path) -> int | None:
-    """What metadata.json beside the file says; None if there is none.
+def _metadata(folder: Path) -> dict[str, Any]:
+    """What metadata.json of a data set says; nothing if there is none.
 
     Raises:
         DatasetError: if it is damaged, or the data are in another format.
     """
-    metadata = path.parent / METADATA
-    if not metadata.is_file():
-        return None
+    path = folder / METADATA
+    if not path.is_file():
+        return {}
     try:
-        content = json.loads(metadata.read_text())
-        form, number = content.get("data_format", "hdf5"), content.get("total_episodes")
-    except (ValueError, AttributeError, OSError) as error:
-        raise DatasetError(f"{metadata}: damaged ({error})") from error
+        content: dict[str, Any] = json.loads(path.read_text())
+        form = content.get("data_format", "hdf5")
+    except (ValueError, AttributeError, OSError, RecursionError) as error:
+        raise DatasetError(f"{path}: damaged ({error})") from error
     if form != "hdf5":
-        raise DatasetError(f"{metadata}: got data_format {form!r}, expected hdf5; convert it with Minari")
-    return number if isinstance(number, int) else None
+        raise DatasetError(f"{path}: got data_format {form!r}, expected hdf5; convert it with Minari")
+    return content
 
 
 def _robomimic(path: Path, file: h5py.File) -> Iterator[Named]:
@@ -137,44 +139,64 @@ def _robomimic(path: Path, file: h5py.File) -> Iterator[Named]:
     if not names:
         raise DatasetError(f"{path}: got no group demo_<i> in data, expected robomimic's layout")
     for key in sorted(names, key=lambda name: int(name.removeprefix("demo_"))):
-        name, group = f"{path}: episode {key}", file["data"][key]
-        observations = _observations(name, group, "obs")
-        actions, rewards = _array(name, group, "actions"), _array(name, group, "rewards")
-        ended = _array(name, group, "dones").astype(bool)
-        episode = Episode(observations, actions, rewards, ended, np.zeros_like(ended))
-        _check_lengths(name, episode, extra=0)
-        yield Named(name, episode)
+        name = f"{path}: episode {key}"
+        observations, actions, rewards, dones = _parts(name, file["data"][key], "obs", ("rewards", "dones"), extra=0)
+        ended = dones.astype(bool)
+        yield Named(name, Episode(observations, actions, rewards, ended, np.zeros_like(ended)))
 
 
-def _observations(name: str, group: h5py.Group, key: str) -> Array | dict[str, Array]:
-    part = group.get(key)
-    if part is not None and hasattr(part, "keys"):
-        return {each: _array(f"{name}: {key}", part, each) for each in part}
-    return _array(name, group, key)
+def _parts(name: str, group: Any, observations: str, columns: Sequence[str], extra: int) -> list[Any]:
+    """Observations, actions and columns of one number a step; nothing is read before all shapes agree.
 
-
-def _array(name: str, group: h5py.Group, key: str) -> Array:
-    """A data set of numbers."""
-    part = group.get(key)
-    if part is None or not hasattr(part, "dtype"):
-        got = "none" if part is None else "a group"
-        raise DatasetError(f"{name}: {key}: got {got}, expected an array of numbers")
-    if part.dtype.kind not in "fiub" or not part.shape:
-        raise DatasetError(f"{name}: {key}: got {part.dtype} of shape {list(part.shape)}, expected rows of numbers")
-    values: Array = part[()]
-    return values
-
-
-def _check_lengths(name: str, episode: Episode, extra: int) -> None:
-    steps = len(episode.actions)
+    Args:
+        name: of the episode.
+        group: in the file.
+        observations: key of them.
+        columns: keys of the columns.
+        extra: rows of observations beyond the steps.
+    """
+    h5py = _h5py()
+    if not isinstance(group, h5py.Group):
+        raise DatasetError(f"{name}: got no group, expected one with {observations}, actions, {', '.join(columns)}")
+    named = group.get(observations)
+    is_dict = isinstance(named, h5py.Group)
+    seen = [f"{observations}/{key}" for key in named] if is_dict else [observations]
+    found = {key: _array(name, group, key) for key in (*seen, "actions", *columns)}
+    steps = found["actions"].shape[0]
     if steps == 0:
         raise DatasetError(f"{name}: got no steps, expected one at least")
-    parts = episode.observations if isinstance(episode.observations, dict) else {"observations": episode.observations}
-    rows = {key: (len(part), steps + extra) for key, part in parts.items()}
-    rows |= {key: (len(getattr(episode, key)), steps) for key in ("rewards", "terminated", "truncated")}
-    for key, (got, expected) in rows.items():
+    for key, each in found.items():
+        got, expected = each.shape[0], steps + extra if key in seen else steps
         if got != expected:
             raise DatasetError(f"{name}: {key}: got {got} rows with {steps} actions, expected {expected}")
+        if key in columns and each.shape != (steps,):
+            raise DatasetError(f"{name}: {key}: got rows of shape {list(each.shape[1:])}, expected one number each")
+    values = {key: _read(name, key, each) for key, each in found.items()}
+    parts = {key.partition("/")[2]: values[key] for key in seen}
+    return [parts if is_dict else values[observations], *(values[key] for key in ("actions", *columns))]
+
+
+def _array(name: str, group: h5py.Group, key: str) -> h5py.Dataset:
+    """A data set of numbers, which is not read yet."""
+    part = group.get(key)
+    if not isinstance(part, _h5py().Dataset):
+        got = "none" if part is None else "no array"
+        raise DatasetError(f"{name}: {key}: got {got}, expected an array of numbers")
+    try:
+        kind = part.dtype
+    except (TypeError, ValueError) as error:  # of times, say, which NumPy does not know
+        raise DatasetError(f"{name}: {key}: got another type, expected an array of numbers ({error})") from error
+    if kind.kind not in "fiub" or not part.shape:
+        raise DatasetError(f"{name}: {key}: got {kind} of shape {list(part.shape or ())}, expected rows of numbers")
+    return part
+
+
+def _read(name: str, key: str, part: h5py.Dataset) -> Array:
+    try:
+        values: Array = part[()]
+    except (OSError, MemoryError) as error:
+        raise DatasetError(f"{name}: {key}: cannot be read ({error})") from error
+    return values
 
 
 def write_minari(

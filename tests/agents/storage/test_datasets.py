@@ -157,6 +157,19 @@ def poke(row: int, value: float) -> Callable[[Any], Any]:
     return change
 
 
+def typed(part: str, shape: tuple[int, ...], kind: Any = h5py.h5t.NATIVE_DOUBLE) -> Callable[[Path], None]:
+    """An array of that shape that is declared and never written."""
+
+    def damage(folder: Path) -> None:
+        with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
+            del file[f"episode_{part}"]
+            space, create = h5py.h5s.create_simple(shape), h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            create.set_chunk(tuple(min(size, 1024) for size in shape))
+            h5py.h5d.create(file.id, f"episode_{part}".encode(), kind, space, create)
+
+    return damage
+
+
 def metadata(text: str) -> Callable[[Path], Any]:
     return lambda folder: (folder / "data" / "metadata.json").write_text(text)
 
@@ -173,7 +186,7 @@ def cut(folder: Path) -> None:
         (changed("1/actions", lambda _: None), "episode 1: actions: got none, expected an array of numbers"),
         (changed("1/observations", lambda x: x[:-1]), "episode 1: observations: got 6 rows with 6 actions"),
         (changed("3/rewards", lambda x: x[1:]), "episode 3: rewards: got 7 rows with 8 actions, expected 8"),
-        (changed("0/truncations", lambda x: x[1:]), "episode 0: truncated: got 4 rows with 5 actions"),
+        (changed("0/truncations", lambda x: x[1:]), "episode 0: truncations: got 4 rows with 5 actions"),
         (changed("1/observations", poke(4, np.nan)), "episode 1: step 4: observations: got nan, expected finite"),
         (changed("1/rewards", poke(3, np.inf)), "episode 1: step 3: rewards: got inf, expected finite"),
         (changed("2/actions", poke(6, 1.5)), "episode 2: step 6: actions: got 1.5 in dimension 0"),
@@ -182,7 +195,18 @@ def cut(folder: Path) -> None:
         (changed("0/observations", lambda x: x[:, :2]), r"observations: got rows of shape \[2\], expected \[3\]"),
         (changed("0/actions", lambda x: np.array([b"x"] * len(x))), r"actions: got \|S1 of shape \[5\]"),
         (metadata("{"), "metadata.json: damaged"),
-        (metadata('{"data_format": "arrow"}'), "metadata.json: got data_format 'arrow', expected hdf5"),
+        (changed("3", lambda _: np.zeros(4)), "episode 3: got no group, expected one with observations"),
+        (changed("2/rewards", lambda x: np.stack([x, x], 1)), r"episode 2: rewards: got rows of shape \[2\], expected"),
+        (changed("2/rewards", lambda x: x[:, None]), r"episode 2: rewards: got rows of shape \[1\], expected one"),
+        (changed("2/terminations", lambda x: x[:, None]), r"episode 2: terminations: got rows of shape \[1\]"),
+        (changed("1/terminations", poke(2, 1)), "episode 1: step 2: got an end of the episode, expected none before"),
+        (changed("1/truncations", poke(4, 1)), "episode 1: step 4: got an end .*, expected none before the last"),
+        (changed("1/observations", lambda x: x * np.float64(1e300)), "episode 1: step 0: observations: got .*e.30.,"),
+        (changed("1/rewards", poke(3, -1e300)), r"episode 1: step 3: rewards: got -1e\+300, expected finite numbers"),
+        (typed("3/rewards", (1 << 45,)), "episode 3: rewards: got 35184372088832 rows with 8 actions, expected 8"),
+        (typed("3/actions", (8, 1 << 45)), "episode 3: actions: cannot be read"),
+        (typed("3/rewards", (8,), h5py.h5t.UNIX_D32LE), "episode 3: rewards: got another type, expected an array of"),
+        (changed("0/rewards", lambda _: h5py.Empty("f8")), r"episode 0: rewards: got float64 of shape \[\]"),
         (metadata('{"total_episodes": 3}'), "episode 3: got one more than the 3 of metadata.json"),
         (cut, "no data set of Minari or robomimic can be read"),
     ],
@@ -193,6 +217,20 @@ def test_what_is_wrong_is_said_in_one_line(damage: Callable[[Path], Any], messag
     with pytest.raises(ValueError, match=message) as caught:
         Demonstrations.of(read_episodes(folder), BOX, ACTIONS)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Minari 0.5 lays its Arrow format out: a folder for each episode and no HDF5 file."""
+    folder = tmp_path / "arrow-v0" / "data"
+    (folder / "0").mkdir(parents=True)
+    (folder / "0" / "0-part-0.parquet").write_bytes(b"PAR1")
+    (folder / "metadata.json").write_text(json.dumps({"data_format": "arrow", "total_episodes": 1}))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    for source in (folder.parent, folder, "arrow-v0"):
+        with pytest.raises(
+            DatasetError, match=r"metadata\.json: got data_format 'arrow', expected hdf5; convert it with"
+        ):
+            find_dataset(source)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
