@@ -12,7 +12,7 @@ from gymnasium import spaces
 from ...envs.episodes import Array, Episode
 from .observations import observation_vectors
 
-_SLACK = 1e-4
+SLACK = 1e-4
 """Share of its range by which an action may lie outside the bounds: what other precisions make of one on them."""
 
 
@@ -135,7 +135,7 @@ def _checked(
         )
     ]
     low, high = action_space.low.ravel().astype(np.float64), action_space.high.ravel().astype(np.float64)
-    slack = _SLACK * (high - low)
+    slack = SLACK * (high - low)
     if not (inside := ((actions >= low - slack) & (actions <= high + slack)).all(axis=1)).all():
         step = int(np.argmin(inside))
         k = int(np.argmax((actions[step] < low - slack) | (actions[step] > high + slack)))

@@ -43,6 +43,15 @@ class Named(NamedTuple):
     episode: Episode
 
 
+class Origin(NamedTuple):
+    """What metadata.json of a Minari data set says of the environment; None where it does not say."""
+
+    file: Path
+    env_id: str | None
+    action_bounds: tuple[Array, Array] | None
+    """Lower and upper ones, of a Box."""
+
+
 def _h5py() -> Any:
     try:
         import h5py
@@ -132,6 +141,31 @@ def _metadata(folder: Path) -> dict[str, Any]:
     if form != "hdf5":
         raise DatasetError(f"{path}: got data_format {form!r}, expected hdf5; convert it with Minari")
     return content
+
+
+def read_origin(source: str | os.PathLike[str]) -> Origin:
+    """Where a data set comes from; nothing of it is imported or made.
+
+    Raises:
+        DatasetError: if there is no data set, or its metadata.json is damaged.
+        ValueError: if h5py is not installed.
+    """
+    folder = find_dataset(source).parent
+    env, space = (_nested(_metadata(folder), key) for key in ("env_spec", "action_space"))
+    env_id, bounds = env.get("id"), None
+    if space.get("type") == "Box":
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # some other way to write a space
+            low, high = (np.array(space.get(key), dtype=np.float64) for key in ("low", "high"))
+            bounds = (low, high)
+    return Origin(folder / METADATA, env_id if isinstance(env_id, str) else None, bounds)
+
+
+def _nested(content: dict[str, Any], key: str) -> dict[str, Any]:
+    """JSON that is text in JSON; nothing where there is none."""
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        inner = json.loads(content.get(key, ""))
+        return inner if isinstance(inner, dict) else {}
+    return {}
 
 
 def _robomimic(path: Path, file: h5py.File) -> Iterator[Named]:

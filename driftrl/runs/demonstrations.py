@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,16 +12,17 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from ..agents.common.demonstrations import Demonstrations
+from ..agents.common.demonstrations import SLACK, Demonstrations
 from ..agents.common.observations import row_of
-from ..agents.storage.datasets import read_episodes
+from ..agents.storage.datasets import Origin, read_episodes, read_origin
 from ..analysis.evaluation import MAX_STEPS, CheckedPolicy, evaluation_env
 from ..envs.episodes import Array, Episode
+from ..envs.known import full_id, known_task_of_id
 
 
 def read_demonstrations(
     source: str | os.PathLike[str], observation_space: spaces.Space[Any], action_space: spaces.Space[Any],
-    keys: Sequence[str] = (),
+    keys: Sequence[str] = (), env_id: str | None = None,
 ) -> Demonstrations:  # fmt: skip
     """Read a data set of Minari or robomimic for an agent that acts in these spaces.
 
@@ -29,11 +31,41 @@ def read_demonstrations(
         observation_space: of the agent.
         action_space: of the agent.
         keys: see `Demonstrations.of`.
+        env_id: the agent's environment; a warning says so where a Minari data set is of another one.
 
     Raises:
-        ValueError: in one line that names file, episode and step, if the data set is damaged or does not fit.
+        ValueError: in one line that names file, episode and step, if the data set is damaged or does not fit; or if
+            it was recorded with other bounds of the actions.
     """
-    return Demonstrations.of(read_episodes(source), observation_space, action_space, keys)
+    origin = read_origin(source)
+    if isinstance(action_space, spaces.Box):
+        _check_bounds(origin, action_space)
+    data = Demonstrations.of(read_episodes(source), observation_space, action_space, keys)
+    if env_id is not None and origin.env_id is not None and _task(origin.env_id) != _task(env_id):
+        text = f"{origin.file}: env_spec: got episodes of {origin.env_id!r}, expected those of {env_id}"
+        warnings.warn(f"{text}; they are learned from all the same", UserWarning, stacklevel=2)
+    return data
+
+
+def _check_bounds(origin: Origin, space: spaces.Box) -> None:
+    """Refuse actions in other units; bounds of another shape, and infinite ones, say nothing of the units."""
+    if origin.action_bounds is None or any(each.shape != space.shape for each in origin.action_bounds):
+        return
+    got = np.stack([each.ravel() for each in origin.action_bounds])
+    expected = np.stack([space.low.ravel(), space.high.ravel()]).astype(np.float64)
+    differs = np.isfinite(got) & (np.abs(got - expected) > SLACK * (expected[1] - expected[0]))
+    if differs.any():
+        k = int(np.argmax(differs.any(0)))
+        (low, high), (lowest, highest) = got[:, k], expected[:, k]
+        raise ValueError(
+            f"{origin.file}: action_space: got [{low:g}, {high:g}] in dimension {k}, expected the environment's "
+            f"[{lowest:g}, {highest:g}]; its actions are in other units, or of another task"
+        )
+
+
+def _task(id: str) -> str:
+    """What an id stands for: a task that we know by its class, else the id without the module that registers it."""
+    return known_task_of_id(full_id(id)) or full_id(id).rpartition(":")[2]
 
 
 def record_episodes(

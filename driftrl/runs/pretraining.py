@@ -42,7 +42,7 @@ def use_demonstrations(agent: Checkpointed, settings: RunSettings) -> None:
 def _read(agent: Checkpointed, settings: RunSettings) -> Demonstrations:
     assert settings.demonstrations is not None
     spaces = (agent.observation_space, agent.action_space)
-    return read_demonstrations(settings.demonstrations, *spaces, settings.demonstration_keys)
+    return read_demonstrations(settings.demonstrations, *spaces, settings.demonstration_keys, settings.env_id)
 
 
 def pretrain(agent: Checkpointed, folder: Path, settings: RunSettings) -> None:
