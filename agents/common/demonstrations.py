@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,6 +66,14 @@ class Demonstrations:
         """Undiscounted sum of rewards of each episode, [E]."""
         starts = np.cumsum(self.lengths) - self.lengths
         return np.add.reduceat(self.rewards.astype(np.float64), starts)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is learned from, in hexadecimal: lengths, observations and actions."""
+        digest = hashlib.sha256(self.lengths.astype(np.int64).tobytes())
+        for part in (self.observations, self.actions):
+            digest.update(np.ascontiguousarray(part).data)
+        return digest.hexdigest()
 
     def split(self, share: float, rng: np.random.Generator) -> tuple[Demonstrations, Demonstrations]:
         """Two parts by whole episodes: the rest, and `share` of the episodes drawn at random, at least one.

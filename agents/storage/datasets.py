@@ -75,7 +75,7 @@ def find_dataset(source: str | os.PathLike[str]) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    root = Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
+    root = _root()
     for folder in (path, path / "data", root / path / "data"):
         _metadata(folder)  # first: of data in another format there is no such file
         if (folder / MAIN).is_file():
@@ -83,6 +83,22 @@ def find_dataset(source: str | os.PathLike[str]) -> Path:
     raise DatasetError(
         f"no data set: got {source}, expected an .hdf5 file, the folder of a Minari data set, or an id of one in {root}"
     )
+
+
+def lasting_name(source: str) -> str:
+    """What a data set is called wherever one works: its id, if it was found by it, or else the path of its HDF5 file.
+
+    Raises:
+        DatasetError: if there is none, or it is in another format.
+        ValueError: if h5py is missing.
+    """
+    found = find_dataset(source)
+    is_id = not Path(source).is_absolute() and found == _root() / source / "data" / MAIN
+    return source if is_id else str(found.resolve())
+
+
+def _root() -> Path:
+    return Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
 
 
 def read_episodes(source: str | os.PathLike[str]) -> Iterator[Named]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ..agents.registry import AGENTS
+from ..agents.storage.datasets import MAIN
 from ..agents.storage.files import all_or_nothing, write_json
 from ..agents.storage.saving import Checkpointed
 from ..envs.make import with_module
@@ -90,13 +92,15 @@ def write_hub_folder(
         (folder / VIDEO).unlink(missing_ok=True)  # it may show another agent
     elif video.resolve() != (folder / VIDEO).resolve():
         shutil.copyfile(video, folder / VIDEO)
-    if run.resolve() != folder.resolve():
-        shutil.copyfile(run / "config.json", folder / "config.json")
+    config = json.loads((run / "config.json").read_text())
+    if settings.demonstrations is not None:
+        settings = dataclasses.replace(settings, demonstrations=_without_folders(settings.demonstrations))
+        config["demonstrations"] = settings.demonstrations
+    write_json(folder / "config.json", config)
     save_agent(agent, folder / AGENT)
     write_json(folder / "results.json", report)
-    versions = json.loads((run / "config.json").read_text()).get("versions", {})
     with all_or_nothing(folder / "README.md") as partial:
-        partial.write_text(model_card(settings, report, versions), encoding="utf-8")
+        partial.write_text(model_card(settings, report, config.get("versions", {})), encoding="utf-8")
     return sorted(folder.iterdir())
 
 
@@ -125,6 +129,14 @@ def model_card(settings: RunSettings, report: dict[str, Any], versions: dict[str
         versions="".join(f"- {name} {version}\n" for name, version in versions.items()),
         settings=settings_rows(settings),
     )  # fmt: skip
+
+
+def _without_folders(data_set: str) -> str:
+    """The name of a data set; where it lies on this machine is nobody's business."""
+    path = Path(data_set)
+    if not path.is_absolute():
+        return data_set
+    return next((part for part in reversed(path.parts[1:]) if part not in ("data", MAIN)), MAIN)
 
 
 def _kind(settings: RunSettings) -> str:

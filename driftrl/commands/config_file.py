@@ -16,7 +16,7 @@ from ..runs.fields import fitted
 from ..runs.kinds import is_group
 from .arguments import Arguments
 
-_OF_A_RUN = {"versions", "git", "resumed"}
+_OF_A_RUN = {"versions", "git", "resumed", "demonstrations_digest"}
 """What a run's config.json records and no option sets."""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..agents.common.config import without_inert
 from ..agents.registry import AGENTS, AgentSpec
-from ..agents.storage.datasets import find_dataset
+from ..agents.storage.datasets import lasting_name
 from ..envs import parse_env_kwargs
 from ..envs.known import full_id
 from ..runs.folder import RunSettings, check_device
@@ -80,7 +80,7 @@ def settings_of(name: str, arguments: Arguments, chosen: Collection[str]) -> Run
         eval_interval=arguments.eval_interval,
         eval_episodes=arguments.eval_episodes,
         track=arguments.track,
-        demonstrations=arguments.demonstrations,
+        demonstrations=None if arguments.demonstrations is None else lasting_name(arguments.demonstrations),
         demonstration_keys=list(arguments.demonstration_keys),
         pretrain_steps=arguments.pretrain_steps,
         pretrain_batch_size=arguments.pretrain_batch_size,
@@ -121,4 +121,3 @@ def _check_pretraining(name: str, arguments: Arguments, chosen: Collection[str])
         if option in chosen and not arguments.pretrain_steps:
             got = getattr(arguments, option)
             raise ValueError(f"{option}: got {got}, which changes nothing without pretrain_steps above 0")
-    find_dataset(arguments.demonstrations)  # refused here, not in the run

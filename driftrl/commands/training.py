@@ -89,7 +89,7 @@ def train(
                 pretrain(agent, folder, settings)
             elif settings.demonstrations is not None:
                 evaluate_pretrained(folder, settings)
-                use_demonstrations(agent, settings)
+                use_demonstrations(agent, folder, settings)
             start = time.monotonic()
             if settings.total_timesteps > 0:
                 _learn(agent, folder, settings, logger, found, report_to)
@@ -133,7 +133,7 @@ def train(
 def _follow(agent: Checkpointed, settings: RunSettings, found: Resumption | None) -> int:
     """What the other ranks do of `train`."""
     if settings.demonstrations is not None:
-        use_demonstrations(agent, settings)
+        use_demonstrations(agent, None, settings)
     try:
         _learn(agent, None, settings, Logger(None, []), found, None)
     except KeyboardInterrupt as interrupt:

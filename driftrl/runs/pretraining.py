@@ -22,7 +22,7 @@ from ..agents.storage.values import CheckpointError
 from ..analysis.evaluation import EVALUATION_SEED, evaluate_modes, format_table
 from ..sweeps.progress_file import last_steps
 from .demonstrations import read_demonstrations
-from .folder import PRETRAIN, PRETRAINED, RunSettings, load_agent, save_agent
+from .folder import PRETRAIN, PRETRAINED, RunSettings, load_agent, record_demonstrations, save_agent
 from .log import open_logger, write_row
 from .signals import StopOnSignal
 from .warnings import warn
@@ -32,23 +32,29 @@ _SAVE_EVERY = 60.0
 """Seconds between two saved states."""
 
 
-def use_demonstrations(agent: Checkpointed, settings: RunSettings) -> None:
-    """Give a run's agent the demonstrations that it learns from beside its rollouts; saved agents do not hold them."""
+def use_demonstrations(agent: Checkpointed, folder: Path | None, settings: RunSettings) -> None:
+    """Give a run's agent the demonstrations that it learns from beside its rollouts; saved agents do not hold them.
+
+    Without a folder, as a rank other than 0, they are not compared with those that the run was begun with.
+    """
     assert isinstance(agent, Imitation)
     if agent.config.bc_coef > 0:
-        agent.use_demonstrations(_read(agent, settings))
+        agent.use_demonstrations(_read(agent, folder, settings))
 
 
-def _read(agent: Checkpointed, settings: RunSettings) -> Demonstrations:
+def _read(agent: Checkpointed, folder: Path | None, settings: RunSettings) -> Demonstrations:
     assert settings.demonstrations is not None
     spaces = (agent.observation_space, agent.action_space)
-    return read_demonstrations(settings.demonstrations, *spaces, settings.demonstration_keys, settings.env_id)
+    data = read_demonstrations(settings.demonstrations, *spaces, settings.demonstration_keys, settings.env_id)
+    if folder is not None:
+        record_demonstrations(folder, data.digest)
+    return data
 
 
 def pretrain(agent: Checkpointed, folder: Path, settings: RunSettings) -> None:
     """Pretrain a run's agent, or go on with it, and evaluate it; raises KeyboardInterrupt where a signal ended it."""
     assert isinstance(agent, Imitation)
-    data = _read(agent, settings)
+    data = _read(agent, folder, settings)
     steps, episodes = len(data.actions), len(data.lengths)
     mean = data.returns.mean()
     print(f"{settings.demonstrations}: {episodes} episodes, {steps:,} steps, mean return {mean:.2f}", flush=True)

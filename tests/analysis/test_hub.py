@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from driftrl import PolicyFlow
-from driftrl.analysis.hub import model_card
+from driftrl.analysis.hub import model_card, write_hub_folder
 from driftrl.analysis.records import find_records
 from driftrl.commands import evaluate, train, training
-from driftrl.runs.folder import checkpoints, load_agent, read_settings
+from driftrl.runs.folder import checkpoints, load_agent, read_settings, write_settings
 
 SMALL = [
     "policyflow", "--env", "InvertedPendulum-v5", "--n-envs", "1", "--n-steps", "16", "--batch-size", "16",
@@ -75,6 +75,25 @@ def test_the_folder_can_be_pushed_and_used(run: Path, capsys: pytest.CaptureFixt
     (folder / "replay.mp4").write_text("of another agent")
     assert evaluate.main([str(run), "--episodes", "1", "--hub", "hub/one"]) == 0  # written anew
     assert not (folder / "replay.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("stored", "shown"),
+    [
+        ("/home/me/avoid-v0/data/main_data.hdf5", "avoid-v0"),
+        ("/home/me/avoid-v0/main_data.hdf5", "avoid-v0"),
+        ("/home/me/low.hdf5", "low.hdf5"),
+        ("/main_data.hdf5", "main_data.hdf5"),
+        ("a/b-v0", "a/b-v0"),
+    ],
+)
+def test_where_a_data_set_lies_is_not_shared(run: Path, tmp_path: Path, stored: str, shown: str) -> None:
+    settings = dataclasses.replace(read_settings(run), demonstrations=stored)
+    write_settings(run, settings)
+    write_hub_folder(tmp_path / "hub", load_agent(run), run, settings, json.loads((run / "eval.json").read_text()))
+    assert read_settings(tmp_path / "hub").demonstrations == shown
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert f"| demonstrations | {shown} |" in card and "/home/me" not in card
 
 
 def test_no_value_of_a_setting_breaks_its_row(run: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from driftrl.runs import pretraining as module
 from driftrl.runs.folder import load_agent
 from driftrl.runs.log import write_row
 
-pytest.importorskip("h5py")
+h5py = pytest.importorskip("h5py")
 
 SMALL = ["--n-envs", "2", "--n-steps", "16", "--batch-size", "16", "--actor-hidden", "16", "--critic-hidden", "8"]
 
@@ -135,6 +136,53 @@ def test_a_run_killed_before_its_pretrained_agent_was_evaluated_loses_nothing(
     (half / "pretrained.zip").write_bytes(b"")
     assert train.main(["--resume", str(half), "--total-timesteps", "64"]) == 0
     assert "warning: the pretrained agent is not evaluated: " in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_data_that_it_began_with(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, other = (shutil.copytree(data, tmp_path / name / "avoid-v0") for name in ("begun", "elsewhere"))
+    monkeypatch.chdir(mine.parent)
+    assert train.main(command("avoid-v0", tmp_path, "--bc-coef", "0.1", "--total-timesteps", "32")) == 0
+    run = run_in(tmp_path / "driftrl_Avoid-v0")
+    config = json.loads((run / "config.json").read_text())
+    assert config["demonstrations"] == str(mine.resolve() / "data" / "main_data.hdf5")
+    monkeypatch.chdir(other.parent)
+    with h5py.File(other / "data" / "main_data.hdf5", "a") as file:
+        file["episode_3/actions"][5, 0] *= 0.5
+    assert train.main(["--resume", str(run), "--total-timesteps", "64"]) == 0  # not with the data set that lies here
+    shutil.copytree(other, mine, dirs_exist_ok=True)
+    capsys.readouterr()
+    assert train.main(["--resume", str(run), "--total-timesteps", "96"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"error: demonstrations: got {mine.resolve()}") and "expected" in message
+    assert config["demonstrations_digest"][:12] in message
+    config.pop("demonstrations_digest")  # as of a run of an earlier version
+    (run / "config.json").write_text(json.dumps(config))
+    assert train.main(["--resume", str(run), "--total-timesteps", "96"]) == 0
+    assert json.loads((run / "config.json").read_text())["demonstrations_digest"]
+    again = ["policyflow", "--config", str(run), "--total-timesteps", "32", "--run-dir", str(tmp_path / "again")]
+    assert train.main(again) == 0
+
+
+def test_pretraining_goes_on_with_the_data_that_it_began_with(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    shutil.copytree(data, tmp_path / "set" / "avoid-v0")
+
+    def interrupted(logger: Logger, metrics: dict[str, float], step: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_row", interrupted)
+        assert train.main(command("set/avoid-v0", tmp_path / "runs", "--pretrain-steps", "300")) == 130
+    run = run_in(tmp_path / "runs")
+    assert json.loads((run / "config.json").read_text())["demonstrations"] == "set/avoid-v0"
+    shutil.rmtree(tmp_path / "set")
+    assert demonstrate.main([str(tmp_path / "set" / "avoid-v0"), "--episodes", "24", "--seed", "1"]) == 0
+    assert train.main(["--resume", str(run)]) == 2
+    assert "demonstrations: got set/avoid-v0 with digest" in capsys.readouterr().err
 
 
 def test_runs_of_a_group_may_only_pretrain(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

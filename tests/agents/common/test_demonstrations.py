@@ -27,6 +27,18 @@ def test_returns_are_sums_over_episodes() -> None:
         data.returning(5)
 
 
+def test_the_digest_tells_what_is_learned_from() -> None:
+    def digest(*rewards: tuple[float, ...], **parts: Any) -> str:
+        return Demonstrations.of([("a", episode(*each, **parts)) for each in rewards], BOX, ACTIONS).digest
+
+    first = digest((1, 2), (4,))
+    assert len(first) == 64 and first == digest((1, 2), (4,)) == digest((3, 2), (4,))
+    others = {first, digest((1,), (2, 4)), digest((1, 2), (4,), obs=0.5), digest((1, 2, 4))}
+    others.add(digest((1,), actions=np.ones((1, 1))))
+    others.add(digest((1,)))
+    assert len(others) == 6
+
+
 def test_a_split_keeps_episodes_whole_and_loses_none() -> None:
     data = Demonstrations.of([(str(k), episode(*[1.0] * (k % 4 + 1), obs=k / 10)) for k in range(50)], BOX, ACTIONS)
     rest, held_out = data.split(0.2, np.random.default_rng(0))
