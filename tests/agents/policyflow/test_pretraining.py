@@ -239,6 +239,27 @@ def test_the_best_weights_are_kept_and_patience_ends_it() -> None:
     assert again.validation_loss == pytest.approx(result.validation_loss, rel=1e-5)
 
 
+def test_no_episode_that_is_held_out_is_learned_from() -> None:
+    learner, data = agent(), demonstrations("two", 40)
+    begun = Pretraining(learner.policy, data, PretrainSettings(1, validation_share=0.25), 0)
+    learned, held_out = (set(each[:, 0].tolist()) for each in (begun._steps.obs, begun._held_out.obs))
+    assert (len(learned), len(held_out)) == (300, 100) and not learned & held_out
+
+
+def test_the_rate_falls_by_half_a_cosine_and_the_average_warms_up() -> None:
+    learner, data = agent(base="learned"), demonstrations("two", 40)
+    begun = Pretraining(learner.policy, data, PretrainSettings(4, learning_rate=0.01, interval=1, ema_decay=0.9), 0)
+    expected = [each.clone() for each in begun._averages]
+    # Shares of the old average at update n: n / (n + 9), at most the decay. Rates: (1 + cos(pi n / 4)) / 2.
+    for kept, rate in zip((1 / 10, 2 / 11, 3 / 12, 4 / 13), (0.01, 0.00853553, 0.005, 0.00146447), strict=True):
+        begun.advance()
+        assert begun.optimizer.param_groups[0]["lr"] == pytest.approx(rate, rel=1e-5)
+        for mean, average, weight in zip(expected, begun._averages, begun._weights, strict=True):
+            mean.mul_(kept).add_(weight.detach(), alpha=1 - kept)
+            torch.testing.assert_close(average, mean)
+    assert begun.is_over
+
+
 def test_statistics_are_those_of_the_demonstrations_and_stay_so() -> None:
     trained, data = agent(), demonstrations("two", 40)
     trained.learn(16)  # has statistics of its own first

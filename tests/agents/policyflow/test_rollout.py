@@ -125,6 +125,16 @@ def test_returns_do_not_run_on_over_a_reset() -> None:
     assert learner._discounted_return.item() == 1
     learner._scale_rewards(torch.ones(1, 1), ~begins, ended)
     assert learner._discounted_return.item() == 1.5
+    learner._scale_rewards(torch.ones(1, 1), ~begins, ~ended)
+    assert learner._discounted_return.item() == 0  # nor over the end of an episode
+
+
+def test_scaled_rewards_are_clipped_at_ten_deviations() -> None:
+    learner = roll_out(terminates=False, normalize_reward=True)
+    learner.policy.return_norm.update(torch.tensor([[-1.0], [1.0]]), weight=1e9)  # a deviation of 1
+    rewards, ended = torch.tensor([[30.0], [-30.0], [2.0]]), torch.ones(3, 1, dtype=torch.bool)
+    scaled = learner._scale_rewards(rewards, torch.tensor([True]), ended)
+    torch.testing.assert_close(scaled, torch.tensor([[10.0], [-10.0], [2.0]]), rtol=1e-3, atol=0)
 
 
 class Broken(Counter):
