@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -284,11 +286,32 @@ def test_the_weight_of_imitation_takes_its_course(schedule: str) -> None:
     elif schedule == "linear":
         np.testing.assert_allclose(used, [0.375, 0.25, 0.125, 0.0], atol=1e-9)
     else:
-        reference, expected = rows[0]["flow/bc_loss"], [0.5]
-        for row in rows[:-1]:
-            expected.append(expected[-1] * (1.2 if row["flow/bc_loss"] > reference + 0.1 * abs(reference) else 1 / 1.2))
-        np.testing.assert_allclose(used, expected, rtol=1e-6)
+        assert used[:2] == [0.5, pytest.approx(0.5 / 1.2)]  # the first loss is the reference, which it has not left
+        assert all(
+            abs(math.log(new / old)) == pytest.approx(math.log(1.2)) for old, new in zip(used, used[1:], strict=False)
+        )
     assert all(math.isfinite(row["flow/bc_loss"]) for row in rows)
+
+
+def test_the_adaptive_weight_rises_where_the_loss_is_a_tenth_above_the_first_within_a_hundredfold() -> None:
+    trained = agent(bc_coef=0.5, bc_schedule="adaptive")
+
+    def next_weight(loss: float) -> float:
+        trained._adapt_weight({"flow/bc_loss": loss})
+        return trained._present_weight()
+
+    # Losses of a Gaussian can be negative: a tenth above -1 is -0.9.
+    assert [next_weight(loss) for loss in (-1.0, -0.95, -0.85)] == pytest.approx([0.5 / 1.2, 0.5 / 1.44, 0.5 / 1.2])
+    assert [next_weight(loss) for loss in (-2.0,) * 40][-1] == pytest.approx(0.005)
+    assert [next_weight(loss) for loss in (1.0,) * 80][-1] == pytest.approx(50.0)
+
+
+def test_a_linear_schedule_holds_for_the_rate_of_the_critic_too() -> None:
+    trained = agent(learning_rate=1e-4, critic_learning_rate=1e-2, lr_schedule="linear")
+    with mock.patch("driftrl.agents.policyflow.imitation.two_rates", wraps=two_rates) as rates:
+        logged(trained, 128)
+    given = [call.args[1:] for call in rates.call_args_list]
+    np.testing.assert_allclose(given, [(s * 1e-4, s * 1e-2) for s in (0.75, 0.5, 0.25, 0.0)], atol=1e-12)
 
 
 def test_the_weight_of_imitation_stays_while_only_the_critic_learns() -> None:
