@@ -287,9 +287,7 @@ def test_the_weight_of_imitation_takes_its_course(schedule: str) -> None:
         np.testing.assert_allclose(used, [0.375, 0.25, 0.125, 0.0], atol=1e-9)
     else:
         assert used[:2] == [0.5, pytest.approx(0.5 / 1.2)]  # the first loss is the reference, which it has not left
-        assert all(
-            abs(math.log(new / old)) == pytest.approx(math.log(1.2)) for old, new in zip(used, used[1:], strict=False)
-        )
+        assert all(abs(math.log(new / old)) == pytest.approx(math.log(1.2)) for old, new in itertools.pairwise(used))
     assert all(math.isfinite(row["flow/bc_loss"]) for row in rows)
 
 
