@@ -199,6 +199,18 @@ def test_predict_goes_on_with_its_chunks_where_the_state_is_given_back() -> None
         agent.predict(obs, state, deterministic=True)
 
 
+def test_predict_leaves_the_state_that_it_was_given_as_it_was() -> None:
+    agent, obs = small(Recorder(7), batch_size=6, chunk=3), np.zeros((2, 1), np.float32)
+    _, state = agent.predict(obs, deterministic=True)
+    assert state is not None
+    before = [each.copy() for each in state]
+    once, _ = agent.predict(obs, state, np.array([True, False]), deterministic=True)
+    for kept, each in zip(before, state, strict=True):
+        np.testing.assert_array_equal(each, kept)
+    again, _ = agent.predict(obs, state, np.array([True, False]), deterministic=True)
+    np.testing.assert_array_equal(again, once)
+
+
 @pytest.mark.parametrize("how", ["evaluate_policy", "play"])
 def test_evaluations_do_the_chunks_as_training_does(how: str) -> None:
     env = Recorder(7)
