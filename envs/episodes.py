@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -64,8 +65,8 @@ def check_script(episodes: int, success: float, noise: float) -> None:
         raise ValueError(f"episodes: got {episodes}, expected an integer of at least 1")
     if not 0 <= success <= 1:
         raise ValueError(f"success: got {success}, expected a number in [0, 1]")
-    if not noise >= 0:
-        raise ValueError(f"noise: got {noise}, expected a number of at least 0")
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise: got {noise}, expected a finite number of at least 0")
 
 
 def good_episodes(episodes: int, success: float, routes: int = 1) -> Array:

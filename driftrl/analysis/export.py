@@ -11,7 +11,7 @@ are meant to be done before the function is called again.
 
 obs is the raw observation, flattened; the entries of a Dict lie one after the other, in the order of their space. noise
 is standard normal and new in each call, D the number of action dimensions, draws that of the policy: 1 for
-LipschitzMBPO, 2 for PolicyFlow, and solver_steps more where langevin_eps is above 0. The file says so (`describe`).
+LipschitzMBPO, 2 for PolicyFlow, and more where its steps have noise. The file says so (`describe`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import io
 import json
 import logging
 import warnings
@@ -26,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -34,6 +36,7 @@ from torch.export import Dim, ExportedProgram
 
 from .. import __version__
 from ..agents.common.policy import BoxPolicy
+from ..agents.storage.files import all_or_nothing
 
 _OUTPUT = "action"
 
@@ -47,7 +50,8 @@ def export_onnx(agent: BaseAlgorithm | BoxPolicy, path: Path, *, sampled: bool =
         sampled: the form that takes noise; otherwise the deterministic one.
 
     Raises:
-        ValueError: if onnx or onnxscript is not installed, or the agent is of another library.
+        ValueError: if onnx or onnxscript is not installed, the agent is of another library, or a network of the user's
+            cannot be traced for every batch size.
     """
     try:
         onnx: Any = importlib.import_module("onnx")
@@ -70,7 +74,9 @@ def export_onnx(agent: BaseAlgorithm | BoxPolicy, path: Path, *, sampled: bool =
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     onnx.helper.set_model_props(model, {"driftrl": json.dumps(describe(policy, sampled))})
     onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
+    content = model.SerializeToString()
+    with all_or_nothing(path) as partial:
+        partial.write_bytes(content)
 
 
 def export_program(agent: BaseAlgorithm | BoxPolicy, path: Path, *, sampled: bool = False) -> None:
@@ -84,11 +90,14 @@ def export_program(agent: BaseAlgorithm | BoxPolicy, path: Path, *, sampled: boo
         sampled: the form that takes noise; otherwise the deterministic one.
 
     Raises:
-        ValueError: if the agent is of another library.
+        ValueError: if the agent is of another library, or a network of the user's cannot be traced for every batch
+            size.
     """
-    policy = _policy_of(agent)
+    policy, content = _policy_of(agent), io.BytesIO()
     description = {"driftrl.json": json.dumps(describe(policy, sampled))}
-    torch.export.save(_trace(policy, sampled), path, extra_files=description)
+    torch.export.save(_trace(policy, sampled), content, extra_files=description)
+    with all_or_nothing(path) as partial:
+        partial.write_bytes(content.getvalue())
 
 
 EXPORTERS = {".onnx": export_onnx, ".pt2": export_program}
@@ -120,7 +129,8 @@ class _Predict(nn.Module):
         box: Any = policy.action_space
         self.shape = box.shape if policy.chunk == 1 else (policy.chunk, *box.shape)
         self.low, self.high = (
-            nn.Buffer(torch.tensor(bound.ravel()).repeat(policy.chunk)) for bound in (box.low, box.high)
+            nn.Buffer(torch.tensor(_rounded(bound.ravel(), inward)).repeat(policy.chunk))
+            for bound, inward in ((box.low, np.inf), (box.high, -np.inf))
         )
 
     def forward(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -128,6 +138,13 @@ class _Predict(nn.Module):
         action = self.low + 0.5 * (action + 1) * (self.high - self.low)
         action = torch.minimum(torch.maximum(action, self.low), self.high)  # the map alone may round beyond a bound
         return torch.reshape(action, (-1, *self.shape))
+
+
+def _rounded(bound: np.ndarray, inward: float) -> np.ndarray:
+    """Bounds as float32 that lie within those of the space, which may be of float64."""
+    rounded = bound.astype(np.float32)
+    is_outside = rounded < bound if inward > 0 else rounded > bound
+    return np.where(is_outside, np.nextafter(rounded, np.float32(inward)), rounded)
 
 
 def _policy_of(agent: BaseAlgorithm | BoxPolicy) -> BoxPolicy:
@@ -143,7 +160,13 @@ def _trace(policy: BoxPolicy, sampled: bool) -> ExportedProgram:
     inputs = {"obs": torch.zeros(2, policy.obs_dim)}  # of size 1 torch.export would not take the batch for dynamic
     if sampled:
         inputs["noise"] = torch.zeros(2, policy.draws, policy.action_dim)
-    return torch.export.export(module, (), inputs, dynamic_shapes={name: {0: Dim("batch")} for name in inputs})
+    try:
+        return torch.export.export(module, (), inputs, dynamic_shapes={name: {0: Dim("batch")} for name in inputs})
+    except Exception as error:  # of many kinds; torch explains at length
+        raise ValueError(
+            f"export: {type(policy).__name__} cannot be traced for every batch size, expected sizes as x.shape[0], not "
+            f"len(x), and no branches on values ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -57,6 +57,8 @@ def _main(argv: Sequence[str] | None) -> int:
         if output_closed():
             raise
         return fail(error)
+    except KeyboardInterrupt:
+        return 130
 
 
 def _write(args: argparse.Namespace) -> int:

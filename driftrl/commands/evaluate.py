@@ -21,7 +21,14 @@ from .. import __version__
 from ..agents.storage.datasets import check_target
 from ..agents.storage.files import write_json
 from ..agents.storage.saving import Checkpointed
-from ..analysis.evaluation import EVALUATION_SEED, MAX_STEPS, CheckedPolicy, evaluate_modes, format_table
+from ..analysis.evaluation import (
+    EVALUATION_SEED,
+    MAX_STEPS,
+    CheckedPolicy,
+    evaluate_modes,
+    evaluation_env,
+    format_table,
+)
 from ..analysis.export import EXPORTERS
 from ..analysis.hub import check_hub_folder, write_hub_folder
 from ..analysis.multimodality import has_several_solutions
@@ -159,6 +166,10 @@ def _evaluate(args: argparse.Namespace, path: Path) -> int:
     _, settings, env_id, env_kwargs = target_of(path, args)
     if args.hub and settings is None:
         raise ValueError(f"hub: got {path}, which lies in no run folder; the card tells of a run")
+    if args.hub and settings is not None and (env_id, env_kwargs) != (settings.env_id, settings.env_kwargs):
+        raise ValueError(
+            "hub: got another task than the run's, of which the card tells; leave out --env and --env-kwargs"
+        )
     if args.start is not None and env_id not in GOAL_TASKS:
         raise ValueError(f"start: {env_id} has no choice of it; only {' and '.join(GOAL_TASKS)} do")
     if args.plot and not has_several_solutions(env_id):
@@ -178,6 +189,7 @@ def _evaluate(args: argparse.Namespace, path: Path) -> int:
     episodes = f"{args.episodes} episode{'s' if args.episodes != 1 else ''} each"
     print(f"{file}: {agent.num_timesteps:,} steps of training on {env_id}; {episodes}", file=out)
     policy = "sampled" if args.sample else "deterministic"
+    evaluation_env(agent, env_id, env_kwargs, 1, args.seed, args.max_steps).close()  # a wrong task, before all else
     if args.export:
         EXPORTERS[args.export.suffix](agent, args.export, sampled=args.sample)
         print(f"exported the {policy} policy to {args.export}", file=out)

@@ -40,6 +40,11 @@ def defaults_of(entry: AgentSpec, env: str, preset_name: str, preset: Mapping[st
     return Arguments(config=entry.config(**fields | dict(file.fields)), **run)
 
 
+def default_interval(total_timesteps: int) -> int:
+    """Environment steps between two checkpoints where nobody says how many."""
+    return max(1, min(total_timesteps // CHECKPOINTS, LONGEST_INTERVAL))
+
+
 def settings_of(name: str, arguments: Arguments, chosen: Collection[str]) -> RunSettings:
     """What determines the run, or one of the group's runs.
 
@@ -58,7 +63,7 @@ def settings_of(name: str, arguments: Arguments, chosen: Collection[str]) -> Run
     _check_pretraining(name, arguments, chosen)
     interval = arguments.checkpoint_interval
     if interval is None:
-        interval = max(1, min(arguments.total_timesteps // CHECKPOINTS, LONGEST_INTERVAL))
+        interval = default_interval(arguments.total_timesteps)
     return RunSettings(
         agent=name,
         env_id=arguments.env,

@@ -100,6 +100,8 @@ def _changed(spec: Spec, args: argparse.Namespace) -> Spec:
     if args.jobs is not None:
         check_jobs(args.jobs)
     executor = args.executor or spec.executor
+    if spec.ray is not None and "ray" not in (executor, spec.executor):
+        raise ValueError(f"{spec.path}: ray: got it, but it changes nothing without executor: ray")
     ray = spec.ray if executor == "ray" else None
     return dataclasses.replace(spec, jobs=args.jobs or spec.jobs, executor=executor, ray=ray)
 

@@ -161,7 +161,8 @@ def _learn(
             agent.learn(total - done, callback=CallbackList(callbacks), reset_num_timesteps=done == 0)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) and (stop.signal, stop.agreed) != (None, None):
-                raise  # training has stopped and saved; or it is the second signal, or too long a wait
+                if not stop.ran_out or present().size > 1:
+                    raise  # it has saved, or it is the second signal; other ranks need not be where this one is
             if _is_worth_saving(agent, done):
                 stop.be_patient()
                 checkpoints.save()

@@ -87,10 +87,10 @@ class Checkpoints(BaseCallback):
             self._evaluate(steps)
 
     def save(self) -> None:
-        """Save a checkpoint; it says what it lacks where an error ended the steps of a rollout, or their update."""
+        """Save a checkpoint; it says what it lacks where the steps of a rollout, or their update, did not end."""
         assert self._progress is not None
         steps = self.model.num_timesteps
-        lost = f"what the last {steps - self._learned:,} steps teach: an error ended the run in them"
+        lost = f"what the last {steps - self._learned:,} steps teach: the run ended in them"
         with reported("checkpoint", steps):
             save_checkpoint(
                 self.model, self._folder, self._settings.keep_checkpoints, self._progress,

@@ -159,22 +159,6 @@ def record_resumption(folder: Path, timesteps: int, total_timesteps: int) -> Non
     write_json(folder / "config.json", data)
 
 
-def record_demonstrations(folder: Path, digest: str) -> None:
-    """Note in config.json what a run learns from; a run that was begun without such a note goes on with any.
-
-    Raises:
-        ValueError: if it was begun with other demonstrations.
-    """
-    data = json.loads((folder / "config.json").read_text())
-    known = data.setdefault("demonstrations_digest", digest)
-    if known != digest:
-        raise ValueError(
-            f"demonstrations: got {data['demonstrations']} with digest {digest[:12]}, expected {known[:12]}, with "
-            f"which {folder} was begun; restore the data set, or begin a new run"
-        )
-    write_json(folder / "config.json", data)
-
-
 def read_settings(folder: Path) -> RunSettings:
     """Read config.json of a run folder.
 

@@ -38,6 +38,28 @@ def members(group: Path) -> list[Path]:
         raise ValueError(f"unreadable group: {group / GROUP_FILE} is damaged; restore it") from error
 
 
+def record_demonstrations(folder: Path, digest: str) -> None:
+    """Note in a run's config.json what it learns from; a run that was begun without such a note goes on with any.
+
+    Args:
+        folder: of the run.
+        digest: of the demonstrations.
+
+    Raises:
+        ValueError: if it, or another run of its group, was begun with other demonstrations.
+    """
+    data = json.loads((folder / "config.json").read_text())
+    others = [run for run in members(folder.parent) if (run / "config.json").is_file()] if is_member(folder) else []
+    for run in (folder, *others):
+        known = json.loads((run / "config.json").read_text()).get("demonstrations_digest", digest)
+        if known != digest:
+            raise ValueError(
+                f"demonstrations: got {data['demonstrations']} with digest {digest[:12]}, expected {known[:12]}, with "
+                f"which {run} was begun; restore the data set, or begin a new run"
+            )
+    write_json(folder / "config.json", {**data, "demonstrations_digest": digest})
+
+
 def runs_in(folder: Path) -> list[Path]:
     """The runs of a group, or those of a folder of runs and groups (`runs/Hopper-v5`), however deep.
 

@@ -22,7 +22,8 @@ from ..agents.storage.values import CheckpointError
 from ..analysis.evaluation import EVALUATION_SEED, evaluate_modes, format_table
 from ..sweeps.progress_file import last_steps
 from .demonstrations import read_demonstrations
-from .folder import PRETRAIN, PRETRAINED, RunSettings, load_agent, record_demonstrations, save_agent
+from .folder import PRETRAIN, PRETRAINED, RunSettings, load_agent, save_agent
+from .group import record_demonstrations
 from .log import open_logger, write_row
 from .signals import StopOnSignal
 from .warnings import warn

@@ -33,17 +33,23 @@ class StopOnSignal:
     """Within the block the first SIGINT or SIGTERM asks training to stop; the next one is handled as outside.
 
     `Checkpoints` stops it where nothing is lost, between an update and the next rollout. Where that takes longer than
-    `PATIENCE` seconds, training is interrupted: the last checkpoint is what remains.
+    `PATIENCE` seconds, training is interrupted.
 
     Args:
         says_so: whether to print that training will stop; one of several ranks is enough.
+
+    Attributes:
+        signal: what came here.
+        agreed: what stops all ranks, where nothing is lost.
+        ran_out: whether it took too long, and training was interrupted.
     """
 
     PATIENCE = 6.0
 
     def __init__(self, says_so: bool = True) -> None:
-        self.signal: int | None = None  # what came here
-        self.agreed: int | None = None  # what stops all ranks
+        self.signal: int | None = None
+        self.agreed: int | None = None
+        self.ran_out = False
         self._says_so = says_so
 
     def __enter__(self) -> StopOnSignal:
@@ -69,4 +75,5 @@ class StopOnSignal:
             os.write(2, b"\nstopping after this iteration (again: at once, without saving)\n")  # print is not reentrant
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.ran_out = True
         raise KeyboardInterrupt(self.signal)

@@ -29,11 +29,11 @@ class Cluster:
 
     Args:
         options: which one, and what a run needs of it.
-        jobs: runs at a time; None: as many as it has room for at the start, at least one.
+        jobs: runs at a time; None: as many as it has room for at the start.
         retries: how many times a run is started again after its process, its worker or its machine was lost.
 
     Raises:
-        ValueError: if Ray is not installed.
+        ValueError: if Ray is not installed; entering it, if no cluster is reached, or no machine has what a run needs.
     """
 
     def __init__(self, options: RayOptions, jobs: int | None, retries: int) -> None:
@@ -55,10 +55,13 @@ class Cluster:
                 f"ray.address: found no cluster at {self._options.address} ({text}); start one by ray start --head, or "
                 "give the address of one"
             ) from error
-        there, needed = self._ray.cluster_resources(), self._needed()
+        try:
+            room = self._room()
+        except ValueError:
+            self._ray.shutdown()
+            raise
         if self._fits:
-            counts = [int(there.get(name, 0.0) / amount) for name, amount in needed.items()]
-            self.at_a_time = max(min(counts, default=1), 1)
+            self.at_a_time = room
         self._task = self._ray.remote(
             num_cpus=self._options.cpus, num_gpus=self._options.gpus, resources=dict(self._options.resources),
             max_retries=0, max_calls=1,
@@ -68,10 +71,23 @@ class Cluster:
     def __exit__(self, *exception: object) -> None:
         self._ray.shutdown()
 
-    def _needed(self) -> dict[str, float]:
-        """What a run needs, by Ray's names."""
+    def _room(self) -> int:
+        """How many runs the machines have room for, each run on one of them.
+
+        Raises:
+            ValueError: if none fits any machine: Ray would wait for one for ever.
+        """
         needed = {"CPU": self._options.cpus, "GPU": self._options.gpus, **self._options.resources}
-        return {name: amount for name, amount in needed.items() if amount > 0}
+        needed = {name: amount for name, amount in needed.items() if amount > 0}
+        if not needed:
+            return 1
+        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        room = sum(min(int(each.get(name, 0.0) / amount) for name, amount in needed.items()) for each in machines)
+        if not room:
+            best = {name: max((each.get(name, 0.0) for each in machines), default=0.0) for name in needed}
+            wanted, found = (", ".join(f"{amount:g} {name}" for name, amount in of.items()) for of in (needed, best))
+            raise ValueError(f"ray: a run needs {wanted}; no machine has that, the most of each is {found}")
+        return room
 
     def job(self, folder: Path, label: str, total_timesteps: int) -> Job:
         """A run as a task of the cluster."""

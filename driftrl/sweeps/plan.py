@@ -16,7 +16,7 @@ from typing import Any
 from ..agents.registry import AGENTS
 from ..agents.storage.files import write_json
 from ..commands.config_file import options_of
-from ..commands.settings import settings_of_file
+from ..commands.settings import default_interval, settings_of_file
 from ..commands.training import make_agent, make_env
 from ..runs.fields import made_of
 from ..runs.folder import RunSettings, read_settings, write_settings
@@ -130,6 +130,8 @@ def _check_folder(folder: Path, run: RunSettings) -> None:
     if not (folder / "config.json").exists():
         return
     there, wanted = (dataclasses.asdict(each) for each in (read_settings(folder), _as_read(run)))
+    if all(each["checkpoint_interval"] == default_interval(each["total_timesteps"]) for each in (there, wanted)):
+        del wanted["checkpoint_interval"]  # nobody chose it
     for before, now in ((there, wanted), (there.pop("config"), wanted.pop("config"))):
         for name, value in now.items():
             if name in before and before[name] != value and not (
@@ -142,12 +144,17 @@ def _check_folder(folder: Path, run: RunSettings) -> None:
 
 
 def begin(group: Planned) -> None:
-    """Make the folders of a group's runs, where they are not there yet."""
+    """Make the folders of a group's runs, where they are not there yet.
+
+    Raises:
+        ValueError: if one holds a run of other settings.
+    """
     group.folder.mkdir(parents=True, exist_ok=True)
     with exclusively(group.folder / "begin.lock"):  # the same command may begin on another machine
         for run in group.runs:
             folder = group.run_folder(run)
             folder.mkdir(exist_ok=True)
+            _check_folder(folder, run)
             if not (folder / "config.json").exists():
                 write_settings(folder, run)
         file, names = group.folder / GROUP_FILE, [f"s{run.seed}" for run in group.runs]

@@ -11,6 +11,9 @@ from ..commands.arguments import Arguments
 from .plan import Planned, check_runs, planned
 from .spec import Dimension, Spec
 
+TRIAL = "trial-"
+"""How the names of trials' folders begin; their number follows."""
+
 
 def distributions(spec: Spec) -> dict[str, Any]:
     """The space as Optuna's distributions, by option.
@@ -56,7 +59,7 @@ def trial_group(spec: Spec, number: int, params: Mapping[str, Any]) -> Planned:
     assert spec.search is not None
     stored = {name: {_choice(value): value for value in each.choices} for name, each in spec.search.space.items()}
     chosen = {name: stored[name][value] if stored[name] else value for name, value in params.items()}
-    return planned(spec, spec.envs[0], chosen, f"trial-{number:04}", "search.space")
+    return planned(spec, spec.envs[0], chosen, f"{TRIAL}{number:04}", "search.space")
 
 
 def check_space(spec: Spec) -> None:

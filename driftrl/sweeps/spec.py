@@ -144,8 +144,6 @@ def _check(spec: Spec) -> None:
         raise ValueError(f"seeds: got {wrong[0]}, expected {_EXPECTED['seeds']}")
     _at_least("jobs", spec.jobs, 1)
     _at_least("retries", spec.retries, 0)
-    if spec.executor == "local" and spec.ray is not None:
-        raise ValueError("ray: got it, but it changes nothing without executor: ray")
     if spec.search is not None and spec.grid:
         raise ValueError("grid: got it beside search, expected one of them")
     if spec.search is not None and len(spec.envs) > 1:

@@ -25,10 +25,10 @@ from .executors import Executor
 from .plan import Planned, begin
 from .progress_file import evaluations
 from .source import jobs_of, next_of
-from .space import distributions, trial_group
+from .space import TRIAL, distributions, trial_group
 from .spec import Search, Spec
 
-_NAME = "sweep"
+_NAME, _JOURNAL = "sweep", "study.journal"
 _LOST = "lost"
 """Attribute of a trial that was asked for and never began: its process was killed in between. It does not count."""
 _LOOK = 2.0
@@ -55,6 +55,11 @@ class StudySource:
         self._closed, self._looked_at = False, -math.inf
         self._lock = spec.folder / "study.lock"
         self.study = open_study(spec)
+        if self._search.pruner != "none" and executor.at_a_time < len(spec.seeds):
+            warn(
+                f"jobs: got {executor.at_a_time} for {len(spec.seeds)} seeds: a trial can be pruned only while "
+                "its last runs train; give as many jobs as seeds, or say pruner: none"
+            )
 
     @property
     def is_open(self) -> bool:
@@ -63,9 +68,7 @@ class StudySource:
 
     def progress(self) -> str:
         """How many trials are over, of all that are asked for; those of others count, too."""
-        trials = self.study.get_trials(deepcopy=False)
-        over = sum(each.state.is_finished() and _LOST not in each.user_attrs for each in trials)
-        return f"{over} of {self._search.trials} trials over"
+        return f"{trials_over(self.study)} of {self._search.trials} trials over"
 
     def next(self) -> Job | None:
         """A run of a trial that is open, else of one that nobody works on any longer, else of a new one."""
@@ -214,8 +217,13 @@ class _Trial:
                 self._study.tell(self.number, state=states.FAIL)
 
 
-def open_study(spec: Spec) -> Any:
-    """The study of a sweep, made where there is none.
+def trials_over(study: Any) -> int:
+    """How many trials of a study are over, but for those that never began."""
+    return sum(each.state.is_finished() and _LOST not in each.user_attrs for each in study.get_trials(deepcopy=False))
+
+
+def open_study(spec: Spec, makes: bool = True) -> Any:
+    """The study of a sweep, made where there is none; None where there is none and none is to be made.
 
     Raises:
         ValueError: if Optuna is not installed, or the folder holds another search.
@@ -225,12 +233,16 @@ def open_study(spec: Spec) -> Any:
         from optuna.storages.journal import JournalFileBackend
     except ModuleNotFoundError as error:
         raise ValueError(f"search: {error.name} is not installed; run pip install 'driftrl[sweep]'") from error
+    if not makes and not (spec.folder / _JOURNAL).exists():
+        check_journal(spec)
+        return None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     assert spec.search is not None
     spec.folder.mkdir(parents=True, exist_ok=True)
-    path = (spec.folder / "study.journal").resolve()
+    path = (spec.folder / _JOURNAL).resolve()
 
     with exclusively(spec.folder / "study.lock"):
+        check_journal(spec)
         study = optuna.create_study(
             storage=optuna.storages.JournalStorage(JournalFileBackend(str(path), _Lock(path))),
             study_name=_NAME, direction="maximize", load_if_exists=True, pruner=_pruner(spec.search),
@@ -247,9 +259,22 @@ def open_study(spec: Spec) -> Any:
             name = next(name for name in what if before.get(name) != what[name])
             raise ValueError(
                 f"{spec.path}: {name}: got {what[name]}, but the search of {path} was begun with {before.get(name)}; "
-                "choose another folder, or move it away"
+                f"choose another folder, or move {spec.folder} away"
             )
     return study
+
+
+def check_journal(spec: Spec) -> None:
+    """Refuse a folder with trials and without their study: new ones would take them for their own.
+
+    Raises:
+        ValueError: if it is one.
+    """
+    if not (spec.folder / _JOURNAL).exists() and (found := next(spec.folder.glob(f"*/*/{TRIAL}*"), None)):
+        raise ValueError(
+            f"{spec.path}: folder: {found} is of a search whose {_JOURNAL} is gone; choose another folder, or move "
+            f"{spec.folder} away"
+        )
 
 
 class _Lock:

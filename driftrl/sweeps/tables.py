@@ -11,17 +11,24 @@ from ..commands.describe import command
 from ..runs.group import is_trained
 from ..runs.results import read_results
 from .plan import Planned, grid
+from .space import TRIAL
 from .spec import Spec
+from .study import open_study, trials_over
 
 _BEST = 10
 """Trials that the table of a search shows."""
 
 
 def format_plan(spec: Spec) -> str:
-    """What would be trained."""
+    """What would be trained, and what is complete.
+
+    Raises:
+        ValueError: as `open_study`, of a search.
+    """
     if spec.search is not None:
-        names = ", ".join(spec.search.space)
-        return f"{spec.search.trials} trials over {names}, {len(spec.seeds)} runs each, in {spec.folder}"
+        names, study = ", ".join(spec.search.space), open_study(spec, makes=False)
+        over = f"{trials_over(study) if study else 0} of {spec.search.trials} trials over"
+        return f"{spec.folder}  {over}; space: {names}; {len(spec.seeds)} runs each"
     rows = []
     for group in grid(spec):
         done = sum(is_trained(group.run_folder(run), run.total_timesteps) for run in group.runs)
@@ -67,7 +74,7 @@ def format_study(spec: Spec, study: Any) -> str:
         params = "  ".join(f"{name}={_short(value)}" for name, value in each.params.items())
         lines.append(f"{each.number:6}  {each.value:12.1f}  {params}")
     if complete:
-        place = spec.folder.glob(f"*/{spec.agent}/trial-{complete[0].number:04}/s{spec.seeds[0]}")
+        place = spec.folder.glob(f"*/{spec.agent}/{TRIAL}{complete[0].number:04}/s{spec.seeds[0]}")
         run = shlex.quote(str(next(place)))
         lines.append(f"train:     {command('train')} --config {run} --seeds 100 101 102")
     return "\n".join(lines)

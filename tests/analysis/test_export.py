@@ -146,6 +146,56 @@ def test_an_agent_goes_on_after_its_export(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, agent.predict(obs, deterministic=True)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("suffix", EXPORTERS)
+def test_actions_are_float32_within_bounds_of_float64(suffix: str, tmp_path: Path) -> None:
+    box = spaces.Box(np.array([-0.1, 0.3]), np.array([0.1, 0.7]), dtype=np.float64)  # no float32 equals one of them
+    policy: Any = make(FlowPolicy, {}, action_space=box)
+    policy.decide, path = lambda obs, _: obs[:, :2].clamp(-1, 1), tmp_path / f"policy{suffix}"
+    EXPORTERS[suffix](policy, path)
+    actions = run(path, {"obs": 9 * np.random.default_rng(0).normal(size=(200, 5)).astype(np.float32)})
+    assert actions.dtype == np.float32
+    assert (actions.astype(float) >= box.low).all() and (actions.astype(float) <= box.high).all()
+    np.testing.assert_allclose(actions.min(0), box.low, atol=1e-7)  # they do meet them
+    np.testing.assert_allclose(actions.max(0), box.high, atol=1e-7)
+
+
+@pytest.mark.parametrize("suffix", EXPORTERS)
+def test_a_disk_that_is_full_leaves_the_former_file(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError("No space left on device")
+
+    policy, path = make(SACPolicy, {}), tmp_path / f"policy{suffix}"
+    EXPORTERS[suffix](policy, path)
+    before = path.read_bytes()
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        EXPORTERS[suffix](policy, path, sampled=True)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError):
+        EXPORTERS[suffix](policy, tmp_path / "missing" / path.name)
+
+
+class FixedBatch(torch.nn.Module):
+    def forward(self, t: float, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(t, dtype=x.dtype).expand(len(x)).unsqueeze(1) * x
+
+
+@pytest.mark.parametrize("suffix", EXPORTERS)
+def test_a_field_of_the_users_that_fixes_the_batch_is_refused_in_one_line(suffix: str, tmp_path: Path) -> None:
+    policy: Any = make(FlowPolicy, {})
+    policy.actor.field = FixedBatch()
+    with pytest.raises(ValueError, match=r"^export: FlowPolicy cannot be traced.* x.shape\[0\]") as caught:
+        EXPORTERS[suffix](policy, tmp_path / f"policy{suffix}")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ppo = PPO("MlpPolicy", "InvertedPendulum-v5", n_steps=16, batch_size=16, device="cpu")
     with pytest.raises(ValueError, match="got PPO, expected an agent of this library, or its policy"):

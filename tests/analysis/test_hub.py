@@ -130,6 +130,7 @@ def test_what_cannot_be_shared_is_one_line(run: Path, capsys: pytest.CaptureFixt
         (["alone.zip", "--env", "InvertedPendulum-v5", "--hub", "new"], "hub: got alone.zip, which lies in no run"),
         ([str(run), "--hub", "new", "--video", "a.gif"], "video: got a.gif, expected a name that ends in .mp4"),
         ([str(run), str(run), "--hub", "new"], "hub: got several runs, expected one"),
+        ([str(run), "--hub", "new", "--env-kwargs", "reset_noise_scale=0.5"], "hub: got another task than the run's"),
     ):
         assert evaluate.main(arguments) == 2
         error = capsys.readouterr().err

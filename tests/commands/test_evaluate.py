@@ -193,6 +193,7 @@ def test_saved_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--env", "InvertedPendulum-v5"], "expected Box(-1.0, 1.0, (2,)"),
         (["--env", "CartPole-v1"], "unsupported action space"),
         (["--export", "missing/out.onnx"], "export: got missing/out.onnx, expected a file in an existing folder"),
+        (["--export", "out.pt2", "--env", "Pendulum-v1"], "observation_space of Pendulum-v1: got "),
         (["--export", "out.pt"], "export: got out.pt, expected a name that ends in .onnx or .pt2"),
         (["--video", "out.avi"], "expected a name that ends in .mp4"),
         (["--plot", "out"], "plot: nothing to draw for DriftRLTest/Lengths-v0"),

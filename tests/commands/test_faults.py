@@ -84,7 +84,7 @@ def test_an_error_in_the_users_environment_keeps_its_traceback_and_what_was_lear
     rollout = int(SMALL[SMALL.index("--n-steps") + 1])
     with pytest.raises(KINDS[how]):  # the evaluation fails, too
         train.main(["--resume", str(only_run()), "--total-timesteps", "128"])
-    lost = f"not restored: what the last {89 % rollout} steps teach: an error ended the run in them\n"
+    lost = f"not restored: what the last {89 % rollout} steps teach: the run ended in them\n"
     assert lost in capsys.readouterr().out
 
 

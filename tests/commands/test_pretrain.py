@@ -165,6 +165,26 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(
     assert train.main(again) == 0
 
 
+def test_runs_of_a_group_learn_from_the_same_demonstrations(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = shutil.copytree(data, tmp_path / "avoid-v0")
+    assert train.main(command(str(mine), tmp_path, "--bc-coef", "0.1", "--total-timesteps", "32")) == 0
+    run = run_in(tmp_path / "driftrl_Avoid-v0")
+    group = run.parent / "group"
+    shutil.copytree(run, group / "s0")
+    (group / "group.json").write_text('{"runs": ["s0", "s1", "s2"]}')
+    with h5py.File(mine / "data" / "main_data.hdf5", "a") as file:
+        file["episode_3/actions"][5, 0] *= 0.5
+    shutil.copytree(run, group / "s1")
+    config = json.loads((group / "s1" / "config.json").read_text())
+    config.pop("demonstrations_digest")  # it has not begun
+    (group / "s1" / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert train.main(["--resume", str(group / "s1"), "--total-timesteps", "64"]) == 2
+    assert f"with which {group / 's0'} was begun" in capsys.readouterr().err
+
+
 def test_pretraining_goes_on_with_the_data_that_it_began_with(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -162,6 +162,12 @@ def test_demonstrations_show_all_routes_and_fail_as_often_as_asked(success: floa
     assert sum(each.rewards.sum() for each in episodes) == good
 
 
+@pytest.mark.parametrize("noise", [-0.1, math.inf, math.nan])
+def test_noise_of_a_script_is_finite(noise: float) -> None:
+    with pytest.raises(ValueError, match=rf"noise: got {noise}, expected a finite number of at least 0"):
+        avoid_demonstrations(1, 0, noise=noise)
+
+
 def test_demonstrations_are_courses_of_the_environment() -> None:
     env: Any = gym.make(AVOID).unwrapped
     episodes: list[Any] = avoid_demonstrations(12, 3, success=0.5)

@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from driftrl.commands import sweep
-from driftrl.sweeps.spec import Search
+from driftrl.sweeps.cluster import Cluster
+from driftrl.sweeps.plan import begin, check_runs, grid
+from driftrl.sweeps.spec import RayOptions, Search, read_spec
 from driftrl.sweeps.study import trial_seed
 
 GOOD: dict[str, Any] = {
@@ -121,6 +123,110 @@ def test_a_missing_extra_is_one_line(
     error = capsys.readouterr().err
     assert f"{module} is not installed; run pip install 'driftrl[sweep]'" in error
     assert error.count("\n") == 1
+
+
+def test_a_rays_cluster_may_be_chosen_by_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    Path("spec.yaml").write_text(yaml.safe_dump({**GOOD, "ray": {"cpus": 2}}))
+    assert sweep.main(["spec.yaml"]) == 2
+    assert "spec.yaml: ray: got it, but it changes nothing without executor: ray" in capsys.readouterr().err
+    assert sweep.main(["spec.yaml", "--executor", "ray"]) == 2
+    assert "executor: ray is not installed" in capsys.readouterr().err
+
+
+class Ray:
+    """A cluster of two machines that are alive, as `ray.nodes` tells of it."""
+
+    def __init__(self) -> None:
+        machines: list[tuple[bool, dict[str, float]]] = [
+            (True, {"CPU": 4.0, "GPU": 1.0}), (True, {"CPU": 7.0}), (False, {"CPU": 64.0, "GPU": 8.0})
+        ]  # fmt: skip
+        self.machines = [{"Alive": alive, "Resources": resources} for alive, resources in machines]
+        self.is_connected = False
+
+    def init(self, **_: Any) -> None:
+        self.is_connected = True
+
+    def shutdown(self) -> None:
+        self.is_connected = False
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return self.machines
+
+    def remote(self, **_: Any) -> Any:
+        return lambda function: function
+
+
+def test_a_cluster_has_room_for_whole_runs_on_single_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", ray := Ray())
+    for options, room in (
+        (RayOptions(cpus=2), 5), (RayOptions(cpus=3), 3), (RayOptions(gpus=0.5), 2), (RayOptions(cpus=0), 1)
+    ):  # fmt: skip
+        with Cluster(options, None, 0) as cluster:
+            assert cluster.at_a_time == room
+    with Cluster(RayOptions(cpus=2), 1, 0) as cluster:
+        assert cluster.at_a_time == 1
+    for options, says in (
+        (RayOptions(cpus=8), "a run needs 8 CPU; no machine has that, the most of each is 7 CPU"),
+        (RayOptions(cpus=5, gpus=1), "a run needs 5 CPU, 1 GPU; no machine has that, the most of each is 7 CPU, 1 GPU"),
+        (RayOptions(resources={"fast": 1}), "a run needs 1 CPU, 1 fast; no machine has that"),
+    ):
+        with pytest.raises(ValueError, match=f"^ray: {says}"), Cluster(options, 1, 0):
+            pass
+        assert not ray.is_connected
+
+
+def test_more_steps_are_added_and_other_settings_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def groups(seeds: list[int], **settings: Any) -> Any:
+        data = {**GOOD, "seeds": seeds, "grid": {"gamma": [0.9]}, "settings": {**GOOD["settings"], **settings}}
+        Path("spec.yaml").write_text(yaml.safe_dump(data))
+        spec = read_spec(Path("spec.yaml"))
+        return grid(spec), spec
+
+    ours, _ = groups([0], total_timesteps=1000)
+    begin(ours[0])
+    for settings in ({"total_timesteps": 2000}, {"total_timesteps": 2_000_000}):  # the default interval is another one
+        check_runs(*groups([0, 1], **settings))
+    for settings, says in (
+        ({"total_timesteps": 500}, "total_timesteps 1000, the sweep says 500"),
+        ({"total_timesteps": 2000, "checkpoint_interval": 50}, "checkpoint_interval 100, the sweep says 50"),
+        ({"total_timesteps": 1000, "checkpoint_interval": 50}, "checkpoint_interval 100, the sweep says 50"),
+        ({"total_timesteps": 1000, "n_epochs": 3}, "n_epochs 10, the sweep says 3"),
+    ):
+        found, spec = groups([0], **settings)
+        with pytest.raises(ValueError, match=says):
+            check_runs(found, spec)
+        with pytest.raises(ValueError, match=says):  # as a trial of a search does, whose settings come one by one
+            begin(found[0])
+
+
+def test_a_search_does_not_take_the_runs_of_another_for_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("spec.yaml").write_text(yaml.safe_dump({**GOOD, "search": SEARCH}))
+    pytest.importorskip("optuna")
+    assert sweep.main(["spec.yaml", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "out  0 of 3 trials over; space: learning_rate; 2 runs each\n"
+    assert not Path("out").exists()
+    assert sweep.main(["spec.yaml"]) == 0
+    capsys.readouterr()
+    assert sweep.main(["spec.yaml", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "out  3 of 3 trials over; space: learning_rate; 2 runs each\n"
+    Path("out/study.journal").rename("elsewhere")
+    for options in ([], ["--dry-run"], []):
+        assert sweep.main(["spec.yaml", *options]) == 2
+        error = capsys.readouterr().err
+        assert "trial-0000 is of a search whose study.journal is gone; choose another folder, or move out away" in error
+    Path("elsewhere").rename("out/study.journal")
+    Path("spec.yaml").write_text(yaml.safe_dump({**GOOD, "seeds": [0, 1, 2], "search": SEARCH}))
+    assert sweep.main(["spec.yaml", "--dry-run"]) == 2
+    assert "was begun with [0, 1]; choose another folder, or move out away" in capsys.readouterr().err
 
 
 def test_the_seeds_of_two_searches_do_not_overlap() -> None:

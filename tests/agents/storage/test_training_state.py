@@ -237,11 +237,15 @@ def test_a_signal_in_a_long_iteration_ends_it(
 
     monkeypatch.setattr(StopOnSignal, "PATIENCE", 0.2)
     monkeypatch.setattr(PolicyFlow, "train", slow)
-    options = ["--total-timesteps", "160", "--checkpoint-interval", "32", "--run-dir", str(tmp_path)]
+    options = ["--total-timesteps", "160", "--checkpoint-interval", "160", "--run-dir", str(tmp_path)]
     assert train.main([*FLOW, *PENDULUM, *options]) == 143
     assert time.monotonic() - begun[0] < 5
-    assert "step_64.zip" in capsys.readouterr().out
+    assert "step_96.zip" in capsys.readouterr().out
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    (folder,) = tmp_path.glob("*/*/*")
+    monkeypatch.setattr(PolicyFlow, "train", learn)
+    assert train.main(["--resume", str(folder)]) == 0
+    assert "not restored: what the last 32 steps teach: the run ended in them\n" in capsys.readouterr().out
 
 
 def test_best_and_last_checkpoints_are_kept(tmp_path: Path) -> None:
