@@ -35,6 +35,7 @@ ZOO: dict[str, dict[str, Any]] = {
         "gae_lambda": 0.9, "clip_range": 0.3, "ent_coef": 0.00238306, "vf_coef": 0.431892, "max_grad_norm": 2.0,
     },
     "Ant-v5": {"gamma": 0.99},
+    "Ant27-v5": {"gamma": 0.99},
 }  # fmt: skip
 
 
@@ -65,7 +66,8 @@ def sb3_zoo(run: Run) -> tuple[Any, dict[str, Any]]:
     from stable_baselines3.common.vec_env import VecNormalize
     from torch import nn
 
-    settings = ZOO[run.env]
+    env_id = run.env.rpartition(":")[2]  # without the module that registers it
+    settings = ZOO[env_id]
     network = {
         "log_std_init": -2,
         "ortho_init": False,
@@ -73,7 +75,7 @@ def sb3_zoo(run: Run) -> tuple[Any, dict[str, Any]]:
         "net_arch": {"pi": [256, 256], "vf": [256, 256]},
     }
     stated: dict[str, Any] = {"net_arch": [256, 256], "log_std_init": -2, "activation": "relu"}
-    if run.env in ("Ant-v5", "Walker2d-v5"):  # their entries name no policy_kwargs
+    if env_id in ("Ant-v5", "Ant27-v5", "Walker2d-v5"):  # their entries name no policy_kwargs
         network, stated = {}, {}
     env = VecNormalize(make_vec_env(run.env, n_envs=1, seed=run.seed), gamma=settings["gamma"])
     agent = PPO("MlpPolicy", env, policy_kwargs=network, seed=run.seed, device="cpu", **settings)
@@ -100,10 +102,10 @@ def preset(env_id: str, **overrides: Any) -> tuple[int, Any]:
     return run["n_envs"], config
 
 
-def sb3_preset(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
-    """SB3's PPO with the hyperparameters of our preset, VecNormalize in place of our normalisers.
+def sb3_preset(run: Run, presets_of: str | None = None, **overrides: Any) -> tuple[Any, dict[str, Any]]:
+    """SB3's PPO with the hyperparameters of our preset, or that of another environment.
 
-    The KL-adaptive learning rate, which SB3 lacks, is added.
+    VecNormalize is in place of our normalisers. The KL-adaptive learning rate, which SB3 lacks, is added.
     """
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
@@ -112,7 +114,7 @@ def sb3_preset(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
 
     from driftrl.agents.registry import policy_alias
 
-    n_envs, config = preset(run.env, **overrides)
+    n_envs, config = preset(run.env if presets_of is None else presets_of, **overrides)
 
     class AdaptivePPO(PPO):
         """PPO whose learning rate keeps the mean KL of all minibatches within a factor of 2 of desired_kl."""
@@ -165,7 +167,9 @@ def sb3_preset(run: Run, **overrides: Any) -> tuple[Any, dict[str, Any]]:
         "activation_fn": activation,
         "net_arch": {"pi": list(config.actor_hidden), "vf": list(config.critic_hidden)},
     }
-    env = VecNormalize(make_vec_env(run.env, n_envs=n_envs, seed=run.seed), gamma=config.gamma)
+    env = VecNormalize(  # which adds epsilon to the variance of the returns, too
+        make_vec_env(run.env, n_envs=n_envs, seed=run.seed), gamma=config.gamma, epsilon=config.observation_epsilon
+    )
     agent = AdaptivePPO(policy_alias(env), env, rate, policy_kwargs=network, seed=run.seed, device="cpu", **settings)
     if config.critic_learning_rate is not None:
         own = [*agent.policy.mlp_extractor.value_net.parameters(), *agent.policy.value_net.parameters()]
