@@ -69,6 +69,11 @@ class AgentSpec:
         run: dict[str, Any] = {name: fields.pop(name) for name in ("n_envs", "total_timesteps") if name in fields}
         return run, without_inert(self.config(**fields), chosen)
 
+    def default_preset(self, pretrain_steps: Any) -> str:
+        """The name of the preset where none is chosen: the first, or the one for runs that are pretrained."""
+        pretrains = str(pretrain_steps) not in ("0", "None") and "demonstrations" in self.presets
+        return "demonstrations" if pretrains else next(iter(self.presets))
+
     def preset(self, env_id: str, name: str) -> dict[str, Any]:
         """Settings for an environment, n_envs among them: its own preset in place of the default one.
 
@@ -86,8 +91,16 @@ AGENTS: dict[str, AgentSpec] = {
         agent=PolicyFlow,
         config=PolicyFlowConfig,
         groups=policyflow_config.GROUPS,
-        presets={"standard": presets.POLICYFLOW, "short": presets.POLICYFLOW_SHORT},
-        default_presets={"standard": presets.DEFAULT, "short": presets.SHORT},
+        presets={
+            "standard": presets.POLICYFLOW,
+            "short": presets.POLICYFLOW_SHORT,
+            "demonstrations": presets.POLICYFLOW_DEMONSTRATIONS,
+        },
+        default_presets={
+            "standard": presets.DEFAULT,
+            "short": presets.SHORT,
+            "demonstrations": presets.IMITATION,
+        },
         default_env="HalfCheetah-v5",
         upgraded=policyflow_config.upgraded,
     ),

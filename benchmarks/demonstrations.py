@@ -125,7 +125,8 @@ TASKS = {
         "driftrl/PointMazeMedium-v0", 600, {"good": 1.0}, 256, 3e-4, 1,
         tuple(pretrained(head, chunk) for chunk in CHUNKS for head in COMPARED),
         options=(
-            "--base", "standard", "--base-std", "1", "--actor-hidden", "128", "128", "128", "--activation", "mish",
+            "--preset", "standard", "--base", "standard", "--base-std", "1", "--actor-hidden", "128", "128", "128",
+            "--activation", "mish",
         ),
         episodes=100,
     ),

@@ -105,7 +105,12 @@ class Demonstrations:
         """With the actions of so many steps, one after the other, in place of each action: actions [M, chunk x D].
 
         After its end an episode goes on with its last action, and `demonstrated` says so.
+
+        Raises:
+            ValueError: if no episode is as long: nothing would say what the last actions are to be.
         """
+        if chunk > (longest := self.lengths.max()):
+            raise ValueError(f"chunk: got {chunk}, but the longest episode that is demonstrated has {longest} steps")
         ends = np.repeat(np.cumsum(self.lengths), self.lengths)
         rows = np.arange(len(ends))[:, None] + np.arange(chunk)
         inside = rows < ends[:, None]

@@ -176,6 +176,12 @@ class PolicyFlowConfig:
         floor = self.action_std_min or low
         require(self, "action_std", self.action_std >= floor, f"a number of at least action_std_min = {floor:.3g}")
         require(self, "execute", (self.execute or 1) <= self.chunk, f"at most chunk = {self.chunk}")
+        require(
+            self,
+            "n_steps",
+            self.n_steps >= self.decision_steps,
+            f"at least the {self.decision_steps} steps of a decision",
+        )
         memoryless = self.chunk == 1 or self.exploration_noise == "gaussian"
         require(self, "exploration_noise", memoryless, "gaussian with chunk above 1")
         same = self.critic_learning_rate is None or self.lr_schedule != "function"

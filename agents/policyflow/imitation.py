@@ -25,6 +25,8 @@ class Imitation(FlowRollouts):
 
     _expert_data: Steps | None = None
     """The demonstrations, with raw observations."""
+    _chose_expert = False
+    """Whether somebody said which of them the update imitates."""
     _bc_factor = 1.0
     """By which the weight of their loss has adapted."""
     _bc_reference: float | None = None
@@ -36,10 +38,16 @@ class Imitation(FlowRollouts):
         Raises:
             ValueError: if the demonstrations are of other spaces.
         """
-        self._expert_data = Steps.of(self.policy, self._decisions(data))
+        self._expert_data, self._chose_expert = Steps.of(self.policy, self._decisions(data)), True
 
     def _decisions(self, data: Demonstrations) -> Demonstrations:
         """Demonstrations in chunks as the policy acts in."""
+        normalizer = self.get_vec_normalize_env()
+        if normalizer is not None and normalizer.norm_obs:
+            raise ValueError(
+                "demonstrations: got raw observations for an agent behind VecNormalize, which sees others; use "
+                "normalize_observation=True in place of VecNormalize's norm_obs"
+            )
         data = data.chunked(self.config.chunk)
         expected = (self.policy.obs_dim, self.policy.action_dim)
         got = (data.observations.shape[1], data.actions.shape[1])
@@ -58,6 +66,10 @@ class Imitation(FlowRollouts):
             warnings.warn("demonstrations: they change nothing with bc_coef 0", UserWarning, stacklevel=3)
         if self.config.freeze_flow:
             self._check_steering()
+        iterations = -(-total_timesteps // (self.config.n_steps * self.n_envs))
+        if self._iteration + iterations <= self.config.critic_warmup:
+            text = f"critic_warmup: got {self.config.critic_warmup}, and no more than {iterations} iterations to come"
+            warnings.warn(f"{text}: the policy stays as it is", UserWarning, stacklevel=3)
         return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
 
     def _check_steering(self) -> None:
@@ -130,20 +142,19 @@ class Imitation(FlowRollouts):
         Args:
             data: demonstrations, see `read_demonstrations`.
             steps: gradient updates at most, in place of settings.
-            settings: how, in place of steps.
+            settings: how, in place of steps. With bc_coef above 0 the update imitates the same demonstrations
+                afterwards, unless `use_demonstrations` chose others.
             state: of a `Pretraining` that was broken off, to go on with.
             follow: called after each look at the validation loss, for example to log it.
 
         Raises:
             ValueError: unless either steps or settings are given, if one is outside its range, the demonstrations are
-                of other spaces, or the loss is not finite.
+                of other spaces or no episode is as long as a chunk, or the loss is not finite.
         """
         if (steps is None) == (settings is None):
             raise ValueError(f"steps: got {steps} with settings {settings}, expected one of the two")
         settings = settings or PretrainSettings(steps or 0)
         decisions = self._decisions(data)
-        if self.config.bc_coef > 0:
-            self.use_demonstrations(data)
         # Steering freezes the field after pretraining; what the user froze stays as it is.
         every = self.config.freeze_flow
         frozen = [name for name, each in self.policy.actor.named_parameters() if not (every or each.requires_grad)]
@@ -156,4 +167,6 @@ class Imitation(FlowRollouts):
                 follow(pretraining, metrics)
         pretraining.finish()
         self._is_pretrained = True
-        return PretrainResult(pretraining.step, pretraining.best_loss)
+        if self.config.bc_coef > 0 and not (self._chose_expert and self._expert_data is not None):
+            self._expert_data = Steps.of(self.policy, decisions)
+        return PretrainResult(pretraining.step, pretraining.best_loss, pretraining.check_solver())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ...dynamics.fitting import warmed_up
+from ...dynamics.ode import odeint
 from ...dynamics.paths import LINEAR, flow_matching_loss
 from ..common.config import validate
 from ..common.demonstrations import Demonstrations
@@ -128,6 +130,10 @@ class PretrainSettings:
 
 _VALIDATED = 4096
 """Rows, at most, of which the validation loss is the mean."""
+_SAMPLED, _EXACT_STEPS = 512, 40
+"""Rows of which the solver's error is measured, and the steps of RK4 that it is measured by."""
+_LARGE_ERROR, _LOUD = 0.25, 0.5
+"""Error of the solver, and share of the noise in the spread of the demonstrated actions, that are worth a warning."""
 
 
 class Pretraining:
@@ -151,13 +157,7 @@ class Pretraining:
         frozen: Collection[str] = (),
     ) -> None:  # fmt: skip
         self.policy, self.settings, device = policy, settings, policy.device
-        policy.obs_norm.reset()
-        obs = torch.as_tensor(data.observations, device=device)
-        policy.obs_norm.update(obs)
-        # What is the same in all demonstrations does not say how much it may vary: it stays in its own unit.
-        policy.obs_norm.scale[(obs == obs[0]).all(0)] = 1.0
         rest, held_out = data.split(settings.validation_share, np.random.default_rng(seed))
-        self._steps = Steps.of(policy, rest).normalised(policy)
         self.learner = copy.deepcopy(policy.actor).requires_grad_(False)
         # A base that is learned starts from where it was set: fine-tuning moves it.
         learning = ("field.",) if self.learner.has_latent else ("field.", "points.", "log_std")
@@ -165,6 +165,12 @@ class Pretraining:
         self._names = [name for prefix in learning for name in names if name.startswith(prefix)]
         if not self._names:
             raise ValueError("pretraining: got weights that are all frozen, expected one at least that learns")
+        policy.obs_norm.reset()  # from here on nothing is refused: a refusal leaves the policy as it was
+        obs = torch.as_tensor(data.observations, device=device)
+        policy.obs_norm.update(obs)
+        # What is the same in all demonstrations does not say how much it may vary: it stays in its own unit.
+        policy.obs_norm.scale[(obs == obs[0]).all(0)] = 1.0
+        self._steps = Steps.of(policy, rest).normalised(policy)
         self._weights = [self.learner.get_parameter(name).requires_grad_(True) for name in self._names]
         self._average = copy.deepcopy(self.learner).requires_grad_(False)
         self._averages = [self._average.get_parameter(name) for name in self._names]
@@ -229,6 +235,29 @@ class Pretraining:
             for name, best in zip(self._names, self._best, strict=True):
                 actor.get_parameter(name).copy_(best)
 
+    def check_solver(self) -> float:
+        """`solver_error` of the weights kept; warns where samples are not what was learned.
+
+        The validation loss sees neither the solver nor the noise.
+        """
+        actor, held_out = self.policy.actor, self._held_out
+        if not actor.has_latent:  # they learned with their own steps, and their noise
+            return 0.0
+        error = solver_error(actor, held_out.obs[:_SAMPLED], held_out.base[:_SAMPLED])
+        if error > _LARGE_ERROR:
+            steps = f"{actor.solver_steps} step{'s' if actor.solver_steps > 1 else ''} of {actor.solver}"
+            advice = "raise solver_steps, or take a wider base (base standard, base_std 1)"
+            text = f"pretraining: {steps} miss what the flow has learned by {error:.0%} of the spread of its actions"
+            warnings.warn(f"{text}; {advice}", UserWarning, stacklevel=3)
+        noise, spread = actor.noise_log_std().exp(), self._steps.action.std(0)
+        if ((noise > _LOUD * spread) & (spread > 0)).any():
+            largest = noise.max().item()
+            text = f"pretraining: a flow learns no noise, and action_std adds some of {largest:.2g} to its actions"
+            warnings.warn(
+                f"{text}, which are demonstrated with a spread of {spread.min():.2g}", UserWarning, stacklevel=3
+            )
+        return error
+
     def state(self) -> dict[str, Any]:
         """All that `set_state` needs to go on."""
         return {
@@ -261,6 +290,25 @@ class PretrainResult(NamedTuple):
 
     steps: int  # updates made
     validation_loss: float  # of the weights that were kept: the best
+    solver_error: float = 0.0  # see `solver_error`
+
+
+@torch.no_grad()
+def solver_error(actor: FlowActor, obs: Tensor, noise: Tensor) -> float:
+    """How far a flow's samples are from those of exact integration, over the spread of the latter.
+
+    Root mean squares: 0 is exact, and above some 0.25 the actions are visibly others than those that were learned.
+
+    Args:
+        actor: with a base that has a density.
+        obs: normalised observations, [B, O].
+        noise: standard normals of the base, [B, D].
+    """
+    mean, log_std = actor.base(obs)
+    z = mean + log_std.exp() * noise
+    exact = odeint(actor.field, z, steps=_EXACT_STEPS, solver="rk4", cond=obs)
+    spread = exact.var(0).mean().sqrt().clamp_min(1e-3)
+    return ((actor.flow(z, obs) - exact).square().mean().sqrt() / spread).item()
 
 
 Follow = Callable[[Pretraining, dict[str, float]], None]

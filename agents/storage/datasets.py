@@ -9,6 +9,7 @@ read with h5py as arrays of numbers: nothing in a file is unpickled, imported or
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -188,11 +189,19 @@ def _robomimic(path: Path, file: h5py.File) -> Iterator[Named]:
     names = [name for name in file["data"] if re.fullmatch(r"demo_\d+", name)]
     if not names:
         raise DatasetError(f"{path}: got no group demo_<i> in data, expected robomimic's layout")
-    for key in sorted(names, key=lambda name: int(name.removeprefix("demo_"))):
+    numbers = sorted(int(name.removeprefix("demo_")) for name in names)
+    total, steps = file["data"].attrs.get("total"), 0
+    for number in numbers:
+        key = f"demo_{number}"
         name = f"{path}: episode {key}"
         observations, actions, rewards, dones = _parts(name, file["data"][key], "obs", ("rewards", "dones"), extra=0)
-        ended = dones.astype(bool)
+        said = file["data"][key].attrs.get("num_samples")
+        if said is not None and said != len(actions):
+            raise DatasetError(f"{name}: got {len(actions)} steps, expected num_samples = {said}")
+        steps, ended = steps + len(actions), dones.astype(bool)
         yield Named(name, Episode(observations, actions, rewards, ended, np.zeros_like(ended)))
+    if total is not None and total != steps:  # filtered data have gaps in their numbers; their steps are counted anew
+        raise DatasetError(f"{path}: got {steps} steps, expected total = {total}; the data set is not complete")
 
 
 def _parts(name: str, group: Any, observations: str, columns: Sequence[str], extra: int) -> list[Any]:
@@ -292,6 +301,9 @@ def write_minari(
             "dataset_size": round((partial / "data" / MAIN).stat().st_size / 1e6, 1),
         }  # fmt: skip
         if env_spec is not None:
+            made_by: Any = env_spec.entry_point
+            if isinstance(made_by, type):
+                env_spec = dataclasses.replace(env_spec, entry_point=f"{made_by.__module__}:{made_by.__qualname__}")
             with contextlib.suppress(ValueError):
                 metadata["env_spec"] = env_spec.to_json()
         (partial / "data" / METADATA).write_text(json.dumps(metadata))

@@ -41,9 +41,9 @@ from driftrl import {kind}
 agent = {kind}.load("{file}")  # data only: loading executes nothing that is in the file
 env = gym.make("{made}"{kwargs})
 obs, _ = env.reset(seed=0)
-action, _ = agent.predict(obs, deterministic=True)
+action, state = agent.predict(obs, deterministic=True)
 ```
-
+{state}
 `{file}` holds JSON and safetensors. `huggingface_hub.hf_hub_download("USER/NAME", "{file}")` downloads it and gives its
 path.
 
@@ -55,6 +55,12 @@ path.
 | setting | value |
 |---|---|
 {settings}
+"""
+
+
+_STATE = """
+The policy decides on several steps at once. Give `predict` the state of the call before, and it goes on with them:
+`agent.predict(obs, state, episode_start, deterministic=True)`.
 """
 
 
@@ -125,7 +131,7 @@ def model_card(settings: RunSettings, report: dict[str, Any], versions: dict[str
         env=report["env_id"], made=with_module(report["env_id"]), summary=entry.summary[0].upper() + entry.summary[1:],
         version=versions.get("driftrl", "?"), steps=report["timesteps"], seed=settings.seed,
         episodes=report["episodes"], evaluation_seed=report["seed"],
-        rows=rows, file=AGENT, kwargs=kwargs,
+        rows=rows, file=AGENT, kwargs=kwargs, state=_STATE if settings.config.get("chunk", 1) > 1 else "",
         versions="".join(f"- {name} {version}\n" for name, version in versions.items()),
         settings=settings_rows(settings),
     )  # fmt: skip

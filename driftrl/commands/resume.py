@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..agents.common.ranks import check_alone, present
 from ..agents.registry import AGENTS
+from ..agents.storage.datasets import lasting_name
 from ..runs.callbacks import Report
 from ..runs.fields import made_of
 from ..runs.folder import (
@@ -44,6 +45,9 @@ def resume(args: Sequence[str], report_to: Report | None = None) -> int:
     parser.add_argument("--resume", type=Path, metavar="RUN", required=True, help="folder of a run or of a group")
     parser.add_argument("--total-timesteps", type=whole_number, help="steps to train for in all (default: as the run)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="(default: as the run)")
+    parser.add_argument(
+        "--demonstrations", metavar="DATA", help="where the run's data set lies now; others are refused"
+    )
     parser.add_argument("--jobs", type=whole_number, help="of a group: runs at a time, >= 1 (default: 1)")
     arguments = parser.parse_args(args)
     folder: Path = arguments.resume
@@ -52,6 +56,8 @@ def resume(args: Sequence[str], report_to: Report | None = None) -> int:
     if is_shared(folder):
         raise ValueError(f"resume: got {folder}, a folder for the Hub without training state, expected a run folder")
     if is_group(folder):
+        if arguments.demonstrations is not None:
+            raise ValueError(f"demonstrations: got them for the group {folder}; name them for each of its runs")
         check_alone("a group of runs")
         return _resume_group(folder, arguments)
     if arguments.jobs is not None:
@@ -91,7 +97,13 @@ def _begin_in(folder: Path, arguments: argparse.Namespace, report_to: Report | N
 def _changed(settings: RunSettings, arguments: argparse.Namespace) -> RunSettings:
     """The settings of a run with those that the command line names in place of its own."""
     total = settings.total_timesteps if arguments.total_timesteps is None else arguments.total_timesteps
-    return dataclasses.replace(settings, total_timesteps=total, device=arguments.device or settings.device)
+    data: str | None = settings.demonstrations
+    if arguments.demonstrations is not None:
+        if data is None:
+            raise ValueError(f"demonstrations: got {arguments.demonstrations}, but the run learns from none")
+        data = lasting_name(arguments.demonstrations)
+    device = arguments.device or settings.device
+    return dataclasses.replace(settings, total_timesteps=total, device=device, demonstrations=data)
 
 
 def _resume_in(folder: Path, arguments: argparse.Namespace, report_to: Report | None) -> int:
@@ -115,7 +127,7 @@ def _resume_in(folder: Path, arguments: argparse.Namespace, report_to: Report | 
             raise ValueError(f"total_timesteps: got {arguments.total_timesteps}, expected at least the {done} done")
         if present().rank:
             return train(found.agent, None, settings, found)
-        record_resumption(folder, done, settings.total_timesteps)
+        record_resumption(folder, done, settings)
         print(describe(settings, found.agent.device))
         print(f"resumed from {found.file} at {done:,} steps")
         return train(found.agent, folder, settings, found, report_to)

@@ -102,7 +102,7 @@ def settings_of_file(file: ConfigFile) -> RunSettings:
     name = str(file.agent)
     entry = AGENTS[name]
     env = full_id(file.run.get("env", entry.default_env))
-    preset_name = file.run.get("preset", next(iter(entry.presets)))
+    preset_name = file.run.get("preset") or entry.default_preset(file.run.get("pretrain_steps"))
     preset = entry.preset(env, preset_name)
     arguments = defaults_of(entry, env, preset_name, preset, file)
     config = without_inert(arguments.config, file.chosen)

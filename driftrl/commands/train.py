@@ -93,8 +93,10 @@ def _start(name: str | None, args: Sequence[str]) -> int:
     entry = AGENTS[name]
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--env", default=file.run.get("env", entry.default_env))
-    first.add_argument("--preset", default=file.run.get("preset", next(iter(entry.presets))))
+    first.add_argument("--preset", default=file.run.get("preset"))
+    first.add_argument("--pretrain-steps", default=file.run.get("pretrain_steps"))
     known = first.parse_known_args(args)[0]  # decides the defaults of the other options
+    known.preset = known.preset or entry.default_preset(known.pretrain_steps)
     with file.blamed(flags):
         known.env = full_id(known.env)
         preset = entry.preset(known.env, known.preset)

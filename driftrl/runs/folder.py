@@ -151,10 +151,12 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def record_resumption(folder: Path, timesteps: int, total_timesteps: int) -> None:
-    """Note in config.json that training goes on from `timesteps`, up to `total_timesteps`, and on what."""
+def record_resumption(folder: Path, timesteps: int, settings: RunSettings) -> None:
+    """Note in config.json that training goes on from `timesteps`, up to the settings' total, and on what."""
     data = json.loads((folder / "config.json").read_text())
-    data["total_timesteps"] = total_timesteps
+    data["total_timesteps"] = settings.total_timesteps
+    if settings.demonstrations is not None:
+        data["demonstrations"] = settings.demonstrations
     data["resumed"] = [*data.get("resumed", []), {"timesteps": timesteps, **_provenance()}]
     write_json(folder / "config.json", data)
 

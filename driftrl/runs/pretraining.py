@@ -80,7 +80,8 @@ def pretrain(agent: Checkpointed, folder: Path, settings: RunSettings) -> None:
         how = PretrainSettings(settings.pretrain_steps, settings.pretrain_batch_size, settings.pretrain_learning_rate)
         result = agent.pretrain(data, settings=how, state=state, follow=follow)
     seconds = time.monotonic() - begin
-    print(f"pretrained by {result.steps:,} updates in {seconds:.0f} s, validation loss {result.validation_loss:.4g}")
+    found = f"validation loss {result.validation_loss:.4g}, error of the solver {result.solver_error:.2g}"
+    print(f"pretrained by {result.steps:,} updates in {seconds:.0f} s, {found}")
     save_agent(agent, folder / PRETRAINED)
     (folder / PRETRAIN).unlink(missing_ok=True)
     _evaluate(agent, folder, settings, result.steps)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from stable_baselines3.common.logger import Logger
 
+from driftrl.agents.registry import AGENTS
 from driftrl.commands import demonstrate, evaluate, train
 from driftrl.commands.progress import RunState
 from driftrl.runs import pretraining as module
@@ -23,7 +24,10 @@ from driftrl.runs.log import write_row
 
 h5py = pytest.importorskip("h5py")
 
-SMALL = ["--n-envs", "2", "--n-steps", "16", "--batch-size", "16", "--actor-hidden", "16", "--critic-hidden", "8"]
+SMALL = [
+    "--n-envs", "2", "--n-steps", "16", "--batch-size", "16", "--actor-hidden", "16", "--critic-hidden", "8",
+    "--critic-warmup", "0",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +167,38 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(
     assert json.loads((run / "config.json").read_text())["demonstrations_digest"]
     again = ["policyflow", "--config", str(run), "--total-timesteps", "32", "--run-dir", str(tmp_path / "again")]
     assert train.main(again) == 0
+
+
+def test_a_data_set_that_was_moved_is_named_anew(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = shutil.copytree(data, tmp_path / "avoid-v0")
+    assert train.main(command(str(mine), tmp_path, "--bc-coef", "0.1", "--total-timesteps", "32")) == 0
+    run, moved = run_in(tmp_path / "driftrl_Avoid-v0"), mine.rename(tmp_path / "elsewhere-v0")
+    go_on = ["--resume", str(run), "--total-timesteps"]
+    assert train.main([*go_on, "64"]) == 2
+    assert train.main([*go_on, "64", "--demonstrations", str(moved)]) == 0
+    assert train.main([*go_on, "96"]) == 0  # it is known from now on
+    with h5py.File(moved / "data" / "main_data.hdf5", "a") as file:
+        file["episode_3/actions"][5, 0] *= 0.5
+    capsys.readouterr()
+    assert train.main([*go_on, "128", "--demonstrations", str(moved)]) == 2
+    assert "with which" in capsys.readouterr().err
+
+
+def test_the_preset_of_runs_that_are_pretrained_serves_demonstrations(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--pretrain-steps", "1", "--total-timesteps", "0"]
+    assert train.main(command(data, tmp_path / "avoid", *options)) == 0
+    assert "preset demonstrations, driftrl/Avoid-v0" in capsys.readouterr().out
+    assert train.main([*command(data, tmp_path / "chosen", *options), "--preset", "standard"]) == 0
+    assert "preset standard, driftrl/Avoid-v0" in capsys.readouterr().out
+    entry = AGENTS["policyflow"]
+    for steps, name in ((None, "standard"), (0, "standard"), ("0", "standard"), (10, "demonstrations")):
+        assert entry.default_preset(steps) == name
+    assert AGENTS["mbpo"].default_preset(10) == "standard"
+    for env_id in ("driftrl/PointMazeMedium-v0", "my_tasks:Push-v0"):
+        _, config = entry.settings(env_id, "demonstrations")
+        assert (config.base, config.base_std, config.solver_steps, config.action_std) == ("standard", 1.0, 5, 0.05)
 
 
 def test_runs_of_a_group_learn_from_the_same_demonstrations(

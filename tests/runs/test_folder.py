@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import threading
@@ -72,7 +73,7 @@ def test_a_run_without_a_saved_agent_leaves_nothing(tmp_path: Path, error: type[
 
 def test_resumption_is_noted(tmp_path: Path) -> None:
     folder = created(tmp_path, settings())
-    runs.record_resumption(folder, 80, 200)
+    runs.record_resumption(folder, 80, dataclasses.replace(settings(), total_timesteps=200))
     assert runs.read_settings(folder).total_timesteps == 200
     assert [entry["timesteps"] for entry in json.loads((folder / "config.json").read_text())["resumed"]] == [80]
 

@@ -24,6 +24,8 @@ from driftrl.analysis.export import export_program
 from driftrl.analysis.multimodality import play
 from driftrl.envs import make_vec
 
+pytestmark = pytest.mark.filterwarnings("ignore:pretraining:UserWarning")
+
 
 class Recorder(gym.Env[np.ndarray, np.ndarray]):
     """Observations are the step's number; keeps all actions, by episode; every third episode is cut off by a limit."""

@@ -23,6 +23,8 @@ from driftrl.agents.policyflow.policy import FlowNoise
 from driftrl.agents.policyflow.ratios import Samples, draw_epoch, record_references
 from driftrl.envs import make_vec
 
+pytestmark = pytest.mark.filterwarnings("ignore:pretraining:UserWarning")
+
 SMALL: dict[str, Any] = {
     "n_steps": 16, "batch_size": 16, "n_epochs": 2, "actor_hidden": (8,), "critic_hidden": (8,), "compile": "off",
     "base": "gaussian", "base_std": 0.5,
@@ -202,6 +204,7 @@ def test_two_rates_are_two_optimizers_and_the_average_follows(as_program: bool) 
         torch.testing.assert_close(each, named[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:critic_warmup:UserWarning")
 def test_in_the_warm_up_only_the_critic_learns() -> None:
     trained = bent(agent(critic_warmup=2, ema_decay=0.9))
     before = weights(trained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import Tensor
 from torch.distributions import Normal
 
 from driftrl import PolicyFlow
 from driftrl.agents.common.demonstrations import Demonstrations
 from driftrl.agents.common.observations import RunningNorm
-from driftrl.agents.policyflow.pretraining import Expert, Pretraining, PretrainSettings, imitation_loss
+from driftrl.agents.policyflow.pretraining import Expert, Pretraining, PretrainSettings, imitation_loss, solver_error
 from driftrl.dynamics.fields import VelocityField
 
 
@@ -73,8 +75,8 @@ class Known(VelocityField):
         self.offset = torch.nn.Parameter(torch.zeros(2))
 
     def forward(self, t: Any, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        t = t.unsqueeze(-1)
-        variance = ((1 - t) * self.base_std).square() + (t * self.std).square()
+        t = t.unsqueeze(-1) if isinstance(t, Tensor) and t.ndim else t
+        variance = ((1 - t) * self.base_std) ** 2 + (t * self.std) ** 2
         gain = (t * self.std**2 - (1 - t) * self.base_std**2) / variance
         velocity: Tensor = self.mean + gain * (x - t * self.mean) + self.offset
         return velocity
@@ -298,6 +300,86 @@ def test_a_pretrained_agent_is_saved_to_the_last_bit_and_learns_on(tmp_path: Pat
             actions.append(each.predict(obs, deterministic=deterministic)[0])
         np.testing.assert_array_equal(actions[0], actions[1])
     loaded.learn(32)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+def test_the_error_of_the_solver_is_that_of_a_known_flow(steps: int) -> None:
+    """By K Euler steps a flow from N(0, 0.5^2) to N(0, 0.2^2) ends with a deviation of 0.5 prod_k (1 + h gain(k h))."""
+    spread = 0.5
+    for k in range(steps):
+        t = k / steps
+        variance = (0.5 * (1 - t)) ** 2 + (0.2 * t) ** 2
+        spread *= 1 + (0.2**2 * t - 0.5**2 * (1 - t)) / variance / steps
+    flow: Any = agent(solver_steps=steps).policy.actor
+    flow.field = Known(0.3, 0.2, 0.5)
+    torch.manual_seed(0)
+    error = solver_error(flow, torch.zeros(4096, 1), torch.randn(4096, 2))
+    assert error == pytest.approx((0.2 - spread) / 0.2, abs=0.02)
+    assert (error > 0.6) == (steps < 5)
+
+
+def test_a_flow_that_its_solver_or_noise_spoils_is_warned_of() -> None:
+    data = demonstrations("two")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fine = agent().pretrain(data, 500)
+        gaussian = agent(**GAUSSIAN, solver_steps=1).pretrain(data, 20)
+    assert 0 < fine.solver_error < 0.25
+    assert gaussian.solver_error == 0
+    with pytest.warns(UserWarning, match=r"2 steps of euler miss what the flow has learned by \d+% of the spread"):
+        assert agent(base="learned", base_std=0.1, solver_steps=2).pretrain(data, 500).solver_error > 0.5
+    with pytest.warns(UserWarning, match="a flow learns no noise, and action_std adds some of 0.5 to its actions"):
+        agent(action_std=0.5).pretrain(data, 20)
+
+
+def test_a_refusal_leaves_the_agent_as_it_was() -> None:
+    ours = agent()
+    ours.learn(16)
+    obs = np.ones((3, 1), np.float32)
+    before = ours.predict(obs, deterministic=True)[0]
+    with pytest.raises(ValueError, match="got one episode, expected two at least"):
+        ours.pretrain(demonstrations("two", 1), 10)
+    np.testing.assert_array_equal(ours.predict(obs, deterministic=True)[0], before)
+
+
+def test_the_update_imitates_what_was_chosen_for_it() -> None:
+    every, some, others = demonstrations("two", 20), demonstrations("one", 4), demonstrations("one", 7)
+    ours = agent(bc_coef=0.5)
+    ours.pretrain(every, 2)
+    assert ours._expert_data is not None and len(ours._expert_data.obs) == 200
+    ours.pretrain(others, 2)
+    assert len(ours._expert_data.obs) == 70
+    ours.use_demonstrations(some)
+    ours.pretrain(every, 2)
+    assert len(ours._expert_data.obs) == 40
+
+
+def test_raw_demonstrations_do_not_serve_behind_vec_normalize() -> None:
+    env = VecNormalize(DummyVecEnv([Line]))
+    ours = PolicyFlow("MlpPolicy", env, n_steps=16, batch_size=16, bc_coef=0.5, device="cpu")
+    for learn in (lambda data: ours.pretrain(data, 2), ours.use_demonstrations):
+        with pytest.raises(ValueError, match="got raw observations for an agent behind VecNormalize"):
+            learn(demonstrations("two", 5))
+    env = VecNormalize(DummyVecEnv([Line]), norm_obs=False)
+    ours = PolicyFlow("MlpPolicy", env, n_steps=16, batch_size=16, action_std=0.05, device="cpu")
+    ours.pretrain(demonstrations("two", 5), 2)
+
+
+def test_iterations_in_which_the_policy_cannot_learn_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="critic_warmup: got 3, and no more than 2 iterations to come"):
+        agent(critic_warmup=3).learn(32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agent(critic_warmup=1).learn(32)
+    with pytest.raises(ValueError, match="n_steps: got 4, expected at least the 8 steps of a decision"):
+        agent(n_steps=4, batch_size=2, chunk=8)
+
+
+def test_a_chunk_is_no_longer_than_what_is_demonstrated() -> None:
+    data = demonstrations("two", 5)  # of ten steps
+    agent(chunk=10, batch_size=2, action_std=0.008).pretrain(data, 1)
+    with pytest.raises(ValueError, match="chunk: got 11, but the longest episode that is demonstrated has 10 steps"):
+        agent(chunk=11, batch_size=2).pretrain(data, 1)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -15,7 +15,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from driftrl.agents.common.demonstrations import Demonstrations
-from driftrl.agents.storage.datasets import DatasetError, find_dataset, read_episodes, write_minari
+from driftrl.agents.storage.datasets import DatasetError, find_dataset, read_episodes, read_origin, write_minari
 from driftrl.envs.episodes import Episode
 
 h5py = pytest.importorskip("h5py")
@@ -116,6 +116,38 @@ def robomimic(path: Path, given: list[Episode]) -> Path:
             group.create_dataset("rewards", data=episode.rewards)
             group.create_dataset("dones", data=episode.terminated.astype(np.int64))
     return path
+
+
+@pytest.mark.parametrize("missing", ["demo_1", "demo_3"])
+def test_a_robomimic_file_that_is_not_complete_is_refused(tmp_path: Path, missing: str) -> None:
+    given = episodes(4, DICT)
+    path = robomimic(tmp_path / "low_dim.hdf5", given)
+    lengths = [len(each.actions) for each in given]
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["total"] = sum(lengths)
+        for k, length in enumerate(lengths):
+            file[f"data/demo_{k}"].attrs["num_samples"] = length
+    assert len(list(read_episodes(path))) == 4
+    with h5py.File(path, "a") as file:
+        file[f"data/{missing}"].attrs["num_samples"] = 99
+    with pytest.raises(ValueError, match=rf"{missing}: got \d+ steps, expected num_samples = 99"):
+        list(read_episodes(path))
+    with h5py.File(path, "a") as file:
+        del file[f"data/{missing}"]
+    with pytest.raises(ValueError, match=rf"steps, expected total = {sum(lengths)}; the data set is not complete"):
+        list(read_episodes(path))
+
+
+def test_the_environment_of_a_data_set_is_known_also_where_a_class_makes_it(tmp_path: Path) -> None:
+    spec = EnvSpec("Mine-v0", entry_point=Mine)
+    write_minari(tmp_path / "mine-v0", episodes(2, BOX), BOX, ACTIONS, env_spec=spec)
+    assert read_origin(tmp_path / "mine-v0").env_id == "Mine-v0"
+    metadata = json.loads((tmp_path / "mine-v0" / "data" / "metadata.json").read_text())
+    assert json.loads(metadata["env_spec"])["entry_point"] == f"{__name__}:Mine"
+
+
+class Mine(gym.Env[Any, Any]):
+    def __init__(self, **kwargs: Any) -> None: ...
 
 
 def test_robomimics_layout_is_read(tmp_path: Path) -> None:
