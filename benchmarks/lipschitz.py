@@ -1,18 +1,21 @@
 r"""Models of the environment x regularizers of the critics x steps of value gradients, and SAC alone.
 
-    python benchmarks/lipschitz.py --seeds 0 1 2 3 4                        # everything, what is missing of it
+    python benchmarks/lipschitz.py --seeds 0 1 2 3 4         # the grid of value gradients, what is missing of it
     python benchmarks/lipschitz.py --models single --regularizers none robust --horizons 5 --seeds 0 1 2 3 4
     python benchmarks/lipschitz.py --models single --regularizers none --horizons 5 --seeds 0 1 \
         --total-timesteps 100000 --envs HalfCheetah-v5 Walker2d-v5 Ant-v5 Humanoid-v5
-    python benchmarks/lipschitz.py --horizons --seeds 0 1 2                 # arXiv 2302.01244: SAC on model rollouts
+    python benchmarks/lipschitz.py --horizons --seeds 0 1 2  # SAC alone and on model rollouts (arXiv 2302.01244)
 
-Presets "standard" (value gradients; 0 steps: SAC on the same rollouts) and "fast" (MBPO). Runs and results as in
-`benchmarks/learning.py`: a run whose file exists is not repeated, one that was interrupted goes on. The tables go into
-docs/lipschitz_mbpo.md, the learning curves into figures beside it.
+The last command, without horizons, is the only one that runs SAC alone and MBPO's models. Presets "standard" (value
+gradients; 0 steps: SAC on the same rollouts) and "fast" (MBPO). Runs and results as in `benchmarks/learning.py`: a run
+whose file exists is not repeated, one that was interrupted goes on. The tables go into docs/lipschitz_mbpo.md, the
+learning curves into figures beside it. Neither is replaced where the page shows a task that was not asked for, or where
+a new table has no rows.
 """
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,6 +51,7 @@ RECORDED = {
     "value-gradient:regularizer=robust": "H = 5, single, robust, former preset",
 }
 """Shown, not run again: in float32; and from before `observation_noise` and statistics that settle with the rate."""
+FIGURE = ROOT / "docs" / "figures" / "lipschitz.png"
 SHORT = 30_000
 """Steps of the comparison; longer runs have parts of the page of their own."""
 NOISE = {
@@ -55,6 +59,21 @@ NOISE = {
     "value-gradient:observation_noise=0.05,late_noise=1e-5": "1e-5",
 }
 """Arms of `learning` and the temperature of the Langevin noise on the actor's weights in the last part of a run."""
+
+
+def check(envs: Sequence[str], models: Sequence[str], regularizers: Sequence[str], horizons: Sequence[int]) -> None:
+    """Raise ValueError if there is nothing to compare, or a name is not known."""
+    if not envs:
+        raise ValueError("envs: got none, expected at least one environment id")
+    if not regularizers:
+        raise ValueError(f"regularizers: got an empty list, expected at least one of {', '.join(REGULARIZERS)}")
+    known = VALUE_GRADIENT_MODELS if horizons else MODELS
+    hint = "; SAC alone (none) and MBPO's models need --horizons empty" if horizons else " where --horizons is empty"
+    for name, given, expected, remark in (
+        ("models", models, known, hint), ("regularizers", regularizers, REGULARIZERS, ""),
+    ):  # fmt: skip
+        if unknown := [each for each in given if each not in expected]:
+            raise ValueError(f"{name}: got {', '.join(unknown)}, expected some of {', '.join(expected)}{remark}")
 
 
 def value_gradient_arms(
@@ -131,6 +150,22 @@ def markdown(env: str, total_timesteps: int, columns: Sequence[str], rows: Seque
     return "\n".join([f"{env}, {total_timesteps:,} steps:", "", lines[0], "|---" * len(columns) + "|", *lines[1:], ""])
 
 
+def publish(page: Path, mark: str, tables: Mapping[str, str]) -> bool:
+    """Print tables by their task and put them into a part of the page, unless that loses a table; whether it did."""
+    text = "\n".join(tables.values())
+    print(text)
+    part = page.read_text().partition(f"<!-- {mark} -->\n")[2].partition(f"<!-- /{mark} -->")[0]
+    lost = [env for env in re.findall(r"^(\S+), [\d,]+ steps:$", part, re.MULTILINE) if env not in tables]
+    empty = [env for env, each in tables.items() if each.count("\n| ") < 2]  # but for the head
+    reasons = [f"it shows {', '.join(lost)}, not among the given envs"] * bool(lost)
+    reasons += [f"there are no results of {', '.join(empty)}"] * bool(empty)
+    if reasons:
+        print(f"{page}, part {mark!r}, is left as it is: {'; '.join(reasons)}")
+    else:
+        learning.write_between(page, mark, text)
+    return not reasons
+
+
 def main(
     envs: tuple[str, ...] = ("Hopper-v5",),
     models: tuple[str, ...] = (),
@@ -142,7 +177,7 @@ def main(
     jobs: int = 2,
     table_only: bool = False,
     page: Path = ROOT / "docs" / "lipschitz_mbpo.md",
-    figure: Path = ROOT / "docs" / "figures" / "lipschitz.png",
+    figure: Path = FIGURE,
 ) -> None:
     """Run what is missing, write the table and draw the learning curves.
 
@@ -157,9 +192,13 @@ def main(
         gradient_steps: updates per environment step, by the preset fast.
         jobs: runs at a time, one thread each.
         table_only: only read the kept results.
-        page: whose marked part is replaced.
-        figure: where the learning curves are drawn.
+        page: whose marked part is replaced, if it shows no other environments and every new table has rows.
+        figure: where the learning curves are drawn; the page's own are left as they are where its table is.
+
+    Raises:
+        ValueError: if there is nothing to compare, or a model or regularizer is not known.
     """
+    check(envs, models, regularizers, horizons)
     labels = (
         value_gradient_arms(models or tuple(VALUE_GRADIENT_MODELS), regularizers, horizons)
         if horizons
@@ -170,14 +209,13 @@ def main(
         learning.run_missing(runs, jobs)
     if horizons:
         labels |= RECORDED
-    text = "\n".join(table(env, labels, total_timesteps) for env in envs)
-    print(text)
     name = "value gradients" if horizons else "models"
-    learning.write_between(page, name if total_timesteps == SHORT else f"{name}, {total_timesteps} steps", text)
+    mark = name if total_timesteps == SHORT else f"{name}, {total_timesteps} steps"
+    replaced = publish(page, mark, {env: table(env, labels, total_timesteps) for env in envs})
     if horizons and total_timesteps == SHORT:
-        text = "\n".join(averages(env, total_timesteps) for env in envs)
-        print(text)
-        learning.write_between(page, "averages", text)
+        publish(page, "averages", {env: averages(env, total_timesteps) for env in envs})
+    if not replaced and figure == FIGURE:
+        return
     learning_arms.LABELS |= labels
     stem = "value_gradients" if horizons else figure.stem
     picture = figure.with_stem(stem if total_timesteps == SHORT else f"{stem}_{total_timesteps}")

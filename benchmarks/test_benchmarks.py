@@ -2,6 +2,7 @@ import importlib
 import importlib.util
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -222,6 +223,59 @@ def test_models_and_regularizers_are_compared_from_kept_results(
     assert rows[1][1] == "**40** [30, 50]"
     assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
     assert (tmp_path / "f_1000.png").exists()
+
+
+def test_a_page_keeps_its_tables_unless_all_of_them_are_made_again(
+    learning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lipschitz, page, figure = benchmark("lipschitz", monkeypatch), tmp_path / "page.md", tmp_path / "figure.png"
+    old = "<!-- models, 1000 steps -->\n\nHopper-v5, 1,000 steps:\n\nold\n\n<!-- /models, 1000 steps -->\n"
+    page.write_text(old)
+    monkeypatch.setattr(lipschitz, "FIGURE", figure)
+    options = {"models": ("none",), "horizons": (), "table_only": True, "page": page, "figure": figure}
+    evaluation = {"deterministic": {"returns": [3]}}
+    result = {"seed": 0, "evaluation": evaluation, "curve": [[500, 1], [1000, 2]], "cpu_seconds": 4}
+    (arm,) = lipschitz.arms(("none",), ("none",), 10)
+    path = learning.Run("Ant-v5", arm, 0, 1000).path
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(result))
+    shows, misses = "it shows Hopper-v5, not among the given envs", "there are no results of Hopper-v5"
+    for envs, reason in ((("Ant-v5",), shows), (("Hopper-v5",), misses), (("Ant-v5", "Hopper-v5"), misses)):
+        lipschitz.main(envs, total_timesteps=1000, **options)
+        assert f"{page}, part 'models, 1000 steps', is left as it is: {reason}\n" in capsys.readouterr().out
+        assert page.read_text() == old
+        assert list(tmp_path.glob("*.png")) == []
+
+    path = learning.Run("Hopper-v5", arm, 0, 1000).path
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(result))
+    lipschitz.main(("Ant-v5", "Hopper-v5"), total_timesteps=1000, **options)
+
+    assert "left as it is" not in capsys.readouterr().out
+    assert re.findall(r"(\S+), 1,000 steps:", page.read_text()) == ["Ant-v5", "Hopper-v5"]
+    assert page.read_text().count("| SAC alone | **2** [2, 2] | 2 | **3** [3, 3] | 3 | 4 |") == 2
+    assert (tmp_path / "figure_1000.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"models": ("none",)}, "models: got none, expected some of single, .*; SAC alone .* need --horizons"),
+        ({"models": ("single", "five")}, "models: got five, expected some of single, 3 members"),
+        ({"models": ("single",), "horizons": ()}, "models: got single, expected some of none, deterministic, "),
+        ({"regularizers": ("l2", "none")}, "regularizers: got l2, expected some of none, robust, spectral$"),
+        ({"regularizers": ()}, "regularizers: got an empty list, expected at least one of none, robust, spectral"),
+        ({"envs": ()}, "envs: got none, expected at least one environment id"),
+    ],
+)
+def test_models_that_cannot_be_compared_are_refused(
+    learning: ModuleType, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], text: str
+) -> None:
+    lipschitz = benchmark("lipschitz", monkeypatch)
+    monkeypatch.setattr(learning, "run_missing", lambda *_: pytest.fail("ran"))
+    with pytest.raises(ValueError, match=text) as refused:
+        lipschitz.main(**options)
+    assert "\n" not in str(refused.value)
 
 
 def test_walks_count_files_lines_and_hops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

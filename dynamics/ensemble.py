@@ -96,6 +96,8 @@ def dropout_mask(shape: Sequence[int], left_out: float, generator: torch.Generat
         generator: source of randomness.
     """
     kept = 1 - left_out
+    if left_out < 1e-15:  # none, and the gaps between them would not fit in an integer
+        return torch.ones(shape, device=generator.device)
     if generator.device.type != "cpu" or left_out > FEW:
         return torch.empty(shape, device=generator.device).bernoulli_(kept, generator=generator) / kept
     # The gaps between zeros are geometric, and for a small share far fewer numbers than the mask has.

@@ -63,9 +63,10 @@ class LearningRate(BaseAlgorithm):
 
     @property
     def _rate_share(self) -> float:
-        """The present learning rate over the first one, at most 1."""
-        first = self._rate_at(1.0)
-        return min(self._rate_at(self._current_progress_remaining) / first, 1.0) if first else 1.0
+        """The present learning rate over the highest of all training, at most 1."""
+        looks = 100 if self.config.lr_schedule == "function" else 1  # of the others the first one is
+        highest = max(self._rate_at(1 - k / looks) for k in range(looks))
+        return min(self._rate_at(self._current_progress_remaining) / highest, 1.0) if highest else 1.0
 
     def _setup_lr_schedule(self) -> None:
         """Nothing to do: `lr_schedule` follows `learning_rate`."""

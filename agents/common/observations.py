@@ -177,8 +177,9 @@ class FiniteTransitions(BaseAlgorithm):
             ValueError: if an observation or a reward is not finite, with nonfinite="raise".
         """
         held, space, left_out = self._last_obs, self.observation_space, self._held
-        vectors = observation_vectors(new_obs, space)
-        self._held = ~np.isfinite(vectors).all(1)
+        with np.errstate(over="ignore"):
+            vectors = observation_vectors(new_obs, space).astype(np.float32, copy=False)
+        self._held = np.asarray(~np.isfinite(vectors).all(1))
         seen = dict(_faults(vectors, "observation"))
         begun = {i: fault for i, fault in seen.items() if dones[i]}  # of the next episode: the one that ended is sound
         faults = {i: fault for i, fault in seen.items() if not dones[i]}
@@ -284,6 +285,8 @@ def to_box(scaled: np.ndarray, box: Any) -> np.ndarray:
 
 def _faults(values: np.ndarray, what: str, first: int = 0) -> Iterator[tuple[int, str]]:
     """Environment and description of each row of values [N, ...] with an entry that is not finite."""
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32, copy=False)  # as they are learned from: beyond its range they are infinite
     if np.isfinite(values).all():
         return
     for i in np.flatnonzero(~np.isfinite(values).all(1)).tolist():

@@ -28,25 +28,16 @@ from ..common.config import agreeing, resolve
 from ..common.learning_rate import rate_fields
 from ..common.networks import check_default_dtype, check_weights
 from ..common.observations import FiniteReplay
-from ..common.update import Gradient, Loss, Losses, Updates
+from ..common.update import Gradient, Updates
 from .config import LipschitzMBPOConfig
-from .critic_regularizers import draw_search, robust_penalty
+from .critic_regularizers import draw_search, losses
 from .diagnostics import GRADIENTS, gradient_diagnostics, model_diagnostics, runs_away, value_diagnostics
-from .model import KnownStep, Rule, build_model, check_functions, check_rule, fit_gradient, made_with, termination_rule
+from .model import build_model, fit_gradient, termination_rule
 from .replay import CheckpointedReplay, Minibatch, TensorReplay, TransitionRing
-from .sac import SACPolicy, sac_losses
+from .sac import SACPolicy
 from .sac_arguments import ARGUMENTS, POLICY_ARGUMENTS, POLICY_FIELDS, SACAttributes, implied_fields, own_fields
+from .user_functions import KnownStep, Rule, UsersStep, check_ends, check_functions, check_rule, check_step, made_with
 from .value_gradients import RANGE_RATE, Start, draw_blur, value_gradient_losses, value_range
-
-
-def losses(policy: SACPolicy, batch: Minibatch, config: LipschitzMBPOConfig, target_entropy: float) -> Losses:
-    """The terms of the objective for a minibatch, with their weights: SAC's and the robust penalty of the critics."""
-    terms, values = sac_losses(policy, batch, config.gamma, target_entropy)
-    if config.regularizer == "robust":
-        penalty = robust_penalty(policy, batch.obs, batch.action, values, batch.search, config)
-        terms.table["lipschitz/penalty"] = Loss(penalty, config.robust_coef)
-    return terms
-
 
 _SB3_ARGUMENTS = ("buffer_size", "learning_starts", "batch_size", "tau", "gamma", "gradient_steps")
 
@@ -63,8 +54,8 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
         learning_rate: in place of config.learning_rate; may be a function of the remaining progress (1 to 0).
         config: hyperparameters.
         terminated: rule of the task, next_obs [B, O] -> bool [B], in place of the known ones.
-        known_step: what is known of the environment's step, (obs [B, O], action [B, A]) -> next_obs [B, O], as a
-            simple physics of it: the model learns the difference.
+        known_step: what is known of the environment's step, (obs [B, O], action [B, A]) -> next_obs [B, O], all in its
+            own units, as a simple physics of it: the model learns the difference.
         train_freq: steps per environment between calls of `train`, or (number, "step" or "episode").
         policy_kwargs: arguments of `SACPolicy` that take precedence over the config.
         stats_window_size, tensorboard_log, verbose, seed, device, _init_setup_model: as Stable-Baselines3's.
@@ -89,7 +80,7 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
     )  # fmt: skip
     _learned = frozenset(
         ("actor_hidden", "critic_hidden", "n_critics", "critic_layer_norm", "temperature", "model", "members",
-         "snapshots", "model_hidden", "model_jacobian_coef", "model_layer_norm")
+         "snapshots", "model_hidden", "model_jacobian_coef", "model_layer_norm", "model_weight_decay")
     )  # fmt: skip
     _remade = ("model_buffer", "_differentiated", "_objective", "_gradient", "_step", "_fits", "_terminated")
     _ran_away = False  # whether critics ever did
@@ -157,7 +148,8 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
             self._choose_rule()
             self._knows_step = vars(self).get("_knows_step", self.known_step is not None)  # as when it was saved
             sizes = policy.obs_dim, policy.action_dim
-            self.transition = build_model(config, *sizes, self._learns_end, self.known_step).to(self.device)
+            known = UsersStep.of(self.known_step, self.action_space)
+            self.transition = build_model(config, *sizes, self._learns_end, known).to(self.device)
             rollouts = config.model_rollouts * config.model_retain
             self.model_buffer = TransitionRing(rollouts, policy.obs_dim, policy.action_dim, policy.device)
         self._config_changed()
@@ -170,8 +162,7 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
         """Take the rule by which the present environment ends, or leave the ends to the model."""
         rule = termination_rule(self.config.termination, self.terminated, self.env)
         self._learns_end = vars(self).get("_learns_end", rule is None)  # as it did when it was saved
-        if self.config.termination == "learned" and not self._learns_end:
-            raise ValueError("termination: got learned, but the agent's model has not learned it; make another agent")
+        check_ends(self.config.termination, self.terminated, rule, self._learns_end)
         self._terminated = None if self._learns_end else rule
 
     @property
@@ -199,8 +190,8 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
         return [*super()._excluded_save_params(), "terminated", "known_step"]  # files hold no functions
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        names = ["policy", "policy.optimizer"]
-        return (names if self.transition is None else [*names, "transition", "transition.optimizer"]), []
+        names = ["policy"] if self.transition is None else ["policy", "transition"]
+        return [*names, *(f"{name}.optimizer" for name in names)], []
 
     def learn(
         self, total_timesteps: int, callback: MaybeCallback = None, log_interval: int = 4,
@@ -222,8 +213,7 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
             if (self.transition, self._terminated) != self._differentiated:
                 self._config_changed()
             made_with("terminated", self._learns_end or self._terminated is not None)
-            known = self.transition.settings.known_step
-            made_with("known_step", known is self.known_step and self._knows_step == (known is not None))
+            check_step(self.transition, UsersStep.of(self.known_step, self.action_space), self._knows_step)
             self.transition.adopt_weights()
             if self.learns_end and self.verbose:
                 print("the model learns how episodes end")
@@ -244,7 +234,8 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
             return
         updates = gradient_steps * (self.n_envs if config.gradient_steps > 0 else 1)
         policy.set_training_mode(True)
-        update_learning_rate(policy.optimizer, self._rate_at(self._current_progress_remaining))
+        update_learning_rate(policy.optimizer, rate := self._rate_at(self._current_progress_remaining))
+        self.logger.record("train/learning_rate", rate)
         knows = policy.obs_norm.count and (self.transition is None or self.transition.is_fitted)
         if fits := not knows or self.num_timesteps - self._fitted_at >= config.model_interval:
             self._fitted_at = self.num_timesteps
@@ -342,11 +333,12 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
 
     def _learn_scales(self) -> None:
         """Let the observation statistics see what is new."""
-        unseen = self.num_timesteps - self._seen if self.policy.obs_norm.count else len(self._real)
+        stored = self.num_timesteps - self._transitions_left_out
+        unseen = stored - self._seen if self.policy.obs_norm.count else len(self._real)
         new = self._real.unpack(self._real.newest(unseen))
         # Where the learning rate falls to 0 the networks can no longer follow statistics that move.
         self.policy.obs_norm.update(new.obs, weight=max(self._rate_share, 1e-3))
-        self._seen = self.num_timesteps
+        self._seen = stored
 
     def _fit_model(self, model: TransitionModel) -> None:
         """Go on with the model's fit on all that was seen, which must have ended as the rule says."""
@@ -359,7 +351,7 @@ class LipschitzMBPO(CheckpointedReplay, SACAttributes, Updates, FiniteReplay):
             generator=self._generator, max_epochs=self.config.model_epochs, gradient=self._fits,
         )  # fmt: skip
         self._record(fitted)
-        if self.config.value_gradient and not self._n_updates:
+        if self.config.value_gradient and not self._n_updates and not self.policy.has_value_range:
             low, high = value_range(seen.reward, self.config.gamma)
             self.policy.move_value_range(low.clamp(max=-1), high.clamp(min=1), 1.0)
 

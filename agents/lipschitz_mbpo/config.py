@@ -203,6 +203,8 @@ class LipschitzMBPOConfig:
                 "rollout_end real_ratio termination"
             )
             off |= dict.fromkeys(names.split(), "a model")
+            if not self.normalize_observation:
+                off["model_interval"] = "a model, or normalize_observation"
         if self.model not in NETWORKS:
             off |= dict.fromkeys(("model_layer_norm", "model_dropout"), "a Gaussian or deterministic model")
         if self.value_gradient:

@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 
 from ...dynamics.lipschitz import adversarial_states
+from ..common.update import Loss, Losses
 from .config import LipschitzMBPOConfig
-from .replay import Search
-from .sac import SACPolicy
+from .replay import Minibatch, Search
+from .sac import SACPolicy, sac_losses
+
+
+def losses(policy: SACPolicy, batch: Minibatch, config: LipschitzMBPOConfig, target_entropy: float) -> Losses:
+    """The terms of the objective for a minibatch, with their weights: SAC's and the robust penalty of the critics."""
+    terms, values = sac_losses(policy, batch, config.gamma, target_entropy)
+    if config.regularizer == "robust":
+        penalty = robust_penalty(policy, batch.obs, batch.action, values, batch.search, config)
+        terms.table["lipschitz/penalty"] = Loss(penalty, config.robust_coef)
+    return terms
 
 
 def robust_penalty(

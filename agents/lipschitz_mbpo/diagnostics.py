@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +64,8 @@ def spectral_product(critics: nn.Module) -> Tensor:
     """Product of the spectral norms of each critic's layers as they are applied, times its unit of values, [C]."""
     norms = []
     for name, norm in spectral_norms(critics).items():
-        bound = getattr(critics.get_submodule(name.rpartition(".")[0]), "spectral_bound", None)
-        norms.append(norm if bound is None else norm.clamp(max=bound))
+        layer: Any = critics.get_submodule(name.rpartition(".")[0])
+        norms.append(norm if getattr(layer, "spectral_bound", None) is None else norm / layer.divisor())
     return torch.stack(norms).prod(0) * getattr(critics, "half_width", 1.0)
 
 
@@ -120,7 +121,8 @@ def model_diagnostics(model: TransitionModel, policy: SACPolicy, real: Transitio
         found["model/koopman_radius_real"] = koopman_radius(batch, batch.next_obs).item()
     deviations = model.disagreement(batch.obs, batch.action)
     if len(deviations) > 1:  # members of an ensemble, snapshots, draws of dropout
-        spread = deviations * policy.obs_norm.scale
+        varies = (batch.next_obs != batch.next_obs[0]).any(0)  # what is always the same has no deviation to divide by
+        spread = (deviations * policy.obs_norm.scale)[..., varies]
         found["model/disagreement"] = spread.square().mean().sqrt().item()
 
     obs, next_obs, action = batch.obs, batch.next_obs, batch.action

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from stable_baselines3.common.vec_env import VecEnv
-from torch import Tensor
 
 from ...dynamics.transition import TRANSITIONS, GaussianTransition
 from ...dynamics.transition_base import TransitionModel
@@ -17,16 +16,7 @@ from ...envs.known import known_task_of
 from ...envs.termination import no_end, termination_function
 from ..common.compiling import is_altered, owner, prepared
 from .config import NETWORKS, LipschitzMBPOConfig
-from .replay import TransitionRing
-
-Rule: TypeAlias = Callable[[Tensor], Tensor]
-"""Next observations [B, O] -> whether the episode terminates there, bool [B]."""
-
-KnownStep: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""obs [B, O], action [B, A] -> what is known of next_obs, [B, O]; differentiable."""
-
-MAY_DISAGREE = 0.02
-"""Share of ends on which a termination rule and the environment may disagree: what rounding at its edge explains."""
+from .user_functions import KnownStep, Rule, UsersRule
 
 
 def build_model(
@@ -64,23 +54,6 @@ def fit_gradient(before: Callable[..., Any] | None, model: TransitionModel, want
     return prepared(gradient, "" if is_altered(model) else wanted, torch.device("cpu"))
 
 
-def check_functions(config: LipschitzMBPOConfig, terminated: Rule | None, known_step: KnownStep | None) -> None:
-    """Raise ValueError if a function of the user would change nothing."""
-    without_model = "model='none'" if config.model == "none" else ""
-    no_rule = f"termination={config.termination!r}" if config.termination in ("learned", "never") else without_model
-    for name, given, off in (("terminated", terminated, no_rule), ("known_step", known_step, without_model)):
-        if given is not None and off:
-            raise ValueError(f"{name}: got a function, which changes nothing with {off}")
-
-
-def made_with(name: str, there: bool) -> None:
-    """Raise ValueError if the function that the model was made with is not there; files hold no functions."""
-    if not there:
-        raise ValueError(
-            f"{name}: got no such function as the agent was made with; load(..., custom_objects={{{name!r}: function}})"
-        )
-
-
 def termination_rule(choice: str, given: Rule | None, env: VecEnv | None) -> Rule | None:
     """The rule that ends model rollouts; None: the model learns it.
 
@@ -96,31 +69,10 @@ def termination_rule(choice: str, given: Rule | None, env: VecEnv | None) -> Rul
         return None
     if choice == "never":
         return no_end
-    rule = given
+    rule = None if given is None else UsersRule(given)
     task = None if rule or env is None else known_task_of(env)
     if task is not None:
-        rule = termination_function(*task)
+        return termination_function(*task)
     if rule is None and choice == "task" and env is not None:
         raise ValueError("termination: got task, but no rule of this environment is known; give one or use learned")
     return rule
-
-
-def check_rule(rule: Rule, real: TransitionRing, choice: str) -> None:
-    """Compare the rule that ends model rollouts with how the environment's own transitions ended.
-
-    Args:
-        rule: the rule.
-        real: transitions of the environment.
-        choice: the Config's termination.
-
-    Raises:
-        ValueError: if they disagree more often than numbers at the edge of the rule explain.
-    """
-    seen = real.all()
-    found, expected = seen.terminated > 0, rule(seen.next_obs)
-    wrong, ends = int((found != expected).sum()), int((found | expected).sum())
-    if wrong > MAY_DISAGREE * ends + 2:
-        raise ValueError(
-            f"termination: got {choice}, whose rule disagrees with the environment on {wrong} of {len(found)} "
-            f"transitions ({int(found.sum())} ended, the rule ends {int(expected.sum())}); make an agent with learned"
-        )

@@ -192,9 +192,17 @@ class TensorReplay(ReplayBuffer):
         return self.transitions.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """See `TransitionRing`."""
+        """See `TransitionRing`; raises ValueError also where numbers are not finite."""
+        if wrong := int((~state["rows"].isfinite().all(1)).sum()):
+            raise ValueError(f"transitions: got {wrong} rows with nan or infinity, expected finite numbers")
         self.transitions.set_state(state)
         self.buffer_size = self.transitions.capacity
+        self._note()
+
+    def resize(self, capacity: int) -> None:
+        """Make room for `capacity` transitions; the newest stay."""
+        self.transitions.resize(capacity)
+        self.buffer_size = capacity
         self._note()
 
     def _note(self) -> None:
@@ -247,7 +255,7 @@ class CheckpointedReplay(Checkpointed, OffPolicyAlgorithm):
     def load_replay_buffer(
         self, path: PathOrFile, truncate_last_traj: bool = True, *, allow_pickle: bool = False
     ) -> None:
-        """Replace the replay buffer by a saved one.
+        """Replace the replay buffer's content by a saved one's: what is newest where that does not fit.
 
         Args:
             path: file, with or without .zip, or file object.
@@ -271,5 +279,6 @@ class CheckpointedReplay(Checkpointed, OffPolicyAlgorithm):
         assert self.replay_buffer is not None
         try:
             self.replay_buffer.set_state(state)
+            self.replay_buffer.resize(self.buffer_size)
         except Exception as error:  # whatever data of other kinds and sizes lead to
             raise CheckpointError(f"{label}: no replay buffer of this agent: {error}") from error

@@ -113,12 +113,17 @@ class StackedLinear(nn.Module):
         self.v.copy_(F.normalize(torch.einsum("ci,cio->co", self.u, self.weight), dim=1))
         self.u.copy_(F.normalize(torch.einsum("cio,co->ci", self.weight, self.v), dim=1))
 
+    def divisor(self) -> Tensor:
+        """What the weights are divided by where their norms are bounded, as power iteration has them, [C]."""
+        assert self.spectral_bound is not None
+        sigma = torch.einsum("ci,cio,co->c", self.u, self.weight, self.v)
+        return (sigma / self.spectral_bound).clamp_min(1.0)
+
     def forward(self, x: Tensor) -> Tensor:
         """Outputs [C, B, fan_out] of inputs [C, B, fan_in]."""
         weight: Tensor = self.weight
         if self.spectral_bound is not None:
-            sigma = torch.einsum("ci,cio,co->c", self.u, weight, self.v)
-            weight = weight / (sigma / self.spectral_bound).clamp_min(1.0)[:, None, None]
+            weight = weight / self.divisor()[:, None, None]
         return stacked_layer(self.bias, x, weight, self.hidden)
 
 
@@ -287,6 +292,11 @@ class SACPolicy(BoxPolicy):
             decay = warmed_up(self.ema_decay, updates)
             for mean, weight in zip(means, latest, strict=True):
                 mean.lerp_(weight, 1 - decay)
+
+    @property
+    def has_value_range(self) -> bool:
+        """Whether the range of bounded values was moved from where it begins."""
+        return bool(self.critic.center != 0) or bool(self.critic.half_width != 1)
 
     def move_value_range(self, low: Tensor, high: Tensor, rate: float) -> None:
         """Move the range of bounded values by a share of the way towards [low, high]."""

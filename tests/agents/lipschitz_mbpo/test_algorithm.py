@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kstest
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import Tensor, nn
@@ -171,8 +172,20 @@ def test_model_rollouts_end_where_the_task_ends() -> None:
     imagined = learner.model_buffer.all()
     ended = imagined.next_obs[:, 1].abs() > 0.2
     assert torch.equal(imagined.terminated > 0, ended) and ended.any()
+    assert (imagined.obs[:, 1].abs() <= 0.2).all()  # none goes on from there
     never = agent(rollout_min=6, rollout_max=6, termination="never").learn(60)
     assert not never.model_buffer.all().terminated.any()
+
+
+def test_model_rollouts_draw_their_actions_from_the_actor() -> None:
+    learner = agent(model_rollouts=100).learn(41)
+    assert learner.transition is not None
+    for parameter in learner.policy.actor.parameters():
+        nn.init.zeros_(parameter)  # actions are tanh(N(0, 1))
+    learner._imagine(learner.transition, 1)
+    buffer = learner.model_buffer
+    drawn = buffer.unpack(buffer.newest(2000)).action.double().atanh().flatten()
+    assert kstest(drawn.numpy(), "norm").pvalue > 0.01
 
 
 @pytest.mark.parametrize("ratio", [0.05, 0.5, 0.99])

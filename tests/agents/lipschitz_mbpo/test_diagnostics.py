@@ -28,7 +28,7 @@ def test_the_spectral_product_bounds_the_slope_in_units_of_the_value() -> None:
 
 
 def test_values_of_entropy_alone_do_not_run_away(recwarn: pytest.WarningsRecorder) -> None:
-    learner = agent(model="none", temperature=0.1, learn_temperature=False).learn(60)
+    learner = agent(model="none", model_interval=250, temperature=0.1, learn_temperature=False).learn(60)
     policy, real = learner.policy, learner._real
     real.rows[:, -2] = 0.0  # no reward was ever seen
     assert real.all().reward.abs().max() == 0

@@ -17,8 +17,9 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import Tensor, distributions, nn
 
+from driftrl import LipschitzMBPO
 from driftrl.agents.lipschitz_mbpo.replay import Minibatch
-from driftrl.agents.lipschitz_mbpo.sac import Critics, SACPolicy, SquashedActor, sac_losses
+from driftrl.agents.lipschitz_mbpo.sac import Critics, SACPolicy, SquashedActor, StackedLinear, sac_losses
 
 
 def make_policy(obs_dim: int = 3, action_dim: int = 2, **options: object) -> SACPolicy:
@@ -216,6 +217,27 @@ def test_the_averaged_actor_acts_deterministically_and_follows_geometrically_aft
     noise = torch.randn(1, 5, 1)
     assert torch.equal(policy.decide(obs, noise), policy.actor.sample(obs, noise[0]).action)
     assert not [name for name in policy._own_parameters() if name.startswith("averaged_actor")]
+
+
+def test_spectral_bounds_hold_for_weights_that_were_changed_after_the_next_update() -> None:
+    env = gym.make("Pendulum-v1")
+    learner = LipschitzMBPO(
+        "MlpPolicy", env, model="none", regularizer="spectral", spectral_bound=0.5, critic_hidden=(16, 16),
+        learning_rate=0.0, learning_starts=10, compile="off", seed=0, device="cpu",
+    ).learn(11)  # fmt: skip
+    hidden = [
+        layer for critics in (learner.policy.critic, learner.policy.target_critic)
+        for layer in critics.layers if isinstance(layer, StackedLinear) and layer.spectral_bound
+    ]  # fmt: skip
+    assert len(hidden) == 4
+    for layer in hidden:
+        left, right = (torch.ones(2, width) / width**0.5 for width in layer.weight.shape[1:])
+        with torch.no_grad():  # rank 1 and norm 3: one power iteration is exact
+            layer.weight.copy_(3 * left[:, :, None] * right[:, None])
+    learner.learn(1, reset_num_timesteps=False)
+    for layer in hidden:
+        applied = layer(torch.eye(layer.weight.shape[1]).expand(2, -1, -1)) - layer.bias
+        torch.testing.assert_close(torch.linalg.matrix_norm(applied, 2), torch.full((2,), 0.5))
 
 
 def test_unknown_choice_of_bounded_layers_is_refused() -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.vec_env import VecNormalize
 
 from driftrl import LipschitzMBPO
+from driftrl.agents.storage.values import CheckpointError
 from driftrl.dynamics.transition import GaussianTransition
 from driftrl.envs import make_vec
 
@@ -81,9 +83,13 @@ def test_a_loaded_buffer_counts_for_statistics_and_size(tmp_path: Path) -> None:
     filled = agent(buffer_size=50).learn(200)
     filled.save_replay_buffer(tmp_path / "replay.pkl")
     learner = agent(normalize_observation=True, learning_starts=60, buffer_size=1000)
-    learner.load_replay_buffer(tmp_path / "replay.pkl")  # of 50 rows, and more it will never hold
+    learner.load_replay_buffer(tmp_path / "replay.pkl")  # of 50 rows, into a buffer that holds more
     learner.learn(70)
-    assert learner._n_updates == 10 and learner.policy.obs_norm.count == 50
+    assert learner._n_updates == 10 and learner.policy.obs_norm.count == 50 + 61
+    assert len(learner._real) == 120 and learner.replay_buffer.buffer_size == learner.buffer_size == 1000  # type: ignore[union-attr]
+    small = agent(buffer_size=20)
+    small.load_replay_buffer(tmp_path / "replay.pkl")
+    assert torch.equal(small._real.rows, filled._real.newest(20)) and small.buffer_size == small._real.capacity == 20
 
 
 @pytest.mark.parametrize("termination", ["learned", "never"])
@@ -187,7 +193,106 @@ def test_functions_that_a_file_does_not_hold_are_asked_for(name: str, function: 
     again = LipschitzMBPO.load(file, env=env, custom_objects={name: function}).learn(100)
     assert again.transition is not None
     assert getattr(again, name) is function
-    assert again.transition.settings.known_step is again.known_step
+    known = again.transition.settings.known_step
+    assert (known is None) if name == "terminated" else (known.step is drift)  # type: ignore[union-attr]
+
+
+def test_functions_of_the_user_get_copies_and_the_environments_units() -> None:
+    env = gym.wrappers.RescaleAction(gym.make("InvertedPendulum-v5"), np.float32(-1), np.float32(3))
+    seen = list[torch.Tensor]()
+
+    def careless(obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        seen.append(action.detach())
+        obs[:, 0] = 7.0
+        return obs
+
+    def rule(next_obs: torch.Tensor) -> torch.Tensor:
+        next_obs[:, 2] = 9.0
+        return next_obs[:, 1].abs() > 0.2
+
+    learner = LipschitzMBPO("MlpPolicy", env, **SMALL, known_step=careless, terminated=rule).learn(150)
+    stored = learner._real.all()
+    assert not (stored.obs[:, 0] == 7).any() and not (stored.next_obs[:, 2] == 9).any()
+    actions = torch.cat(seen)
+    assert actions.min() < -0.5 and actions.max() > 2.5
+    expected = -1 + 2 * (stored.action + 1)  # of [-1, 1] in [-1, 3]
+    assert learner.transition is not None and learner.transition.settings.known_step is not None
+    learner.transition.settings.known_step(stored.obs, stored.action)
+    torch.testing.assert_close(seen[-1], expected)
+
+
+@pytest.mark.parametrize("rule", [lambda obs: (obs[:, 1].abs() > 0.2).long(), lambda obs: obs[:, 1:2].abs() > 0.2])
+def test_a_rule_that_returns_no_booleans_of_rows_is_refused(rule: Any) -> None:
+    with pytest.raises(ValueError, match=r"terminated: got torch.\w+ \[\d+.* from the rule, expected torch.bool \["):
+        agent(terminated=rule).learn(100)
+
+
+def test_a_loaded_model_goes_on_with_the_ends_and_the_step_that_it_has_learned(tmp_path: Path) -> None:
+    env = gym.wrappers.TransformReward(gym.make("InvertedPendulum-v5"), lambda r: r)
+    learns, plain = (LipschitzMBPO("MlpPolicy", env, **SMALL, termination=how) for how in ("learned", "never"))
+    learns.learn(70).save(tmp_path / "learns")
+    plain.learn(70).save(tmp_path / "plain")
+    for given in ({"termination": "never"}, {"termination": "auto", "custom_objects": {"terminated": upright}}):
+        with pytest.raises(ValueError, match="termination: got a rule, but the agent's model has learned how episodes"):
+            LipschitzMBPO.load(tmp_path / "learns", env, **given).learn(10, reset_num_timesteps=False)
+    with pytest.raises(ValueError, match="known_step: got a function, but the agent was made without one"):
+        LipschitzMBPO.load(tmp_path / "plain", env, custom_objects={"known_step": drift}).learn(10)
+    with pytest.raises(ValueError, match=r"model_weight_decay: got 0.5, but the saved weights were made with None"):
+        LipschitzMBPO.load(tmp_path / "plain", env, model_weight_decay=0.5)
+
+
+def test_the_range_of_values_goes_along_with_the_weights() -> None:
+    fields: dict[str, Any] = {"value_gradient": 2, "rollout_interval": 20}
+    first, second = agent(**fields).learn(300), agent(**fields)
+    second.set_parameters(first.get_parameters())
+    center = second.policy.critic.center.clone()
+    assert center != 0
+    second.learn(62)
+    assert second._n_updates <= 3
+    torch.testing.assert_close(second.policy.critic.center, center, rtol=1e-2, atol=1e-2)
+
+
+def test_numbers_beyond_float32_are_not_finite() -> None:
+    class Huge(gym.ObservationWrapper[Any, Any, Any]):
+        def __init__(self, env: gym.Env[Any, Any]) -> None:
+            super().__init__(env)
+            self.observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float64)
+
+        def observation(self, observation: Any) -> Any:
+            return observation + (1e39 if self.env.unwrapped.data.time > 0.1 else 0.0)  # type: ignore[attr-defined]
+
+    with pytest.raises(ValueError, match="non-finite observation: got inf in entry 0 of environment 0"):
+        LipschitzMBPO("MlpPolicy", Huge(gym.make("InvertedPendulum-v5")), **SMALL).learn(100)
+
+
+def test_a_replay_buffer_with_nan_is_refused(tmp_path: Path) -> None:
+    learner = agent().learn(30)
+    learner._real.rows[3, 0] = torch.nan
+    learner.save_replay_buffer(tmp_path / "replay")
+    with pytest.raises(CheckpointError, match="got 1 rows with nan or infinity, expected finite numbers"):
+        agent().load_replay_buffer(tmp_path / "replay")
+
+
+def test_a_rate_that_warms_up_counts_by_its_highest() -> None:
+    learner = agent(learning_rate=lambda left: 1e-3 * min(1.0, 10 * (1 - left)) * left)
+    for left, share in ((1.0, 0.0), (0.9, 1.0), (0.45, 0.5), (0.0, 0.0)):
+        learner._current_progress_remaining = left
+        assert learner._rate_share == pytest.approx(share, abs=1e-6)
+
+
+def test_the_learning_rate_is_logged() -> None:
+    learner = agent(lr_schedule="linear", learning_rate=1e-3, train_freq=50)
+    learner.learn(100, log_interval=10**6)
+    assert learner.logger.name_to_value["train/learning_rate"] == 0  # at the last step
+    learner = agent(learning_rate=1e-3)
+    learner.learn(100, log_interval=10**6)
+    assert learner.logger.name_to_value["train/learning_rate"] == 1e-3
+
+
+def test_a_fits_interval_without_a_model_or_statistics_means_nothing() -> None:
+    with pytest.raises(ValueError, match="model_interval: got 3, which changes nothing without a model, or normalize_"):
+        agent(model="none", regularizer="none", model_interval=3)
+    agent(model="none", regularizer="none", model_interval=3, normalize_observation=True)
 
 
 @pytest.mark.parametrize("seed", range(3))

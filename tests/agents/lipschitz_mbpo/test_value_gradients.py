@@ -14,7 +14,7 @@ from driftrl import LipschitzMBPO
 from driftrl.agents.common.update import Gradient
 from driftrl.agents.lipschitz_mbpo.config import LipschitzMBPOConfig
 from driftrl.agents.lipschitz_mbpo.diagnostics import growth, koopman_radius, spectral_radius
-from driftrl.agents.lipschitz_mbpo.replay import Transitions
+from driftrl.agents.lipschitz_mbpo.replay import Search, Transitions
 from driftrl.agents.lipschitz_mbpo.sac import SACPolicy
 from driftrl.agents.lipschitz_mbpo.value_gradients import Start, draw_blur, value_gradient_losses, value_range
 from driftrl.envs import make_vec
@@ -45,9 +45,9 @@ def setting(critics: int = 3, blurred: bool = False) -> tuple[SACPolicy, Start, 
     ).double()  # fmt: skip
     low, high = torch.tensor([-3.0, 5.0], dtype=torch.float64)
     policy.move_value_range(low, high, 1.0)
-    for parameter in policy.critic.layers[-1].parameters():
-        torch.nn.init.normal_(parameter)
-    policy.target_critic.load_state_dict(policy.critic.state_dict())
+    for network in (policy.critic, policy.target_critic):  # whose values are not the same
+        for parameter in network.layers[-1].parameters():
+            torch.nn.init.normal_(parameter)
     draw: dict[str, Any] = {"dtype": torch.float64}
     start = Start(
         torch.randn(ROWS, 2, **draw), torch.randn(HORIZON + 1, ROWS, 1, **draw),
@@ -80,8 +80,8 @@ def by_hand(policy: SACPolicy, start: Start) -> tuple[list[float], list[float]]:
         target, objective = collected + first_bonus, collected
         if not state[0] > 1:
             action, log_prob = policy.actor.sample((state + blur[-1, row])[None], start.noise[HORIZON, row][None])
-            each = policy.critic(state[None], action)[:, 0]
-            target += GAMMA**HORIZON * (each[[2, 0]].min().clamp(-3, 5) - alpha * log_prob).item()
+            slow, each = (critics(state[None], action)[:, 0] for critics in (policy.target_critic, policy.critic))
+            target += GAMMA**HORIZON * (slow[[2, 0]].min().clamp(-3, 5) - alpha * log_prob).item()
             objective += GAMMA**HORIZON * (each.mean() - alpha * log_prob).item()
         targets.append(target)
         objectives.append(objective)
@@ -154,6 +154,48 @@ def test_values_go_on_for_ever_between_the_rarest_rewards() -> None:
     assert (low.item(), high.item()) == pytest.approx((-9.6, 29.6), rel=1e-5)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.99, 0.999])
+def test_a_reward_that_never_changes_is_worth_its_discounted_sum(gamma: float) -> None:
+    for reward in (-2.0, 0.5):
+        low, high = value_range(torch.full((200,), reward), gamma)
+        received = sum(reward * gamma**step for step in range(30_000))
+        assert (low.item(), high.item()) == pytest.approx((min(received, reward), max(received, reward)), rel=1e-4)
+
+
+def test_the_range_of_values_reaches_what_is_received_once_in_a_thousand_steps() -> None:
+    rewards = torch.zeros(2, 1000)
+    rewards[0, 7], rewards[1, 400] = -50, 70
+    assert torch.stack(value_range(rewards, 0.9)).tolist() == [-50, 70]
+
+
+class LinearCritics(torch.nn.Module):
+    """Q_1 = w . s and Q_2 = 2 w . s."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([0.3, 2.0], dtype=torch.float64))
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        return torch.stack([obs @ self.weight, 2 * obs @ self.weight])
+
+
+def test_the_robust_term_counts_with_its_weight_among_the_value_gradients() -> None:
+    policy, start, _ = setting(2)
+    policy.critic = LinearCritics()  # type: ignore[assignment]
+    radius = torch.tensor([0.5, 0.1], dtype=torch.float64)
+    start = start._replace(pair=None, search=Search(radius, 2 * torch.rand(ROWS, 2, dtype=torch.float64) - 1))
+    fields: dict[str, Any] = {"value_gradient": HORIZON, "gamma": GAMMA, "robust_actions": "same_action"}
+    total, without = (
+        value_gradient_losses(policy, start, KnownModel(), KnownModel.ended, config, -1.0).total()  # type: ignore[arg-type]
+        for config in (
+            LipschitzMBPOConfig(**fields, regularizer="robust", robust_coef=0.7),
+            LipschitzMBPOConfig(**fields, regularizer="none"),
+        )
+    )
+    # At a corner of the box w . s has changed by 0.5 * 0.3 + 0.1 * 2 = 0.35, in the other critic by 0.7.
+    assert (total - without).item() == pytest.approx(0.7 * (0.35**2 + 0.7**2), rel=1e-10)
+
+
 FIELDS: dict[str, Any] = {
     "value_gradient": 3, "model_hidden": (32, 32), "model_rollouts": 13, "rollout_interval": 20,
     "model_retain": 200, "rollout_min": 10, "rollout_max": 10, "actor_hidden": (32, 32), "critic_hidden": (32, 32),
@@ -201,6 +243,27 @@ class Point(Env[np.ndarray, np.ndarray]):
         self.at += float(np.clip(action, -0.5, 0.5)[0])
         self.step_count += 1
         return np.array([self.at], np.float32), -abs(self.at), False, self.step_count == 20, {}
+
+
+class CostlyPoint(Point):
+    """Each step costs 2: with a discount of 0.9 every value is -20."""
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        obs, _, terminated, truncated, info = super().step(action)
+        return obs, -2.0, terminated, truncated, info
+
+
+def test_the_range_of_values_is_first_that_of_the_rewards_seen_and_then_follows_slowly() -> None:
+    fields: dict[str, Any] = {
+        "gamma": 0.9, "gradient_steps": 10, "temperature": 1e-12, "learn_temperature": False, "termination": "never",
+        "model_epochs": 1, "rollout_max": 1, "rollout_min": 1, "model_hidden": (8,), "value_gradient": 1,
+    }  # fmt: skip
+    learner = LipschitzMBPO("MlpPolicy", CostlyPoint(), **(FIELDS | fields), compile="off").learn(110)
+    assert learner._n_updates == 100
+    left = (1 - 3e-4) ** 100  # of the way from [-20, 1], which is at least [-1, 1], to [-20, -2]
+    for critics in (learner.policy.critic, learner.policy.target_critic):
+        low, high = critics.center - critics.half_width, critics.center + critics.half_width
+        assert (low.item(), high.item()) == pytest.approx((-20, -2 + 3 * left), abs=2e-3)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -15,6 +15,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.save_util import save_to_pkl
 
 from driftrl import LipschitzMBPO, PolicyFlow
+from driftrl.agents.lipschitz_mbpo.user_functions import UsersRule
 from driftrl.agents.policyflow.policy import FlowPolicy
 from driftrl.agents.storage.saving import Checkpointed
 from driftrl.agents.storage.values import CheckpointError
@@ -196,7 +197,7 @@ def test_a_rule_of_termination_is_left_out_and_given_again(tmp_path: Path) -> No
     learner = LipschitzMBPO("MlpPolicy", pendulum(), terminated=rule, **MODEL)
     learner.save(tmp_path / "a")
     loaded = LipschitzMBPO.load(tmp_path / "a", custom_objects={"terminated": rule}, device="cpu")
-    assert loaded._terminated is rule
+    assert isinstance(loaded._terminated, UsersRule) and loaded._terminated.rule is rule
 
 
 def test_load_with_an_environment(tmp_path: Path) -> None:
