@@ -51,6 +51,8 @@ class Origin(NamedTuple):
     env_id: str | None
     action_bounds: tuple[Array, Array] | None
     """Lower and upper ones, of a Box."""
+    env_kwargs: dict[str, Any] | None = None
+    """Its options."""
 
 
 def _h5py() -> Any:
@@ -174,7 +176,13 @@ def read_origin(source: str | os.PathLike[str]) -> Origin:
         with contextlib.suppress(TypeError, ValueError, OverflowError):  # some other way to write a space
             low, high = (np.array(space.get(key), dtype=np.float64) for key in ("low", "high"))
             bounds = (low, high)
-    return Origin(folder / METADATA, env_id if isinstance(env_id, str) else None, bounds)
+    kwargs = env.get("kwargs")
+    return Origin(
+        folder / METADATA,
+        env_id if isinstance(env_id, str) else None,
+        bounds,
+        kwargs if isinstance(kwargs, dict) else None,
+    )
 
 
 def _nested(content: dict[str, Any], key: str) -> dict[str, Any]:

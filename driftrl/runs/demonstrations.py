@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import gymnasium
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -22,7 +24,7 @@ from ..envs.known import full_id, known_task_of_id
 
 def read_demonstrations(
     source: str | os.PathLike[str], observation_space: spaces.Space[Any], action_space: spaces.Space[Any],
-    keys: Sequence[str] = (), env_id: str | None = None,
+    keys: Sequence[str] = (), env_id: str | None = None, env_kwargs: Mapping[str, Any] | None = None,
 ) -> Demonstrations:  # fmt: skip
     """Read a data set of Minari or robomimic for an agent that acts in these spaces.
 
@@ -32,6 +34,7 @@ def read_demonstrations(
         action_space: of the agent.
         keys: see `Demonstrations.of`.
         env_id: the agent's environment; a warning says so where a Minari data set is of another one.
+        env_kwargs: its options; a warning names one in which a data set of the same environment differs.
 
     Raises:
         ValueError: in one line that names file, episode and step, if the data set is damaged or does not fit; or if
@@ -44,7 +47,27 @@ def read_demonstrations(
     if env_id is not None and origin.env_id is not None and _task(origin.env_id) != _task(env_id):
         text = f"{origin.file}: env_spec: got episodes of {origin.env_id!r}, expected those of {env_id}"
         warnings.warn(f"{text}; they are learned from all the same", UserWarning, stacklevel=2)
+    elif other := _other(origin, env_id, env_kwargs):
+        text = f"{origin.file}: env_spec: got {other}"
+        warnings.warn(f"{text}; they are learned from all the same", UserWarning, stacklevel=2)
     return data
+
+
+def _other(origin: Origin, env_id: str | None, env_kwargs: Mapping[str, Any] | None) -> str:
+    """The option in which an environment differs from the one of that id that was recorded, in words; or nothing."""
+    recorded = origin.env_kwargs
+    if env_id is None or recorded is None or origin.env_id != full_id(env_id).rpartition(":")[2]:
+        return ""
+    try:
+        ours = {**gymnasium.spec(full_id(env_id)).kwargs, **(env_kwargs or {})}
+    except gymnasium.error.Error:  # its id is not known here
+        return ""
+    ours = json.loads(json.dumps(ours, default=str))
+    for name in sorted({*ours, *recorded} - {"render_mode"}):
+        theirs, mine = recorded.get(name, "its default"), ours.get(name, "its default")
+        if theirs != mine:
+            return f"episodes with {name} {theirs}, expected {mine}"
+    return ""
 
 
 def _check_bounds(origin: Origin, space: spaces.Box) -> None:

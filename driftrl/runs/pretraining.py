@@ -46,7 +46,9 @@ def use_demonstrations(agent: Checkpointed, folder: Path | None, settings: RunSe
 def _read(agent: Checkpointed, folder: Path | None, settings: RunSettings) -> Demonstrations:
     assert settings.demonstrations is not None
     spaces = (agent.observation_space, agent.action_space)
-    data = read_demonstrations(settings.demonstrations, *spaces, settings.demonstration_keys, settings.env_id)
+    data = read_demonstrations(
+        settings.demonstrations, *spaces, settings.demonstration_keys, settings.env_id, settings.env_kwargs
+    )
     if folder is not None:
         record_demonstrations(folder, data.digest)
     return data

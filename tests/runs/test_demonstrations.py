@@ -21,10 +21,13 @@ pytest.importorskip("h5py")
 OBS, ACTIONS = spaces.Box(-9, 9, (1,)), spaces.Box(-1, 1, (2,))
 
 
-def data_set(folder: Path, space: spaces.Space[Any] = ACTIONS, env: str = "Hopper-v5", **changes: Any) -> Path:
+def _episode() -> Episode:
     end = np.array([False, True])
-    episode = Episode(np.zeros((3, 1)), np.zeros((2, 2)), np.zeros(2), end, end & False)
-    write_minari(folder / "set-v0", [episode], OBS, space, env_spec=gym.spec(env))
+    return Episode(np.zeros((3, 1)), np.zeros((2, 2)), np.zeros(2), end, end & False)
+
+
+def data_set(folder: Path, space: spaces.Space[Any] = ACTIONS, env: str = "Hopper-v5", **changes: Any) -> Path:
+    write_minari(folder / "set-v0", [_episode()], OBS, space, env_spec=gym.spec(env))
     path = folder / "set-v0" / "data" / "metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return folder / "set-v0"
@@ -44,6 +47,20 @@ def test_data_of_another_environment_are_named(tmp_path: Path) -> None:
         read_demonstrations(folder, OBS, ACTIONS, env_id="Walker2d-v5")
     with pytest.warns(UserWarning, match=r"got episodes of 'Hopper-v5', expected those of Hopper-v4"):
         read_demonstrations(folder, OBS, ACTIONS, env_id="Hopper-v4")
+
+
+def test_data_of_the_same_environment_with_other_options_are_named(tmp_path: Path) -> None:
+    env = gym.make("Hopper-v5", healthy_reward=2.0, render_mode="rgb_array")
+    folder = data_set(tmp_path)
+    write_minari(tmp_path / "other-v0", [_episode()], OBS, ACTIONS, env_spec=env.spec)
+    read_demonstrations(folder, OBS, ACTIONS, env_id="Hopper-v5")
+    read_demonstrations(tmp_path / "other-v0", OBS, ACTIONS, env_id="Hopper-v5", env_kwargs={"healthy_reward": 2.0})
+    for data, kwargs, message in (
+        (folder, {"healthy_reward": 2.0}, r"episodes with healthy_reward its default, expected 2.0"),
+        (tmp_path / "other-v0", {}, r"episodes with healthy_reward 2.0, expected its default"),
+    ):
+        with pytest.warns(UserWarning, match=rf"metadata\.json: env_spec: got {message}"):
+            read_demonstrations(data, OBS, ACTIONS, env_id="Hopper-v5", env_kwargs=kwargs)
 
 
 @pytest.mark.usefixtures("other_names")
