@@ -27,6 +27,8 @@ class Arguments:
     """Data set to pretrain on, of Minari (folder, id or .hdf5) or robomimic (.hdf5)."""
     demonstration_keys: tuple[str, ...] = ()
     """Names of the data set's observations to join, in this order, where the environment's has no names."""
+    demonstration_return: float | None = None
+    """With bc_coef: least return of the episodes that updates imitate; pretraining learns from all. None: all."""
     pretrain_steps: int = 0
     """Gradient updates of pretraining at most, >= 0; fewer where held-out episodes show no gain. With it
     total_timesteps may be 0."""

@@ -87,6 +87,7 @@ def settings_of(name: str, arguments: Arguments, chosen: Collection[str]) -> Run
         track=arguments.track,
         demonstrations=None if arguments.demonstrations is None else lasting_name(arguments.demonstrations),
         demonstration_keys=list(arguments.demonstration_keys),
+        demonstration_return=arguments.demonstration_return,
         pretrain_steps=arguments.pretrain_steps,
         pretrain_batch_size=arguments.pretrain_batch_size,
         pretrain_learning_rate=arguments.pretrain_learning_rate,
@@ -115,11 +116,15 @@ def _check_pretraining(name: str, arguments: Arguments, chosen: Collection[str])
         for option in ("pretrain_steps", "demonstration_keys", "pretrain_batch_size", "pretrain_learning_rate"):
             if option in chosen and (got := getattr(arguments, option)):
                 raise ValueError(f"{option}: got {got}, which changes nothing without demonstrations")
+        if (least := arguments.demonstration_return) is not None:
+            raise ValueError(f"demonstration_return: got {least}, which changes nothing without demonstrations")
         if got := getattr(arguments.config, "bc_coef", 0):
             raise ValueError(f"bc_coef: got {got} without demonstrations; name them, --demonstrations DATA")
         return
     if not hasattr(AGENTS[name].agent, "pretrain"):
         raise ValueError(f"demonstrations: got them for {name}, which cannot learn from them; use policyflow")
+    if (least := arguments.demonstration_return) is not None and not arguments.config.bc_coef:
+        raise ValueError(f"demonstration_return: got {least}, which changes nothing without bc_coef above 0")
     if not arguments.pretrain_steps and not arguments.config.bc_coef:
         raise ValueError("demonstrations: got them, which change nothing without pretrain_steps or bc_coef above 0")
     for option in ("pretrain_batch_size", "pretrain_learning_rate"):

@@ -70,6 +70,7 @@ class RunSettings:
     eval_episodes: int = 10
     demonstrations: str | None = None
     demonstration_keys: list[str] = dataclasses.field(default_factory=list)
+    demonstration_return: float | None = None
     pretrain_steps: int = 0
     pretrain_batch_size: int = 512
     pretrain_learning_rate: float = 3e-3

@@ -40,7 +40,12 @@ def use_demonstrations(agent: Checkpointed, folder: Path | None, settings: RunSe
     """
     assert isinstance(agent, Imitation)
     if agent.config.bc_coef > 0:
-        agent.use_demonstrations(_read(agent, folder, settings))
+        _imitate(agent, _read(agent, folder, settings), settings)
+
+
+def _imitate(agent: Imitation, data: Demonstrations, settings: RunSettings) -> None:
+    least = settings.demonstration_return
+    agent.use_demonstrations(data if least is None else data.returning(least))
 
 
 def _read(agent: Checkpointed, folder: Path | None, settings: RunSettings) -> Demonstrations:
@@ -58,6 +63,8 @@ def pretrain(agent: Checkpointed, folder: Path, settings: RunSettings) -> None:
     """Pretrain a run's agent, or go on with it, and evaluate it; raises KeyboardInterrupt where a signal ended it."""
     assert isinstance(agent, Imitation)
     data = _read(agent, folder, settings)
+    if agent.config.bc_coef > 0:
+        _imitate(agent, data, settings)
     steps, episodes = len(data.actions), len(data.lengths)
     mean = data.returns.mean()
     print(f"{settings.demonstrations}: {episodes} episodes, {steps:,} steps, mean return {mean:.2f}", flush=True)

@@ -15,6 +15,8 @@ import pytest
 import torch
 from stable_baselines3.common.logger import Logger
 
+from driftrl import PolicyFlow
+from driftrl.agents.common.demonstrations import Demonstrations
 from driftrl.agents.registry import AGENTS
 from driftrl.commands import demonstrate, evaluate, train
 from driftrl.commands.progress import RunState
@@ -167,6 +169,30 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(
     assert json.loads((run / "config.json").read_text())["demonstrations_digest"]
     again = ["policyflow", "--config", str(run), "--total-timesteps", "32", "--run-dir", str(tmp_path / "again")]
     assert train.main(again) == 0
+
+
+def test_updates_imitate_the_episodes_that_return_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, given = str(tmp_path / "half-v0"), list[int]()
+    assert demonstrate.main([data, "--episodes", "24", "--success", "0.5"]) == 0
+    use = PolicyFlow.use_demonstrations
+
+    def noted(self: PolicyFlow, data: Demonstrations) -> None:
+        given.append(len(data.lengths))
+        use(self, data)
+
+    monkeypatch.setattr(PolicyFlow, "use_demonstrations", noted)
+    options = ["--bc-coef", "0.1", "--total-timesteps", "32", "--demonstration-return", "1"]
+    assert train.main(command(data, tmp_path / "beside", *options)) == 0
+    assert train.main(command(data, tmp_path / "before", *options, "--pretrain-steps", "2")) == 0
+    assert train.main(["--resume", str(run_in(tmp_path / "before")), "--total-timesteps", "64"]) == 0
+    assert given == [12, 12, 12]
+    capsys.readouterr()
+    assert train.main(command(data, tmp_path, "--pretrain-steps", "2", "--demonstration-return", "1")) == 2
+    assert "demonstration_return: got 1.0, which changes nothing without bc_coef above 0" in capsys.readouterr().err
+    assert train.main(["policyflow", *SMALL, "--demonstration-return", "0"]) == 2
+    assert "changes nothing without demonstrations" in capsys.readouterr().err
 
 
 def test_a_data_set_that_was_moved_is_named_anew(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
