@@ -18,6 +18,7 @@ from driftrl.runs.demonstrations import record_episodes
 pytest.importorskip("h5py")
 
 SMALL = ["--n-envs", "2", "--n-steps", "16", "--batch-size", "16", "--actor-hidden", "8", "--critic-hidden", "8"]
+SMALL += ["--critic-warmup", "0"]
 
 
 def trained(folder: Path, seed: int, env: str = "driftrl/Avoid-v0") -> Path:

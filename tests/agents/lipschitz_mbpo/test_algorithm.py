@@ -27,11 +27,11 @@ from driftrl.envs import make_vec
 
 SMALL: dict[str, Any] = {
     "learning_starts": 40, "gradient_steps": 2, "batch_size": 32, "actor_hidden": (16, 16), "critic_hidden": (16, 16),
-    "model_interval": 20, "diagnostics_interval": 20, "compile": "off", "seed": 0, "device": "cpu",
+    "diagnostics_interval": 20, "compile": "off", "seed": 0, "device": "cpu",
 }  # fmt: skip
 SMALL_MODEL: dict[str, Any] = {
-    "model_hidden": (16,), "model_epochs": 2, "model_rollouts": 4, "model_retain": 40, "rollout_min": 2,
-    "rollout_max": 2,
+    "model_interval": 20, "model_hidden": (16,), "model_epochs": 2, "model_rollouts": 4, "model_retain": 40,
+    "rollout_min": 2, "rollout_max": 2,
 }  # fmt: skip
 MODELS = ("deterministic", "probabilistic", "homoscedastic", "flow", "langevin")
 
