@@ -177,8 +177,7 @@ class FiniteTransitions(BaseAlgorithm):
             ValueError: if an observation or a reward is not finite, with nonfinite="raise".
         """
         held, space, left_out = self._last_obs, self.observation_space, self._held
-        with np.errstate(over="ignore"):
-            vectors = observation_vectors(new_obs, space).astype(np.float32, copy=False)
+        vectors = _as_learned(observation_vectors(new_obs, space))
         self._held = np.asarray(~np.isfinite(vectors).all(1))
         seen = dict(_faults(vectors, "observation"))
         begun = {i: fault for i, fault in seen.items() if dones[i]}  # of the next episode: the one that ended is sound
@@ -283,10 +282,15 @@ def to_box(scaled: np.ndarray, box: Any) -> np.ndarray:
     return within
 
 
+def _as_learned(values: np.ndarray) -> np.ndarray:
+    """Numbers in float32, as agents learn from them: infinite beyond its range."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32, copy=False)
+
+
 def _faults(values: np.ndarray, what: str, first: int = 0) -> Iterator[tuple[int, str]]:
     """Environment and description of each row of values [N, ...] with an entry that is not finite."""
-    with np.errstate(over="ignore"):
-        values = values.astype(np.float32, copy=False)  # as they are learned from: beyond its range they are infinite
+    values = _as_learned(values)
     if np.isfinite(values).all():
         return
     for i in np.flatnonzero(~np.isfinite(values).all(1)).tolist():

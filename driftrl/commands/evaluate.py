@@ -189,8 +189,8 @@ def _evaluate(args: argparse.Namespace, path: Path) -> int:
     episodes = f"{args.episodes} episode{'s' if args.episodes != 1 else ''} each"
     print(f"{file}: {agent.num_timesteps:,} steps of training on {env_id}; {episodes}", file=out)
     policy = "sampled" if args.sample else "deterministic"
-    evaluation_env(agent, env_id, env_kwargs, 1, args.seed, args.max_steps).close()  # a wrong task, before all else
     if args.export:
+        evaluation_env(agent, env_id, env_kwargs, 1, args.seed, args.max_steps).close()  # refuses a wrong task first
         EXPORTERS[args.export.suffix](agent, args.export, sampled=args.sample)
         print(f"exported the {policy} policy to {args.export}", file=out)
     if args.video:

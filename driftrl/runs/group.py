@@ -50,7 +50,7 @@ def record_demonstrations(folder: Path, digest: str) -> None:
     """
     data = json.loads((folder / "config.json").read_text())
     others = [run for run in members(folder.parent) if (run / "config.json").is_file()] if is_member(folder) else []
-    for run in (folder, *others):
+    for run in dict.fromkeys((folder, *others)):
         known = json.loads((run / "config.json").read_text()).get("demonstrations_digest", digest)
         if known != digest:
             raise ValueError(
